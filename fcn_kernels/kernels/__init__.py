@@ -1,0 +1,1 @@
+"""Triton device code and launch geometry. Nothing outside this folder imports triton."""

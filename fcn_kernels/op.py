@@ -1,0 +1,157 @@
+"""The registered operators ``fcn_kernels::select`` and ``fcn_kernels::select_backward``.
+
+They carry what PyTorch wants to know of an operation: shapes for tracing, a gradient, a FLOP count, and what happens
+under vmap and in a second derivative. What runs is the backend that the public function named.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fcn_kernels import torch_backend
+from fcn_kernels.problem import Gradients, Problem, Saved, Selected
+
+_PROBLEM = (
+    "Tensor features, Tensor? quality, Tensor gamma, Tensor? noise, Tensor? seed, Tensor? start, Tensor? mask, "
+    "Tensor? lengths, Tensor? cu_seqlens, int k, float tau, float distance_scale, bool normalized, bool distinct"
+)
+_FIELDS = len(Problem._fields)
+
+# A Library, not custom_op: the latter's wrappers cost more on the host than a call on small sets takes.
+_library = torch.library.Library("fcn_kernels", "DEF")
+_library.define(
+    f"select({_PROBLEM}, bool keep, str backend) -> "
+    "(Tensor features, Tensor distances, Tensor indices, Tensor counts, Tensor log_normalizers, Tensor gaps, "
+    "Tensor norms)"
+)
+_library.define(
+    f"select_backward({_PROBLEM}, Tensor grad, Tensor indices, Tensor counts, Tensor log_normalizers, Tensor gaps, "
+    "Tensor norms, str backend) -> (Tensor features, Tensor quality, Tensor gamma)"
+)
+
+
+def select(problem: Problem, keep: bool, backend: str) -> Selected:
+    """Run the forward operator; ``keep`` saves what the gradient needs."""
+    return Selected(*torch.ops.fcn_kernels.select.default(*problem, keep, backend))
+
+
+def _backend(name: str) -> ModuleType:
+    if name == "torch":
+        return torch_backend
+    from fcn_kernels.kernels import launch  # triton is imported only where it is used
+
+    return launch
+
+
+def _select(*args: Any) -> Selected:
+    *fields, keep, backend = args
+    return _backend(backend).forward(Problem(*fields), keep)  # type: ignore[no-any-return]
+
+
+def _select_backward(*args: Any) -> Gradients:
+    grad, *saved, backend = args[_FIELDS:]
+    return _backend(backend).backward(Problem(*args[:_FIELDS]), grad, Saved(*saved))  # type: ignore[no-any-return]
+
+
+_library.impl("select", _select, "CompositeExplicitAutograd")
+_library.impl("select_backward", _select_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fcn_kernels::select", lib=_library)
+def _select_fake(*args: Any) -> Selected:
+    *fields, keep, _ = args
+    p = Problem(*fields)
+    accumulate = torch_backend.accumulator(p.features.dtype)
+    new = p.features.new_empty
+    saved, kept_rows = (p.k, p.rows) if keep else (0, 0)
+    return Selected(
+        features=new(p.sets, p.k, p.dim),
+        distances=new(p.sets, p.k, dtype=accumulate),
+        indices=new(p.sets, p.k, dtype=torch.int64),
+        counts=new(p.sets, dtype=torch.int64),
+        log_normalizers=new(p.sets, saved, dtype=accumulate),
+        gaps=new(max(saved - 1, 0), p.rows if keep else 0, dtype=accumulate),
+        norms=new(kept_rows, dtype=accumulate),
+    )
+
+
+@torch.library.register_fake("fcn_kernels::select_backward", lib=_library)
+def _select_backward_fake(*args: Any) -> Gradients:
+    p = Problem(*args[:_FIELDS])
+    norms = args[-2]
+    return Gradients(
+        p.features.new_empty(p.features.shape), norms.new_empty(p.rows), norms.new_empty(())
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Selected) -> None:
+    *fields, _, ctx.backend = inputs
+    problem, saved = Problem(*fields), Selected(*output)
+    ctx.save_for_backward(*problem[: Problem._fields.index("k")], *saved[2:])
+    ctx.constants = problem[Problem._fields.index("k") :]
+    ctx.mark_non_differentiable(*saved[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (_FIELDS + 2)
+    if grad is None:
+        return nothing
+    tensors = Problem._fields.index("k")
+    fields, kept = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:]
+    dx, dq, dgamma = torch.ops.fcn_kernels.select_backward.default(
+        *fields, *ctx.constants, grad, *kept, ctx.backend
+    )
+    wanted = ctx.needs_input_grad
+    gamma = fields[2]
+    return (
+        dx if wanted[0] else None,
+        dq.to(fields[1].dtype) if wanted[1] else None,
+        dgamma.to(gamma) if wanted[2] else None,
+        *nothing[3:],
+    )
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(
+        "coreset_select has no second derivative: its gradient is a straight-through estimate. "
+        "Call backward() without create_graph=True."
+    )
+
+
+torch.library.register_autograd("fcn_kernels::select", _gradient, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("fcn_kernels::select_backward", _no_second_derivative, lib=_library)
+
+
+def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    raise NotImplementedError(
+        "coreset_select does not run under torch.func.vmap: it is batched already. "
+        "Pass features of shape (B, N, C), or packed sets with cu_seqlens."
+    )
+
+
+torch.library.register_vmap("fcn_kernels::select", _no_vmap, lib=_library)
+torch.library.register_vmap("fcn_kernels::select_backward", _no_vmap, lib=_library)
+
+
+def _row_passes(shape: Any, k: int, normalized: bool) -> tuple[int, int]:
+    """Multiply-adds of one product with every row, and how many such products make the forward pass."""
+    return torch.Size(shape).numel(), k - 1 + (not normalized)
+
+
+@register_flop_formula(torch.ops.fcn_kernels.select)
+def select_flops(features: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """2 R C for each of the K - 1 distance passes, and for the norms."""
+    k, normalized = args[8], args[11]
+    products, passes = _row_passes(features, k, normalized)
+    return 2 * products * passes
+
+
+@register_flop_formula(torch.ops.fcn_kernels.select_backward)
+def select_backward_flops(features: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """2 R C for each of K products with the arriving gradients, K - 1 row sums, and K - 1 terms of dx."""
+    k = args[8]
+    return 2 * torch.Size(features).numel() * (3 * k - 2)

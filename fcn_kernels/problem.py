@@ -1,0 +1,77 @@
+"""One selection call, validated and flattened: what the op, both backends and every tier agree on."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Problem(NamedTuple):
+    """The inputs of a call in the form that the backends take.
+
+    "R rows" counts the rows of all sets: R = B * N for padded sets, T for packed ones, and a tensor of row values is
+    flat over it. Rows whose saved norm is not > 0 can never be picked: -1 for padding, masked rows and rows of
+    unusable quality, NaN for rows whose features are not finite or (unless ``normalized``) all zero.
+    """
+
+    features: Tensor  # (B, N, C) padded, or (T, C) packed
+    quality: Tensor | None  # (R,) float32 or float64; None: the rows' norms
+    gamma: Tensor  # 0-d, on the features' device or the CPU
+    noise: Tensor | None  # (K, R), Gumbel samples
+    seed: Tensor | None  # 0-d int64, on the features' device or the CPU; noise is drawn from it
+    start: Tensor | None  # (B,) int64, the first pick
+    mask: Tensor | None  # (R,) bool
+    lengths: Tensor | None  # (B,) int32 or int64
+    cu_seqlens: Tensor | None  # (B + 1,) int32 or int64; the features are packed
+    k: int
+    tau: float
+    distance_scale: float
+    normalized: bool
+    distinct: bool
+
+    @property
+    def sets(self) -> int:
+        """B."""
+        return self.features.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.features.shape[:-1].numel()
+
+    @property
+    def dim(self) -> int:
+        """C."""
+        return self.features.shape[-1]
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of the forward pass; nothing of it is of size N x C."""
+
+    indices: Tensor  # (B, K) int64, -1 where there is no pick
+    counts: Tensor  # (B,) int64
+    log_normalizers: Tensor  # (B, K), log sum_n exp(z_k(n) / tau)
+    gaps: Tensor  # (K - 1, R), 1 - max cosine to the picks so far; sign bit: this step tied with those before it
+    norms: Tensor  # (R,), the rows' norms and the marks above
+
+
+class Selected(NamedTuple):
+    """What a backend's forward pass gives; the last three, and so Saved, are empty unless they were asked for.
+
+    Values are float32, or float64 for float64 rows.
+    """
+
+    features: Tensor  # (B, K, C), dtype of the features
+    distances: Tensor  # (B, K)
+    indices: Tensor
+    counts: Tensor
+    log_normalizers: Tensor
+    gaps: Tensor
+    norms: Tensor
+
+
+class Gradients(NamedTuple):
+    """What a backend's backward pass gives."""
+
+    features: Tensor
+    quality: Tensor  # (R,); to be ignored when the quality was the rows' norms
+    gamma: Tensor  # 0-d

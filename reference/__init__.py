@@ -1,0 +1,1 @@
+"""Plain PyTorch, written to be read beside the papers. Tests and benchmarks judge ``fcn_kernels`` against it."""
