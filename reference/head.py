@@ -1,8 +1,8 @@
 """The aggregation head of FaceCoresetNet (Shapira and Keller, AAAI 2024, section 3 and figure 2), plainly.
 
-Every row of the set is projected to keys and values, every pick is a one-hot product, one set has the same number
-of rows as the next. The submodules bear the names of ``fcn_kernels.CoresetAggregator``, so that one's state dict
-loads into the other.
+Every row of the set is projected to keys and values, every pick is a one-hot product, one set has the same
+number of rows as the next. The submodules bear the names of ``fcn_kernels.CoresetAggregator``, so that one's
+state dict loads into the other.
 """
 
 import math
@@ -25,8 +25,10 @@ def norm_encoding(norms: Tensor, dim: int) -> Tensor:
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos())
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, layer: nn.MultiheadAttention, training: bool) -> Tensor:
-    """Multi-head attention, softmax(Q K^T / sqrt(d)) V a head: (B, K, C) and two times (B, N, C) -> (B, K, C)."""
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, layer: nn.MultiheadAttention, training: bool
+) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V of each head: query (B, K, C), key and value (B, N, C) -> (B, K, C)."""
     heads = layer.num_heads
     weights = layer.in_proj_weight.chunk(3)
     biases = layer.in_proj_bias.chunk(3)
@@ -58,7 +60,9 @@ class ReferenceHead(nn.Module):
     def encode(self, norms: Tensor) -> Tensor:
         return self.encoding_norm(norm_encoding(norms, self.encoding_norm.normalized_shape[0]))
 
-    def forward(self, features: Tensor, quality: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, quality: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         rows = quality[..., None] * features
         k = min(self.k, rows.shape[1])
         core = coreset_listing(rows, quality, k, self.gamma, noise=noise, distance_scale=0.5).features

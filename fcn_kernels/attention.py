@@ -1,0 +1,158 @@
+"""Cross-attention from a few queries to whole sets, without projecting the sets: the function and its op.
+
+A set's row n has unit features f_n and norm q_n. Its value is x_n = q_n f_n, its key x_n + enc(q_n), where
+enc is the sinusoid of the norm after a LayerNorm. Each query t_h comes with the key projection folded in, so
+that
+
+    score_h(n) = t_h . (x_n + enc(q_n)),  p_h = softmax of score_h over the set,
+    out_h = sum_n p'_h(n) x_n,            mass_h = sum_n p'_h(n),
+
+p' being p after dropout. The LayerNorm's bias adds the same to every row's score and drops out. Nothing of
+the size of the set's features is made or kept: forward keeps the softmax's log-normalisers for backward.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fcn_kernels import attention_blocks
+from fcn_kernels.attention_blocks import RowSets
+from fcn_kernels.select import _seed, resolve_backend
+from fcn_kernels.torch_backend import accumulator
+
+
+def set_attention(
+    queries: Tensor,
+    features: Tensor,
+    quality: Tensor,
+    encoding_weight: Tensor,
+    sets: RowSets,
+    *,
+    encoding_eps: float = 1e-5,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend from H queries of each set to the set's rows.
+
+    Args:
+        queries: (B, H, C), projected into the space of the rows, and scaled.
+        features: (T, C) unit rows, C even; float32, bfloat16 or float16, summed in float32, or float64.
+        quality: (T,), the rows' norms.
+        encoding_weight: (C,), the weight of the LayerNorm over the norms' sinusoids; encoding_eps, its
+        epsilon. sets: which rows belong to which set. dropout: probability with which each p_h(n) is dropped;
+        those kept are divided by 1 - dropout. seed: 0-d int64; the weights dropped depend on it and on set,
+        query and row within the set alone. Drawn
+            from torch's default generator if None.
+
+    Returns:
+        out (B, H, C) and mass (B, H), float32 (float64 for float64 rows). Without dropout the mass of a set
+        is 1, and 0 if it has no row to attend to. Rows that the selection can never pick (features or norm
+        not finite, norm not above 0, features all zero) are left out here too, and take no gradient.
+        Gradients reach queries, features, quality and encoding_weight.
+    """
+    dtype = accumulator(features.dtype)
+    if dropout == 0:
+        seed = None
+    elif seed is None:
+        seed = _seed(features, None)
+    out, mass, _ = torch.ops.fcn_kernels.set_attention.default(
+        queries.to(dtype),
+        features,
+        quality.to(dtype),
+        encoding_weight.to(dtype),
+        sets.offsets,
+        sets.lengths,
+        seed,
+        dropout,
+        encoding_eps,
+    )
+    return out, mass
+
+
+_INPUTS = (
+    "Tensor queries, Tensor features, Tensor quality, Tensor encoding_weight, Tensor offsets, "
+    "Tensor lengths, Tensor? seed, float dropout, float encoding_eps"
+)
+_library = torch.library.Library("fcn_kernels", "FRAGMENT")
+_library.define(f"set_attention({_INPUTS}) -> (Tensor out, Tensor mass, Tensor log_normalizer)")
+_library.define(
+    f"set_attention_backward({_INPUTS}, Tensor log_normalizer, Tensor grad_out, Tensor grad_mass, "
+    "Tensor mean_grad) -> (Tensor queries, Tensor features, Tensor quality, Tensor encoding_weight)"
+)
+
+
+def _backend(features: Tensor) -> ModuleType:
+    if resolve_backend(None, features) == "triton":
+        from fcn_kernels.kernels import attention
+
+        if features.shape[1] <= attention.MAX_DIM:
+            return attention
+    return attention_blocks
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(args[1].device.type, enabled=False):
+        return _backend(args[1]).forward(*args)  # type: ignore[no-any-return]
+
+
+def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(args[1].device.type, enabled=False):
+        return _backend(args[1]).backward(*args)  # type: ignore[no-any-return]
+
+
+for name, implementation in (("set_attention", _forward), ("set_attention_backward", _backward)):
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fcn_kernels::set_attention", lib=_library)
+def _forward_fake(queries: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    flat = queries.new_empty(queries.shape[:2])
+    return queries.new_empty(queries.shape), flat, torch.empty_like(flat)
+
+
+@torch.library.register_fake("fcn_kernels::set_attention_backward", lib=_library)
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in args[:4])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, dropout, encoding_eps = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.constants = dropout, encoding_eps
+    ctx.mark_non_differentiable(output[2])
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_mass: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, out, mass, log_normalizer = ctx.saved_tensors
+    mean_grad = (grad_out * out).sum(-1) + grad_mass * mass
+    grads = torch.ops.fcn_kernels.set_attention_backward.default(
+        *inputs, *ctx.constants, log_normalizer, grad_out, grad_mass, mean_grad
+    )
+    return *grads, None, None, None, None, None
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(
+        "set_attention has no second derivative. Call backward() without create_graph=True."
+    )
+
+
+torch.library.register_autograd(
+    "fcn_kernels::set_attention", _differentiate, setup_context=_save, lib=_library
+)
+torch.library.register_autograd("fcn_kernels::set_attention_backward", _no_second_derivative, lib=_library)
+
+
+@register_flop_formula(torch.ops.fcn_kernels.set_attention)
+def forward_flops(queries: Any, features: Any, *_: Any, **__: Any) -> int:
+    """2 T C H for the scores and for the weighted sum."""
+    return 2 * 2 * torch.Size(features).numel() * queries[1]  # type: ignore[no-any-return]
+
+
+@register_flop_formula(torch.ops.fcn_kernels.set_attention_backward)
+def backward_flops(queries: Any, features: Any, *_: Any, **__: Any) -> int:
+    """2 T C H for the scores again, and for the gradients of weights, keys, values and queries."""
+    return 5 * 2 * torch.Size(features).numel() * queries[1]  # type: ignore[no-any-return]

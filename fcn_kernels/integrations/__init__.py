@@ -1,0 +1,1 @@
+"""Ways to use the package inside other people's models."""
