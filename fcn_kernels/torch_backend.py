@@ -178,15 +178,15 @@ def _select(p: Problem, group: _Group, keep: bool, out: Selected) -> None:
     pickable, takes_part = _usable(p, norms, quality), _takes_part(p, group)
     if takes_part is not None:
         pickable &= takes_part
-    counts = pickable.sum(-1)
-    barred = ~pickable if bool((counts < pickable.shape[-1]).any()) else None  # None saves a pass a step
-    counts = counts.clamp_(max=p.k)
     each = torch.arange(group.sets.numel(), device=norms.device)
     if p.start is not None:
         first = p.start[group.sets].to(torch.int64)
         inside = (first >= 0) & (first < pickable.shape[-1])
         first = torch.where(inside, first, 0)
-        counts = torch.where(inside & pickable[each, first], counts, 0)
+        pickable &= (inside & pickable[each, first])[:, None]
+    counts = pickable.sum(-1)
+    barred = ~pickable if bool((counts < pickable.shape[-1]).any()) else None  # None saves a pass a step
+    counts = counts.clamp_(max=p.k)
     coefficient = p.distance_scale * _weight(quality, p.gamma)
     if not p.normalized:
         coefficient = coefficient / norms

@@ -1,0 +1,273 @@
+"""Build the kernels as the launchers would, for GPUs that are not here, and read what the compiler says of them.
+
+    python -m benchmarks.builds            # a Markdown table
+    python -m benchmarks.builds --json     # the same for programs
+
+A launcher runs with its kernel replaced by a recorder, so that what is built has the signature, the constants, the
+divisibilities and the warps of a real launch. No GPU is needed: ptxas and cuobjdump come with Triton.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_cooperative_grid")
+POINTERS: dict[Any, str] = {}
+
+
+class Spec(NamedTuple):
+    """A recorded launch, in a form that can be sent to another process."""
+
+    label: str
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: list[str]
+    options: dict[str, int]
+
+
+class Build(NamedTuple):
+    """What the compiler made of a launch on one target."""
+
+    label: str
+    kernel: str
+    target: str
+    warps: int
+    registers: int
+    spills: int
+    """Bytes of stack a thread, which is where registers spill to."""
+    shared: int
+    """Bytes of shared memory a program."""
+    row_loads: dict[str, int]
+    """Global loads by width in bits, PTX mnemonic's vector times element."""
+
+
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of each launch instead of launching."""
+
+    def __init__(self, kernel: Any, module: str, label: str) -> None:
+        self.kernel, self.module, self.label = kernel, module, label
+        self.specs: list[Spec] = []
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.record
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        """Specialise as Triton's runtime does: None and 1 are constants, multiples of 16 are known to be."""
+        import torch
+
+        params = self.kernel.params
+        values = {p.name: a for p, a in zip(params, args, strict=False)}
+        options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
+        values.update(kwargs)
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        divisible = []
+        for p in params:
+            value = values[p.name]
+            if p.is_constexpr or value is None:
+                kind = "constexpr"
+            elif isinstance(value, torch.Tensor):
+                kind = "*" + POINTERS[value.dtype]
+                divisible.append(p.name)
+            elif isinstance(value, float):
+                kind = "fp32"
+            elif value == 1 and not p.do_not_specialize:
+                kind = "constexpr"
+            else:
+                kind = p.annotation_type or ("i32" if abs(value) < 2**31 else "i64")
+                if value % 16 == 0 and not p.do_not_specialize:
+                    divisible.append(p.name)
+            signature[p.name] = kind
+            if kind == "constexpr":
+                constants[p.name] = value
+        name = self.kernel.fn.__name__
+        self.specs.append(Spec(self.label, self.module, name, signature, constants, divisible, options))
+
+
+def record(label: str, module: Any, kernels: tuple[str, ...], launch: Callable[[], object]) -> list[Spec]:
+    """The launches of ``kernels`` that ``launch()`` makes through ``module``."""
+    import torch
+
+    POINTERS.update(
+        {
+            torch.float32: "fp32",
+            torch.bfloat16: "bf16",
+            torch.float16: "fp16",
+            torch.int64: "i64",
+            torch.int32: "i32",
+            torch.bool: "i1",
+            torch.uint8: "u8",
+        }
+    )
+    originals = {name: getattr(module, name) for name in kernels}
+    recorders = {name: Recorder(k, k.fn.__module__, label) for name, k in originals.items()}
+    try:
+        for name, recorder in recorders.items():
+            setattr(module, name, recorder)
+        launch()
+    finally:
+        for name, original in originals.items():
+            setattr(module, name, original)
+    return [spec for recorder in recorders.values() for spec in recorder.specs]
+
+
+def build(spec: Spec, target: str) -> Build:
+    """Compile one launch for one target."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(spec.module), spec.kernel)
+    order = list(spec.signature)
+    source = ASTSource(
+        fn=kernel,
+        signature=spec.signature,
+        constexprs={(order.index(n),): v for n, v in spec.constants.items()},
+        attrs={(order.index(n),): [["tt.divisibility", 16]] for n in spec.divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=spec.options)
+    warps = spec.options["num_warps"]
+    if target.startswith("gfx"):
+        registers, spills = _amd_resources(compiled.asm["amdgcn"])
+        loads: dict[str, int] = {}
+    else:
+        registers, spills = _nvidia_resources(compiled.asm["cubin"])
+        loads = _load_widths(compiled.asm["ptx"])
+    return Build(spec.label, spec.kernel, target, warps, registers, spills, compiled.metadata.shared, loads)
+
+
+def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resources:\n{text}")
+    return int(found[1]), int(found[2])
+
+
+def _amd_resources(assembly: str) -> tuple[int, int]:
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
+    scratch = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+    if registers is None or scratch is None:
+        raise RuntimeError("the assembly carries no resource metadata")
+    return int(registers[1]), int(scratch[1])
+
+
+def _load_widths(ptx: str) -> dict[str, int]:
+    widths: dict[str, int] = {}
+    for vector, bits in re.findall(r"ld\.global(?:\.\w+)*?(?:\.(v[248]))?\.[bfsu](\d+)", ptx):
+        width = str(int(vector[1:] or 1) * int(bits) if vector else int(bits))
+        widths[width] = widths.get(width, 0) + 1
+    return widths
+
+
+def selection_specs() -> Iterator[Spec]:
+    """The selection's launches over the range of sizes, dtypes and options that change what is built."""
+    import torch
+
+    from fcn_kernels.kernels import launch
+    from fcn_kernels.problem import Problem, Saved
+
+    def specs(label: str, rows: int | None, dim: int, dtype: torch.dtype, k: int, **changes: Any) -> list[Spec]:
+        sets = 2
+        packed = rows is None
+        shape = (sets * 32, dim) if packed else (sets, rows, dim)
+        features = torch.empty(shape, dtype=dtype)
+        total = features.shape[:-1].numel()
+        p = Problem(
+            features=features,
+            quality=torch.empty(total),
+            gamma=torch.tensor(0.5),
+            noise=None,
+            seed=torch.tensor(2**40 + 1),
+            start=None,
+            mask=None,
+            lengths=None,
+            cu_seqlens=torch.empty(sets + 1, dtype=torch.int32) if packed else None,
+            k=k,
+            tau=1.0,
+            distance_scale=1.0,
+            normalized=False,
+            distinct=False,
+        )._replace(**changes)
+        saved = Saved(
+            indices=torch.empty(sets, k, dtype=torch.int64),
+            counts=torch.empty(sets, dtype=torch.int64),
+            log_normalizers=torch.empty(sets, k),
+            gaps=torch.empty(k - 1, total),
+            norms=torch.empty(total),
+        )
+
+        def both() -> None:
+            launch.forward(p, True)
+            launch.backward(p, torch.empty(sets, k, dim, dtype=dtype), saved)
+
+        return record(label, launch, ("select_forward", "select_backward"), both)
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for dtype, name in ((bf16, "bf16"), (fp32, "fp32")):
+        for dim in (128, 512, 1024, 2048, 4096):
+            for rows in (20, 64, 4000, None):
+                yield from specs(f"{name} C={dim} N={rows or 'packed'} K=3", rows, dim, dtype, 3)
+    yield from specs("fp16 C=512 N=20 K=3", 20, 512, torch.float16, 3)
+    yield from specs("bf16 C=512 N=20 K=1", 20, 512, bf16, 1)
+    yield from specs("bf16 C=512 N=20 K=64", 20, 512, bf16, 64)
+    yield from specs("bf16 C=768 N=packed K=3", None, 768, bf16, 3)
+    yield from specs("bf16 C=512 N=20 no quality, given start", 20, 512, bf16, 3, quality=None, start=torch.empty(2, dtype=torch.int64))
+    yield from specs("bf16 C=512 N=packed no quality", None, 512, bf16, 3, quality=None)
+    yield from specs("bf16 C=512 N=packed normalized, distinct, argmax", None, 512, bf16, 3, normalized=True, distinct=True, seed=None)
+
+
+def build_all(specs: list[Spec], targets: list[str], workers: int = 2) -> list[Build]:
+    """Every launch for every target, in processes of their own."""
+    jobs = [(spec, target) for spec in specs for target in targets]
+    with ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(build, *zip(*jobs, strict=True), chunksize=4))
+
+
+def main() -> int:
+    """Print the table of builds."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.builds", description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--only", default="", help="launches whose label has this")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    specs = [s for s in selection_specs() if args.only in s.label]
+    builds = build_all(specs, args.targets)
+    if args.json:
+        json.dump([b._asdict() for b in builds], sys.stdout)
+        return 0
+    print("| launch | kernel | target | warps | registers | spilled bytes | shared bytes | loads by width |")
+    print("|---|---|---|---|---|---|---|---|")
+    for b in builds:
+        loads = ", ".join(f"{n} x {w}" for w, n in sorted(b.row_loads.items(), key=lambda item: -int(item[0])))
+        print(f"| {b.label} | {b.kernel} | {b.target} | {b.warps} | {b.registers} | {b.spills} | {b.shared} | {loads} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,337 @@
+"""The backward kernel: from the last pick to the first, then the rows' gradient, of one set in one program.
+
+With c the gradient at pick k, complete once the later picks are done, and y its softmax,
+
+    along(n) = c . x_n,  mean = sum_n y(n) along(n),  chain(n) += y(n) (along(n) - mean) / tau
+
+is the gradient of the running minimum. The share of it that belongs to the distance to pick k - 1 gives
+dcos(n) = -scale q^gamma share chain, and sum_n dcos(n) u_n is what pick k - 1 gets of it. That sum is linear in the
+mean, which is known only once all rows were seen: the streaming tier sums the two parts of it in the pass that makes
+the mean, so each step reads the rows once, as does the last, which writes their gradient.
+"""
+
+import triton
+import triton.language as tl
+
+from fcn_kernels.kernels.common import (
+    RAGGED,
+    RESIDENT_TIER,
+    load_row,
+    load_rows,
+    locate,
+    perturb,
+    power,
+)
+
+
+@triton.jit
+def load_marks(norms_ptr, quality_ptr, first, rows, inside):
+    """(can be picked, norm, quality) [n], harmless ones where a row cannot be picked."""
+    mark = tl.load(norms_ptr + first + rows, mask=inside, other=-1.0)
+    open_to = mark > 0
+    norm = tl.where(open_to, mark, 1.0)
+    quality = norm
+    if quality_ptr is not None:
+        quality = tl.load(quality_ptr + first + rows, mask=open_to, other=1.0)
+    return open_to, norm, quality
+
+
+@triton.jit
+def load_gap(gaps_ptr, first, rows, inside, step, R):
+    """A step's gap [n], whether the row was still in the softmax, and the step's share of the gradient.
+
+    The share is 1 where the step came nearer than all before it, 1/2 where it tied with them, else 0.
+    """
+    at = gaps_ptr + first + rows
+    saved = tl.load(at + step * R, mask=inside, other=0.0)
+    before = tl.load(at + (step - 1) * R, mask=inside & (step > 0), other=float("inf"))
+    tied = saved.to(tl.int32, bitcast=True) < 0
+    gap = tl.abs(saved)
+    share = tl.where(tied, 0.5, tl.where(gap < tl.abs(before), 1.0, 0.0))
+    return gap, saved > -3.0, share
+
+
+@triton.jit
+def softmax_of(logits, rows, inside, open_to, step, set_id, first, R, noise_ptr, seed, normalizer, tau, SEEDED: tl.constexpr):
+    """A step's softmax [n], from its logits without noise."""
+    noisy = perturb(logits, rows, inside, step, set_id, first, R, noise_ptr, seed, SEEDED)
+    return tl.where(open_to, tl.exp(noisy / tau - normalizer), 0.0)
+
+
+@triton.jit
+def settle_chain(
+    chain_ptr, soft_ptr, dcos_ptr, norms_ptr, quality_ptr, gaps_ptr, first, count, step, R, mean, scale, gamma,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Once the softmax mean is known: take it off the chain, and divide the chain between the distances."""
+    for begin in range(0, count, BLOCK):
+        rows = begin + tl.arange(0, BLOCK)
+        inside = rows < count
+        open_to, norm, quality = load_marks(norms_ptr, quality_ptr, first, rows, inside)
+        gap, in_softmax, share = load_gap(gaps_ptr, first, rows, inside, step - 1, R)
+        chain = tl.load(chain_ptr + first + rows, mask=inside, other=0.0)
+        chain -= mean * tl.load(soft_ptr + first + rows, mask=inside, other=0.0)
+        tl.store(dcos_ptr + rows, -scale * power(quality, gamma) * share * chain, mask=inside)
+        tl.store(chain_ptr + first + rows, chain - share * chain, mask=inside)
+
+
+@triton.jit
+def settle_quality(dquality_ptr, soft_ptr, first, count, mean, BLOCK: tl.constexpr):
+    """Once the first pick's softmax mean is known: take it off the quality's gradient."""
+    for begin in range(0, count, BLOCK):
+        rows = begin + tl.arange(0, BLOCK)
+        inside = rows < count
+        dquality = tl.load(dquality_ptr + first + rows, mask=inside, other=0.0)
+        dquality -= mean * tl.load(soft_ptr + first + rows, mask=inside, other=0.0)
+        tl.store(dquality_ptr + first + rows, dquality, mask=inside)
+
+
+@triton.jit
+def assemble(
+    tile, rows, inside, open_to, norm, rows_ptr, gaps_ptr, norms_ptr, indices_ptr, pulls_ptr, dcos_ptr,
+    base, first, stride_row, cols, C, R, picks, NORMALIZED: tl.constexpr,
+):  # fmt: skip
+    """The rows' gradient [n, c] but for the part along the row itself, d log w [n] and sum_j dcos_j [n]."""
+    gradient = tl.zeros_like(tile)
+    dlogweight = tl.zeros_like(norm)
+    total = tl.zeros_like(norm)
+    for step in range(picks):
+        row = tl.load(indices_ptr + base + step).to(tl.int32)
+        pull = tl.load(pulls_ptr + (base + step) * C + cols, mask=cols < C, other=0.0)
+        gradient += tl.where(rows == row, 1.0, 0.0)[:, None] * pull[None, :]
+        if step + 1 < picks:
+            at = step * R + first + rows
+            dcos = tl.load(dcos_ptr + at, mask=inside & open_to, other=0.0)
+            gap = tl.abs(tl.load(gaps_ptr + at, mask=inside & open_to, other=0.0))
+            dlogweight -= gap * dcos
+            total += dcos
+            direction = load_row(rows_ptr, row, True, stride_row, cols, C).to(tl.float32)
+            if not NORMALIZED:
+                direction = direction / tl.load(norms_ptr + first + row)
+                dcos = dcos / norm
+            gradient += dcos[:, None] * direction[None, :]
+    return gradient, dlogweight, total
+
+
+@triton.jit
+def backward_set(
+    rows_ptr, quality_ptr, gamma, noise_ptr, seed, grad_ptr, indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr,
+    norms_ptr, drows_ptr, dquality_ptr, dgamma_ptr, pulls_ptr, dcos_ptr, chain_ptr, soft_ptr,
+    set_id, first, count, extent, stride_row, C, K, R, tau, scale,
+    SEEDED: tl.constexpr, NORMALIZED: tl.constexpr, CHOSEN: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One set, rows [0, count) of [0, extent); the rest is padding and gets zeros."""
+    cols = tl.arange(0, BLOCK_C)
+    lane = tl.arange(0, BLOCK_N)
+    picks = tl.load(counts_ptr + set_id).to(tl.int32)
+    base = set_id.to(tl.int64) * K
+
+    if RESIDENT:
+        inside = lane < count
+        open_to, norm, quality = load_marks(norms_ptr, quality_ptr, first, lane, inside)
+        # 0 * NaN is NaN: rows that cannot be picked must not meet the sums below
+        held = load_rows(rows_ptr, lane, open_to, stride_row, cols, C)
+        weight = scale * power(quality, gamma)
+        chain = tl.zeros_like(norm)
+
+    pull = tl.zeros((BLOCK_C,), tl.float32)  # what the later picks give to the next one down
+    for back in range(picks - 1):
+        step = picks - 1 - back
+        arriving = tl.load(grad_ptr + (base + step) * C + cols, mask=cols < C, other=0.0).to(tl.float32) + pull
+        tl.store(pulls_ptr + (base + step) * C + cols, arriving, mask=cols < C)
+        normalizer = tl.load(normalizers_ptr + base + step)
+        dcos_at = dcos_ptr + (step - 1) * R + first
+        if RESIDENT:
+            gap, in_softmax, share = load_gap(gaps_ptr, first, lane, inside, step - 1, R)
+            soft = softmax_of(
+                gap * weight, lane, inside, open_to & in_softmax, step, set_id, first, R, noise_ptr, seed,
+                normalizer, tau, SEEDED,
+            )  # fmt: skip
+            tile = held.to(tl.float32)
+            along = tl.sum(tile * arriving[None, :], axis=1)
+            chain += soft * (along - tl.sum(soft * along, axis=0)) / tau
+            dcos = -weight * share * chain
+            chain -= share * chain
+            tl.store(dcos_at + lane, dcos, mask=inside)
+            if not NORMALIZED:
+                dcos = dcos / norm
+            pull = tl.sum(tile * dcos[:, None], axis=0)
+        else:
+            mean = 0.0
+            fixed = tl.zeros((BLOCK_C,), tl.float32)
+            by_mean = tl.zeros((BLOCK_C,), tl.float32)
+            for begin in range(0, count, BLOCK_N):
+                rows = begin + lane
+                inside = rows < count
+                open_to, norm, quality = load_marks(norms_ptr, quality_ptr, first, rows, inside)
+                tile = load_rows(rows_ptr, rows, open_to, stride_row, cols, C).to(tl.float32)
+                gap, in_softmax, share = load_gap(gaps_ptr, first, rows, inside, step - 1, R)
+                weight = scale * power(quality, gamma)
+                soft = softmax_of(
+                    gap * weight, rows, inside, open_to & in_softmax, step, set_id, first, R, noise_ptr, seed,
+                    normalizer, tau, SEEDED,
+                )  # fmt: skip
+                along = tl.sum(tile * arriving[None, :], axis=1)
+                mean += tl.sum(soft * along, axis=0)
+                chain = tl.load(chain_ptr + first + rows, mask=inside & (back > 0), other=0.0)
+                chain += soft * along / tau
+                soft = soft / tau
+                tl.store(chain_ptr + first + rows, chain, mask=inside)
+                tl.store(soft_ptr + first + rows, soft, mask=inside)
+                to_cos = -weight * share
+                if not NORMALIZED:
+                    to_cos = to_cos / norm
+                fixed += tl.sum(tile * (to_cos * chain)[:, None], axis=0)
+                by_mean += tl.sum(tile * (to_cos * soft)[:, None], axis=0)
+            pull = fixed - mean * by_mean
+            tl.debug_barrier()  # rows change hands between threads
+            settle_chain(
+                chain_ptr, soft_ptr, dcos_at, norms_ptr, quality_ptr, gaps_ptr, first, count, step, R, mean, scale, gamma,
+                BLOCK_R,
+            )  # fmt: skip
+            tl.debug_barrier()
+        if not NORMALIZED:
+            row = tl.load(indices_ptr + base + step - 1).to(tl.int32)
+            length = tl.load(norms_ptr + first + row)
+            u = load_row(rows_ptr, row, True, stride_row, cols, C).to(tl.float32) / length
+            pull = (pull - tl.sum(pull * u, axis=0) * u) / length
+
+    there = picks > 0
+    arriving = tl.load(grad_ptr + base * C + cols, mask=(cols < C) & there, other=0.0).to(tl.float32) + pull
+    tl.store(pulls_ptr + base * C + cols, arriving, mask=cols < C)
+    normalizer = tl.load(normalizers_ptr + base)
+    tl.debug_barrier()  # pulls and dcos are read by other threads than wrote them
+
+    # Where the quality is the norm, its gradient is part of the rows', so the mean has to come first.
+    mean = 0.0
+    if CHOSEN and quality_ptr is None:
+        if RESIDENT:
+            along = tl.sum(held.to(tl.float32) * arriving[None, :], axis=1)
+            soft = softmax_of(
+                quality, lane, inside, open_to & there, 0, set_id, first, R, noise_ptr, seed, normalizer, tau, SEEDED
+            )
+            mean += tl.sum(soft * along, axis=0)
+        else:
+            for begin in range(0, count, BLOCK_N):
+                rows = begin + lane
+                inside = rows < count
+                open_to, norm, quality = load_marks(norms_ptr, quality_ptr, first, rows, inside)
+                tile = load_rows(rows_ptr, rows, open_to, stride_row, cols, C).to(tl.float32)
+                along = tl.sum(tile * arriving[None, :], axis=1)
+                soft = softmax_of(
+                    quality, rows, inside, open_to & there, 0, set_id, first, R, noise_ptr, seed, normalizer, tau,
+                    SEEDED,
+                )  # fmt: skip
+                mean += tl.sum(soft * along, axis=0)
+    # The rows' gradient, in tiles small enough to stand beside the rows; a resident set's come from L1 or L2 again.
+    dgamma = 0.0
+    tail = 0.0  # the mean, where it comes last
+    for begin in range(0, extent, BLOCK_W):
+        at = begin + tl.arange(0, BLOCK_W)
+        member = at < count
+        can, length, q = load_marks(norms_ptr, quality_ptr, first, at, member)
+        part = load_rows(rows_ptr, at, can, stride_row, cols, C).to(tl.float32)
+        gradient, dlogweight, total = assemble(
+            part, at, member, can, length, rows_ptr, gaps_ptr, norms_ptr, indices_ptr, pulls_ptr, dcos_ptr,
+            base, first, stride_row, cols, C, R, picks, NORMALIZED,
+        )  # fmt: skip
+        dgamma += tl.sum(dlogweight * tl.log(q), axis=0)
+        dquality = gamma * dlogweight / q
+        if CHOSEN:
+            product = tl.sum(part * arriving[None, :], axis=1)
+            chosen = softmax_of(
+                q, at, member, can & there, 0, set_id, first, R, noise_ptr, seed, normalizer, tau, SEEDED
+            )
+            dquality += chosen * (product - mean) / tau
+            if quality_ptr is not None:
+                tail += tl.sum(chosen * product, axis=0)
+                tl.store(soft_ptr + first + at, chosen / tau, mask=member)
+        radial = tl.zeros_like(length)
+        if not NORMALIZED:
+            radial = -(total + dlogweight) / (length * length)
+        if quality_ptr is None:
+            radial += dquality / length
+        gradient += radial[:, None] * part
+        place = first + at
+        written = at < extent
+        tl.store(
+            drows_ptr + place[:, None] * C + cols[None, :],
+            gradient.to(drows_ptr.dtype.element_ty),
+            mask=written[:, None] & (cols < C)[None, :],
+        )
+        tl.store(dquality_ptr + place, dquality, mask=written)
+    tl.store(dgamma_ptr + set_id, dgamma)
+    if CHOSEN and quality_ptr is not None:
+        tl.debug_barrier()
+        settle_quality(dquality_ptr, soft_ptr, first, count, tail, BLOCK_R)
+
+
+@triton.jit(do_not_specialize=["seed_value"])
+def select_backward(
+    rows_ptr,  # features: [B, N, C] by strides, or [T, C]
+    quality_ptr,  # [R] float32, or None for the norms
+    gamma_ptr,  # [1], or None for gamma_value
+    gamma_value,
+    noise_ptr,  # [K, R] float32, or None
+    seed_ptr,  # [1] int64, or None for seed_value
+    seed_value: "i64",
+    lengths_ptr,  # [B], or None
+    cu_seqlens_ptr,  # [B + 1], or None
+    grad_ptr,  # [B, K, C]
+    indices_ptr,  # [B, K] int64
+    counts_ptr,  # [B] int64
+    normalizers_ptr,  # [B, K] float32
+    gaps_ptr,  # [K - 1, R] float32
+    norms_ptr,  # [R] float32
+    drows_ptr,  # out [B, N, C] or [T, C]
+    dquality_ptr,  # out [R] float32
+    dgamma_ptr,  # out [B] float32
+    pulls_ptr,  # scratch [B, K, C] float32, the complete gradients at the picks
+    dcos_ptr,  # scratch [K - 1, R] float32
+    chain_ptr,  # scratch [R] float32 (streaming)
+    soft_ptr,  # scratch [R] float32
+    stride_set,
+    stride_row,
+    N,
+    C,
+    K,
+    R: "i64",
+    tau,
+    scale,
+    SEEDED: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    CHOSEN: tl.constexpr,  # the first pick was chosen by quality, not given
+    TIER: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # rows of a tile
+    BLOCK_W: tl.constexpr,  # rows of a tile whose gradient is being written
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # rows at a time where only their scalars are read
+):
+    set_id = tl.program_id(0)
+    first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
+    extent = count if cu_seqlens_ptr is not None else N
+    gamma = gamma_value
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr).to(tl.float32)
+    seed = seed_value
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    if TIER == RAGGED:
+        resident = count <= BLOCK_N
+    else:
+        resident: tl.constexpr = TIER == RESIDENT_TIER
+    if resident:
+        backward_set(
+            rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, grad_ptr, indices_ptr, counts_ptr, normalizers_ptr,
+            gaps_ptr, norms_ptr, drows_ptr, dquality_ptr, dgamma_ptr, pulls_ptr, dcos_ptr, chain_ptr, soft_ptr,
+            set_id, first, count, extent, stride_row, C, K, R, tau, scale,
+            SEEDED, NORMALIZED, CHOSEN, True, BLOCK_N, BLOCK_W, BLOCK_C, BLOCK_R,
+        )  # fmt: skip
+    else:
+        backward_set(
+            rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, grad_ptr, indices_ptr, counts_ptr, normalizers_ptr,
+            gaps_ptr, norms_ptr, drows_ptr, dquality_ptr, dgamma_ptr, pulls_ptr, dcos_ptr, chain_ptr, soft_ptr,
+            set_id, first, count, extent, stride_row, C, K, R, tau, scale,
+            SEEDED, NORMALIZED, CHOSEN, False, BLOCK_N, BLOCK_W, BLOCK_C, BLOCK_R,
+        )  # fmt: skip

@@ -1,0 +1,74 @@
+"""Device code that the forward and the backward pass share, in every tier.
+
+Shapes in comments: n rows of a tile, c columns (C up to the next power of two).
+"""
+
+import triton
+import triton.language as tl
+
+from fcn_kernels.kernels.noise import gumbel_noise
+
+# Tiers of a launch. In a ragged one each set decides by its own length whether it is resident or streamed.
+RESIDENT_TIER = tl.constexpr(0)
+STREAMING_TIER = tl.constexpr(1)
+RAGGED = tl.constexpr(2)
+
+# Rows that left the softmax under `distinct` carry this as their gap: below every gap, so that the running minimum
+# keeps it, and below -2, the lowest that a gap with the tie bit can be.
+TAKEN = tl.constexpr(-4.0)
+
+
+@triton.jit
+def locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R):
+    """Where a set's rows are: (first among the R rows, how many, offset into the features).
+
+    Clamped to the tensors whatever lengths and offsets say, as their values cannot be checked without waiting.
+    """
+    if cu_seqlens_ptr is not None:
+        first = tl.load(cu_seqlens_ptr + set_id).to(tl.int64)
+        first = tl.minimum(tl.maximum(first, 0), R)
+        last = tl.load(cu_seqlens_ptr + set_id + 1).to(tl.int64)
+        count = tl.maximum(tl.minimum(last, R) - first, 0)
+        offset = first * stride_row
+    else:
+        first = set_id.to(tl.int64) * N
+        offset = set_id.to(tl.int64) * stride_set
+        count = tl.zeros_like(first) + N
+        if lengths_ptr is not None:
+            count = tl.minimum(tl.maximum(tl.load(lengths_ptr + set_id).to(tl.int64), 0), count)
+    return first, count.to(tl.int32), offset
+
+
+@triton.jit
+def load_rows(rows_ptr, rows, inside, stride_row, cols, C):
+    """A tile of rows [n, c], as stored."""
+    where = rows.to(tl.int64)[:, None] * stride_row + cols[None, :]
+    return tl.load(rows_ptr + where, mask=inside[:, None] & (cols < C)[None, :], other=0.0)
+
+
+@triton.jit
+def load_row(rows_ptr, row, there, stride_row, cols, C):
+    """One row [c], as stored."""
+    return tl.load(rows_ptr + row.to(tl.int64) * stride_row + cols, mask=(cols < C) & there, other=0.0)
+
+
+@triton.jit
+def norm_of(tile):
+    """|x_n| of a float32 tile [n, c]."""
+    return tl.sqrt_rn(tl.sum(tile * tile, axis=1))
+
+
+@triton.jit
+def power(quality, gamma):
+    """quality^gamma for quality > 0."""
+    return tl.exp2(gamma * tl.log2(quality))
+
+
+@triton.jit
+def perturb(logits, rows, inside, step, set_id, first, R, noise_ptr, seed, SEEDED: tl.constexpr):
+    """Logits [n] with the step's Gumbel noise."""
+    if noise_ptr is not None:
+        logits += tl.load(noise_ptr + step * R + first + rows, mask=inside, other=0.0)
+    elif SEEDED:
+        logits += gumbel_noise(seed, rows, step, set_id)
+    return logits

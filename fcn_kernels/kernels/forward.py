@@ -1,0 +1,253 @@
+"""The forward kernel: all K steps of one set in one program.
+
+Two tiers in one body. *Resident*: the set's tile [n, c] stays in registers from the first step to the last, so its
+rows are read once. *Streaming*: tiles are read again for each step, from L1 or L2 while the set fits there, and what
+a row carries from step to step, its norm and its gap, stands in global memory.
+
+A step ends one pick and makes the logits of the next. All that it needs of the set is four numbers: the best noisy
+logit, its row, that row's logit without the noise, and the denominator of the softmax.
+"""
+
+import triton
+import triton.language as tl
+
+from fcn_kernels.kernels.common import (
+    RAGGED,
+    RESIDENT_TIER,
+    TAKEN,
+    load_row,
+    load_rows,
+    locate,
+    norm_of,
+    perturb,
+    power,
+)
+
+
+@triton.jit
+def admit(tile, rows, inside, first, quality_ptr, mask_ptr, NORMALIZED: tl.constexpr):
+    """First look at rows: (quality, mark) [n].
+
+    The mark is the norm of a row that can be picked, -1 for one that is masked or of unusable quality, NaN for one
+    that is not finite or has no direction. Rows that cannot be picked get quality 1, which is harmless.
+    """
+    norm = norm_of(tile)
+    if quality_ptr is not None:
+        quality = tl.load(quality_ptr + first + rows, mask=inside, other=-1.0)
+    else:
+        quality = norm
+    good = inside & (quality > 0) & (quality < float("inf"))
+    if mask_ptr is not None:
+        good = good & tl.load(mask_ptr + first + rows, mask=inside, other=0).to(tl.int1)
+    sound = norm < float("inf")
+    if not NORMALIZED:
+        sound = sound & (norm > 0)
+    mark = tl.where(sound, tl.where(good, norm, -1.0), float("nan"))
+    return tl.where(good & sound, quality, 1.0), mark
+
+
+@triton.jit
+def approach(tile, direction, norm, gap, rows, row, NORMALIZED: tl.constexpr, DISTINCT: tl.constexpr):
+    """The gap [n] to the nearest pick after one more pick, `row` with unit vector `direction`; and whether it tied."""
+    along = tl.sum(tile * direction[None, :], axis=1)
+    if not NORMALIZED:
+        along = along / norm
+    # rounding can take 1 - cos below the 0 that a picked row has to itself
+    fresh = tl.maximum(1 - along, 0.0)
+    if DISTINCT:
+        gap = tl.where(rows == row, TAKEN, gap)
+    return tl.minimum(gap, fresh), fresh == gap
+
+
+@triton.jit
+def challenge(best, row, logit, denominator, noisy, logits, rows, tau, KEEP: tl.constexpr):
+    """Let a tile's noisy logits [n] (-inf where barred) take part in the running argmax and softmax."""
+    tile_best, at = tl.max(noisy, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    at = tl.min(rows, axis=0) + at
+    peak = tl.maximum(best, tile_best)
+    if KEEP:
+        shift = tl.where(peak == float("-inf"), 0.0, peak)
+        denominator = denominator * tl.exp((best - shift) / tau)
+        denominator += tl.sum(tl.exp((noisy - shift) / tau), axis=0)
+    won = tile_best > best  # tiles come in order of rows, so the lowest row keeps a tie
+    here = tl.sum(tl.where(rows == at, logits, 0.0), axis=0)
+    return peak, tl.where(won, at, row), tl.where(won, here, logit), denominator
+
+
+@triton.jit
+def save_gap(gaps_ptr, at, gap, tied, open_to, inside):
+    """Save a step's gaps [n] for the gradient, the sign bit set where the step tied."""
+    gap = tl.where(tied, -gap, gap)
+    tl.store(gaps_ptr + at, tl.where(open_to, gap, 0.0), mask=inside)
+
+
+@triton.jit
+def forward_set(
+    rows_ptr, quality_ptr, gamma, noise_ptr, seed, start_ptr, mask_ptr, picked_ptr, distances_ptr, indices_ptr,
+    counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, set_id, first, count, stride_row, C, K, R, tau, scale,
+    SEEDED: tl.constexpr, NORMALIZED: tl.constexpr, DISTINCT: tl.constexpr, KEEP: tl.constexpr,
+    RESIDENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One set."""
+    cols = tl.arange(0, BLOCK_C)
+    lane = tl.arange(0, BLOCK_N)
+    best, row, logit, denominator = float("-inf"), 0, 0.0, 0.0
+    pickable = 0
+    if RESIDENT:
+        inside = lane < count
+        held = load_rows(rows_ptr, lane, inside, stride_row, cols, C)
+        quality, mark = admit(held.to(tl.float32), lane, inside, first, quality_ptr, mask_ptr, NORMALIZED)
+        open_to = mark > 0
+        norm = tl.where(open_to, mark, 1.0)
+        weight = scale * power(quality, gamma)
+        gap = tl.full((BLOCK_N,), float("inf"), tl.float32)
+        pickable += tl.sum(open_to.to(tl.int32), axis=0)
+        if KEEP:
+            tl.store(norms_ptr + first + lane, mark, mask=inside)
+        noisy = perturb(quality, lane, inside, 0, set_id, first, R, noise_ptr, seed, SEEDED)
+        noisy = tl.where(open_to, noisy, float("-inf"))
+        best, row, logit, denominator = challenge(
+            best, row, logit, denominator, noisy, quality, lane, tau, KEEP
+        )
+    else:
+        for begin in range(0, count, BLOCK_N):
+            rows = begin + lane
+            inside = rows < count
+            tile = load_rows(rows_ptr, rows, inside, stride_row, cols, C).to(tl.float32)
+            quality, mark = admit(tile, rows, inside, first, quality_ptr, mask_ptr, NORMALIZED)
+            pickable += tl.sum((mark > 0).to(tl.int32), axis=0)
+            tl.store(norms_ptr + first + rows, mark, mask=inside)
+            noisy = perturb(quality, rows, inside, 0, set_id, first, R, noise_ptr, seed, SEEDED)
+            noisy = tl.where(mark > 0, noisy, float("-inf"))
+            best, row, logit, denominator = challenge(
+                best, row, logit, denominator, noisy, quality, rows, tau, KEEP
+            )
+        tl.debug_barrier()  # the marks are read by other threads than wrote them
+
+    if start_ptr is not None:
+        row = tl.load(start_ptr + set_id).to(tl.int32)
+        if RESIDENT:
+            given = tl.sum(tl.where((lane == row) & open_to, 1, 0), axis=0)
+        else:
+            given = tl.load(norms_ptr + first + row, mask=(row >= 0) & (row < count), other=-1.0) > 0
+        pickable = tl.where(given, pickable, 0)
+    tl.store(counts_ptr + set_id, tl.minimum(pickable, K).to(tl.int64))
+
+    for step in range(K):
+        there = step < pickable
+        picked = load_row(rows_ptr, row, there, stride_row, cols, C)
+        out = set_id.to(tl.int64) * K + step
+        tl.store(picked_ptr + out * C + cols, picked, mask=cols < C)
+        tl.store(indices_ptr + out, tl.where(there, row, -1).to(tl.int64))
+        distance = tl.where(step == 0, float("inf"), logit)
+        tl.store(distances_ptr + out, tl.where(there, distance, 0.0))
+        if KEEP:
+            empty = best == float("-inf")
+            normalizer = tl.where(empty, 0.0, best) / tau + tl.log(tl.where(empty, 1.0, denominator))
+            tl.store(normalizers_ptr + out, normalizer)
+        if step + 1 < K:
+            direction = picked.to(tl.float32)
+            if not NORMALIZED:
+                length = tl.sqrt_rn(tl.sum(direction * direction, axis=0))
+                direction = direction / tl.where(there, length, 1.0)
+            pick = row
+            best, row, logit, denominator = float("-inf"), 0, 0.0, 0.0
+            if RESIDENT:
+                gap, tied = approach(
+                    held.to(tl.float32), direction, norm, gap, lane, pick, NORMALIZED, DISTINCT
+                )
+                if KEEP:
+                    save_gap(gaps_ptr, step * R + first + lane, gap, tied, open_to, inside)
+                logits = gap * weight
+                noisy = perturb(logits, lane, inside, step + 1, set_id, first, R, noise_ptr, seed, SEEDED)
+                noisy = tl.where(open_to & (gap >= 0), noisy, float("-inf"))
+                best, row, logit, denominator = challenge(
+                    best, row, logit, denominator, noisy, logits, lane, tau, KEEP
+                )
+            else:
+                for begin in range(0, count, BLOCK_N):
+                    rows = begin + lane
+                    inside = rows < count
+                    tile = load_rows(rows_ptr, rows, inside, stride_row, cols, C).to(tl.float32)
+                    mark = tl.load(norms_ptr + first + rows, mask=inside, other=-1.0)
+                    open_to = mark > 0
+                    norm = tl.where(open_to, mark, 1.0)
+                    quality = norm
+                    if quality_ptr is not None:
+                        quality = tl.load(quality_ptr + first + rows, mask=open_to, other=1.0)
+                    before = inside & (step > 0)
+                    gap = tl.load(nearest_ptr + first + rows, mask=before, other=float("inf"))
+                    gap, tied = approach(tile, direction, norm, gap, rows, pick, NORMALIZED, DISTINCT)
+                    tl.store(nearest_ptr + first + rows, gap, mask=inside)
+                    if KEEP:
+                        save_gap(gaps_ptr, step * R + first + rows, gap, tied, open_to, inside)
+                    logits = gap * scale * power(quality, gamma)
+                    noisy = perturb(logits, rows, inside, step + 1, set_id, first, R, noise_ptr, seed, SEEDED)
+                    noisy = tl.where(open_to & (gap >= 0), noisy, float("-inf"))
+                    best, row, logit, denominator = challenge(
+                        best, row, logit, denominator, noisy, logits, rows, tau, KEEP
+                    )
+                tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["seed_value"])
+def select_forward(
+    rows_ptr,  # features: [B, N, C] by strides, or [T, C]
+    quality_ptr,  # [R] float32, or None for the norms
+    gamma_ptr,  # [1], or None for gamma_value
+    gamma_value,
+    noise_ptr,  # [K, R] float32, or None
+    seed_ptr,  # [1] int64, or None for seed_value
+    seed_value: "i64",
+    start_ptr,  # [B], or None
+    mask_ptr,  # [R] bool, or None
+    lengths_ptr,  # [B], or None
+    cu_seqlens_ptr,  # [B + 1], or None
+    picked_ptr,  # out [B, K, C]
+    distances_ptr,  # out [B, K] float32
+    indices_ptr,  # out [B, K] int64
+    counts_ptr,  # out [B] int64
+    normalizers_ptr,  # out [B, K] float32 (KEEP)
+    gaps_ptr,  # out [K - 1, R] float32 (KEEP)
+    norms_ptr,  # out [R] float32, the marks (KEEP or streaming)
+    nearest_ptr,  # scratch [R] float32, the running gaps (streaming)
+    stride_set,
+    stride_row,
+    N,
+    C,
+    K,
+    R: "i64",
+    tau,
+    scale,
+    SEEDED: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    DISTINCT: tl.constexpr,
+    KEEP: tl.constexpr,
+    TIER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    set_id = tl.program_id(0)
+    first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
+    gamma = gamma_value
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr).to(tl.float32)
+    seed = seed_value
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    if TIER == RAGGED:
+        resident = count <= BLOCK_N
+    else:
+        resident: tl.constexpr = TIER == RESIDENT_TIER
+    if resident:
+        forward_set(
+            rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, start_ptr, mask_ptr, picked_ptr, distances_ptr,
+            indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, set_id, first, count, stride_row,
+            C, K, R, tau, scale, SEEDED, NORMALIZED, DISTINCT, KEEP, True, BLOCK_N, BLOCK_C,
+        )  # fmt: skip
+    else:
+        forward_set(
+            rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, start_ptr, mask_ptr, picked_ptr, distances_ptr,
+            indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, set_id, first, count, stride_row,
+            C, K, R, tau, scale, SEEDED, NORMALIZED, DISTINCT, KEEP, False, BLOCK_N, BLOCK_C,
+        )  # fmt: skip
