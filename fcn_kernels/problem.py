@@ -10,7 +10,7 @@ class Problem(NamedTuple):
 
     "R rows" counts the rows of all sets: R = B * N for padded sets, T for packed ones, and a tensor of row values is
     flat over it. Rows whose saved norm is not > 0 can never be picked: -1 for padding, masked rows and rows of
-    unusable quality, NaN for rows whose features are not finite or (unless ``normalized``) all zero.
+    unusable quality, NaN for rows whose features are not finite or all zero.
     """
 
     features: Tensor  # (B, N, C) padded, or (T, C) packed

@@ -92,8 +92,8 @@ def coreset_select(
         strict: raise if a row that takes part cannot be picked, naming set and row. Waits for the device.
         backend: "triton", "torch", or None: Triton on CUDA devices, else torch.
 
-    Rows whose features or quality are not finite, whose quality is not above 0, or (unless ``normalized``) that are
-    all zero, are never picked, take no gradient and change nothing for the other rows.
+    Rows whose features are not finite or all zero, or whose quality is not finite or not above 0, are never picked,
+    take no gradient and change nothing for the other rows.
 
     Returns:
         A :class:`Coreset` of ``features``, ``indices``, ``counts``, ``distances``.

@@ -63,7 +63,7 @@ def unpickable_row(p: Problem) -> tuple[int, int, str] | None:
     for group in _groups(p):
         norms = _Rows(group.raw).norms()
         quality = norms if p.quality is None else group.take(p.quality)
-        bad, takes_part = ~_usable(p, norms, quality), _takes_part(p, group)
+        bad, takes_part = ~_usable(norms, quality), _takes_part(p, group)
         if takes_part is not None:
             bad &= takes_part
         if bad.any():
@@ -72,7 +72,7 @@ def unpickable_row(p: Problem) -> tuple[int, int, str] | None:
             q, norm = float(quality[*at]), float(norms[*at])
             if not norm < torch.inf:
                 reason = "its features are not finite"
-            elif norm == 0 and not p.normalized:
+            elif norm == 0:
                 reason = "its features are all zero"
             else:
                 reason = f"its quality is {q:g}, expected finite and above 0"
@@ -175,7 +175,7 @@ def _select(p: Problem, group: _Group, keep: bool, out: Selected) -> None:
     x = _Rows(group.raw)
     norms = x.norms()
     quality = norms if p.quality is None else group.take(p.quality)
-    pickable, takes_part = _usable(p, norms, quality), _takes_part(p, group)
+    pickable, takes_part = _usable(norms, quality), _takes_part(p, group)
     if takes_part is not None:
         pickable &= takes_part
     each = torch.arange(group.sets.numel(), device=norms.device)
@@ -325,10 +325,9 @@ def _share(gaps: Tensor, step: int) -> Tensor | float:
     return nearer.masked_fill_(gaps[step].signbit(), 0.5)
 
 
-def _usable(p: Problem, norms: Tensor, quality: Tensor) -> Tensor:
+def _usable(norms: Tensor, quality: Tensor) -> Tensor:
     """(G, n) bool: finite rows, with a direction, of positive finite quality."""
-    usable = (quality > 0) & (quality < torch.inf) & (norms < torch.inf)
-    return usable if p.normalized else usable & (norms > 0)
+    return (quality > 0) & (quality < torch.inf) & (norms < torch.inf) & (norms > 0)
 
 
 def _takes_part(p: Problem, group: _Group) -> Tensor | None:

@@ -25,7 +25,7 @@ from fcn_kernels.kernels.common import (
 
 
 @triton.jit
-def admit(tile, rows, inside, first, quality_ptr, mask_ptr, NORMALIZED: tl.constexpr):
+def admit(tile, rows, inside, first, quality_ptr, mask_ptr):
     """First look at rows: (quality, mark) [n].
 
     The mark is the norm of a row that can be picked, -1 for one that is masked or of unusable quality, NaN for one
@@ -39,9 +39,7 @@ def admit(tile, rows, inside, first, quality_ptr, mask_ptr, NORMALIZED: tl.const
     good = inside & (quality > 0) & (quality < float("inf"))
     if mask_ptr is not None:
         good = good & tl.load(mask_ptr + first + rows, mask=inside, other=0).to(tl.int1)
-    sound = norm < float("inf")
-    if not NORMALIZED:
-        sound = sound & (norm > 0)
+    sound = (norm < float("inf")) & (norm > 0)
     mark = tl.where(sound, tl.where(good, norm, -1.0), float("nan"))
     return tl.where(good & sound, quality, 1.0), mark
 
@@ -96,7 +94,7 @@ def forward_set(
     if RESIDENT:
         inside = lane < count
         held = load_rows(rows_ptr, lane, inside, stride_row, cols, C)
-        quality, mark = admit(held.to(tl.float32), lane, inside, first, quality_ptr, mask_ptr, NORMALIZED)
+        quality, mark = admit(held.to(tl.float32), lane, inside, first, quality_ptr, mask_ptr)
         open_to = mark > 0
         norm = tl.where(open_to, mark, 1.0)
         weight = scale * power(quality, gamma)
@@ -114,7 +112,7 @@ def forward_set(
             rows = begin + lane
             inside = rows < count
             tile = load_rows(rows_ptr, rows, inside, stride_row, cols, C).to(tl.float32)
-            quality, mark = admit(tile, rows, inside, first, quality_ptr, mask_ptr, NORMALIZED)
+            quality, mark = admit(tile, rows, inside, first, quality_ptr, mask_ptr)
             pickable += tl.sum((mark > 0).to(tl.int32), axis=0)
             tl.store(norms_ptr + first + rows, mark, mask=inside)
             noisy = perturb(quality, rows, inside, 0, set_id, first, R, noise_ptr, seed, SEEDED)
