@@ -237,9 +237,11 @@ def selection_specs() -> Iterator[Spec]:
     yield from specs("bf16 C=512 N=20 K=1", 20, 512, bf16, 1)
     yield from specs("bf16 C=512 N=20 K=64", 20, 512, bf16, 64)
     yield from specs("bf16 C=768 N=packed K=3", None, 768, bf16, 3)
-    yield from specs("bf16 C=512 N=20 no quality, given start", 20, 512, bf16, 3, quality=None, start=torch.empty(2, dtype=torch.int64))
+    given = torch.empty(2, dtype=torch.int64)
+    yield from specs("bf16 C=512 N=20 no quality, given start", 20, 512, bf16, 3, quality=None, start=given)
     yield from specs("bf16 C=512 N=packed no quality", None, 512, bf16, 3, quality=None)
-    yield from specs("bf16 C=512 N=packed normalized, distinct, argmax", None, 512, bf16, 3, normalized=True, distinct=True, seed=None)
+    plain = {"normalized": True, "distinct": True, "seed": None}
+    yield from specs("bf16 C=512 N=packed normalized, distinct, argmax", None, 512, bf16, 3, **plain)
 
 
 def build_all(specs: list[Spec], targets: list[str], workers: int = 2) -> list[Build]:
@@ -265,7 +267,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|")
     for b in builds:
         loads = ", ".join(f"{n} x {w}" for w, n in sorted(b.row_loads.items(), key=lambda item: -int(item[0])))
-        print(f"| {b.label} | {b.kernel} | {b.target} | {b.warps} | {b.registers} | {b.spills} | {b.shared} | {loads} |")
+        print(f"| {' | '.join(map(str, b[:-1]))} | {loads} |")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Fused, differentiable coreset selection: pick the few rows of a set that are both good and different."""
 
+from fcn_kernels._version import __version__
+from fcn_kernels.modules import CoresetAggregator, CoresetSelect
 from fcn_kernels.select import Coreset, coreset_select
 
-__version__ = "0.1.0"
-__all__ = ["Coreset", "coreset_select"]
+__all__ = ["Coreset", "CoresetAggregator", "CoresetSelect", "__version__", "coreset_select"]

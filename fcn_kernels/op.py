@@ -82,9 +82,7 @@ def _select_fake(*args: Any) -> Selected:
 def _select_backward_fake(*args: Any) -> Gradients:
     p = Problem(*args[:_FIELDS])
     norms = args[-2]
-    return Gradients(
-        p.features.new_empty(p.features.shape), norms.new_empty(p.rows), norms.new_empty(())
-    )
+    return Gradients(p.features.new_empty(p.features.shape), norms.new_empty(p.rows), norms.new_empty(()))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Selected) -> None:
@@ -102,9 +100,7 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
         return nothing
     tensors = Problem._fields.index("k")
     fields, kept = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:]
-    dx, dq, dgamma = torch.ops.fcn_kernels.select_backward.default(
-        *fields, *ctx.constants, grad, *kept, ctx.backend
-    )
+    dx, dq, dgamma = torch.ops.fcn_kernels.select_backward.default(*fields, *ctx.constants, grad, *kept, ctx.backend)
     wanted = ctx.needs_input_grad
     gamma = fields[2]
     return (
@@ -154,4 +150,4 @@ def select_flops(features: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 def select_backward_flops(features: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """2 R C for each of K products with the arriving gradients, K - 1 row sums, and K - 1 terms of dx."""
     k = args[8]
-    return 2 * torch.Size(features).numel() * (3 * k - 2)
+    return 2 * int(torch.Size(features).numel()) * (3 * int(k) - 2)

@@ -196,10 +196,9 @@ def resolve_backend(backend: str | None, features: Tensor) -> str:
 def _seed(features: Tensor, generator: Generator | None) -> Tensor:
     """A 0-d int64 seed; from the default CPU generator unless it has to be drawn within a recorded computation."""
     recorded = torch.compiler.is_compiling() or (features.is_cuda and torch.cuda.is_current_stream_capturing())
+    device = features.device if recorded else torch.device("cpu")
     if generator is not None:
         device = generator.device
-    else:
-        device = features.device if recorded else torch.device("cpu")
     return torch.randint(2**63 - 1, (), device=device, generator=generator)
 
 

@@ -84,6 +84,7 @@ class _Group(NamedTuple):
     """Some sets, side by side."""
 
     sets: Tensor  # (G,) their numbers
+    at: slice | Tensor  # their places among the B
     where: slice | Tensor  # their rows among all R: a slice, or (G, n) positions, -1 for padding
     raw: Tensor  # (G, n, C) as given
 
@@ -91,7 +92,8 @@ class _Group(NamedTuple):
         """(..., R) -> (..., G, n); padding takes some other row's value."""
         if isinstance(self.where, slice):
             return values[..., self.where].unflatten(-1, self.raw.shape[:2])
-        return values[..., self.where]
+        at: Tensor = values[..., self.where]
+        return at
 
     def put(self, values: Tensor, out: Tensor) -> None:
         """Write (..., G, n) to its place in (..., R)."""
@@ -112,7 +114,7 @@ def _groups(p: Problem) -> Iterator[_Group]:
         for first in range(0, sets if n else 0, step):
             last = min(first + step, sets)
             numbers = torch.arange(first, last, device=p.features.device)
-            yield _Group(numbers, slice(first * n, last * n), p.features[first:last])
+            yield _Group(numbers, slice(first, last), slice(first * n, last * n), p.features[first:last])
         return
     starts = p.cu_seqlens.to(torch.int64)
     lengths = starts.diff()
@@ -127,12 +129,13 @@ def _groups(p: Problem) -> Iterator[_Group]:
         numbers = order[first:last]
         if last == first + 1:
             begin = int(starts[numbers])
-            yield _Group(numbers, slice(begin, begin + longest), p.features[None, begin : begin + longest])
+            rows = slice(begin, begin + longest)
+            yield _Group(numbers, numbers, rows, p.features[None, rows])
         else:
             column = torch.arange(longest, device=p.features.device)
             where = starts[numbers, None] + column
             where = where.masked_fill_(column >= lengths[numbers, None], -1)
-            yield _Group(numbers, where, p.features[where])
+            yield _Group(numbers, numbers, where, p.features[where])
         first = last
 
 
@@ -156,6 +159,8 @@ class _Rows:
 
     def norms(self) -> Tensor:
         """|x_n|, (G, n)."""
+        if self.rows.dtype == self.dtype:
+            return torch.linalg.vector_norm(self.rows, dim=-1)
         return torch.cat([torch.linalg.vector_norm(x, dim=-1) for _, x in self.blocks()], 1)
 
     def products(self, vectors: Tensor) -> Tensor:
@@ -180,7 +185,7 @@ def _select(p: Problem, group: _Group, keep: bool, out: Selected) -> None:
         pickable &= takes_part
     each = torch.arange(group.sets.numel(), device=norms.device)
     if p.start is not None:
-        first = p.start[group.sets].to(torch.int64)
+        first = p.start[group.at].to(torch.int64)
         inside = (first >= 0) & (first < pickable.shape[-1])
         first = torch.where(inside, first, 0)
         pickable &= (inside & pickable[each, first])[:, None]
@@ -220,14 +225,19 @@ def _select(p: Problem, group: _Group, keep: bool, out: Selected) -> None:
         gap = nearest
         logits = gap * coefficient
 
-    out.counts[group.sets] = counts
-    there = torch.arange(p.k, device=counts.device) < counts[:, None]
-    indices = torch.stack(picks, 1)
-    out.indices[group.sets] = torch.where(there, indices, -1)
-    out.distances[group.sets] = torch.where(there, torch.stack(distances, 1), 0)
-    out.features[group.sets] = torch.where(there[..., None], group.raw[each[:, None], indices], 0)
+    indices, distance = torch.stack(picks, 1), torch.stack(distances, 1)
+    rows = group.raw[each[:, None], indices]
+    if barred is not None or p.k > pickable.shape[1]:
+        there = torch.arange(p.k, device=counts.device) < counts[:, None]
+        indices = torch.where(there, indices, -1)
+        distance = torch.where(there, distance, 0)
+        rows = torch.where(there[..., None], rows, 0)
+    out.counts[group.at] = counts
+    out.indices[group.at] = indices
+    out.distances[group.at] = distance
+    out.features[group.at] = rows
     if keep:
-        out.log_normalizers[group.sets] = torch.stack(normalizers, 1)
+        out.log_normalizers[group.at] = torch.stack(normalizers, 1)
         unusable = ~(norms < torch.inf) | (norms == 0)
         marks = torch.where(pickable, norms, -1.0).masked_fill(unusable, torch.nan)
         group.put(marks, out.norms)
@@ -245,11 +255,11 @@ def _backpropagate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Te
     quality = norms if p.quality is None else torch.where(pickable, group.take(p.quality), 1.0)
     scale = p.distance_scale * _weight(quality, p.gamma)
     each = torch.arange(group.sets.numel(), device=norms.device)
-    indices, counts = saved.indices[group.sets], saved.counts[group.sets]
-    normalizers = saved.log_normalizers[group.sets]
+    indices = saved.indices[group.at]
+    normalizers = saved.log_normalizers[group.at]
     there, picks = indices >= 0, indices.clamp(min=0)
     gaps = group.take(saved.gaps)  # (K - 1, G, n)
-    arriving = torch.where(there[..., None], grad[group.sets].to(norms.dtype), 0)  # (G, K, C)
+    arriving = torch.where(there[..., None], grad[group.at].to(norms.dtype), 0)  # (G, K, C)
     directions = x.pick((each[:, None], picks))  # (G, K, C)
     pick_norms = norms[each[:, None], picks][..., None]
     if not p.normalized:

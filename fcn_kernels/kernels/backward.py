@@ -52,7 +52,9 @@ def load_gap(gaps_ptr, first, rows, inside, step, R):
 
 
 @triton.jit
-def softmax_of(logits, rows, inside, open_to, step, set_id, first, R, noise_ptr, seed, normalizer, tau, SEEDED: tl.constexpr):
+def softmax_of(
+    logits, rows, inside, open_to, step, set_id, first, R, noise_ptr, seed, normalizer, tau, SEEDED: tl.constexpr
+):  # fmt: skip
     """A step's softmax [n], from its logits without noise."""
     noisy = perturb(logits, rows, inside, step, set_id, first, R, noise_ptr, seed, SEEDED)
     return tl.where(open_to, tl.exp(noisy / tau - normalizer), 0.0)
@@ -67,8 +69,8 @@ def settle_chain(
     for begin in range(0, count, BLOCK):
         rows = begin + tl.arange(0, BLOCK)
         inside = rows < count
-        open_to, norm, quality = load_marks(norms_ptr, quality_ptr, first, rows, inside)
-        gap, in_softmax, share = load_gap(gaps_ptr, first, rows, inside, step - 1, R)
+        _, _, quality = load_marks(norms_ptr, quality_ptr, first, rows, inside)
+        _, _, share = load_gap(gaps_ptr, first, rows, inside, step - 1, R)
         chain = tl.load(chain_ptr + first + rows, mask=inside, other=0.0)
         chain -= mean * tl.load(soft_ptr + first + rows, mask=inside, other=0.0)
         tl.store(dcos_ptr + rows, -scale * power(quality, gamma) * share * chain, mask=inside)
@@ -187,8 +189,8 @@ def backward_set(
             pull = fixed - mean * by_mean
             tl.debug_barrier()  # rows change hands between threads
             settle_chain(
-                chain_ptr, soft_ptr, dcos_at, norms_ptr, quality_ptr, gaps_ptr, first, count, step, R, mean, scale, gamma,
-                BLOCK_R,
+                chain_ptr, soft_ptr, dcos_at, norms_ptr, quality_ptr, gaps_ptr, first, count, step, R, mean, scale,
+                gamma, BLOCK_R,
             )  # fmt: skip
             tl.debug_barrier()
         if not NORMALIZED:

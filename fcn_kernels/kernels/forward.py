@@ -46,7 +46,7 @@ def admit(tile, rows, inside, first, quality_ptr, mask_ptr):
 
 @triton.jit
 def approach(tile, direction, norm, gap, rows, row, NORMALIZED: tl.constexpr, DISTINCT: tl.constexpr):
-    """The gap [n] to the nearest pick after one more pick, `row` with unit vector `direction`; and whether it tied."""
+    """The gap [n] once `row`, of unit vector `direction`, is picked too; and whether it tied with the gap before."""
     along = tl.sum(tile * direction[None, :], axis=1)
     if not NORMALIZED:
         along = along / norm
@@ -75,15 +75,16 @@ def challenge(best, row, logit, denominator, noisy, logits, rows, tau, KEEP: tl.
 @triton.jit
 def save_gap(gaps_ptr, at, gap, tied, open_to, inside):
     """Save a step's gaps [n] for the gradient, the sign bit set where the step tied."""
-    gap = tl.where(tied, -gap, gap)
-    tl.store(gaps_ptr + at, tl.where(open_to, gap, 0.0), mask=inside)
+    bits = tl.where(open_to, gap, 0.0).to(tl.int32, bitcast=True)
+    bits |= tl.where(tied & open_to, -2147483648, 0)  # -gap would lose the sign of a tie at 0, as Triton's is 0 - gap
+    tl.store(gaps_ptr + at, bits.to(tl.float32, bitcast=True), mask=inside)
 
 
 @triton.jit
 def forward_set(
     rows_ptr, quality_ptr, gamma, noise_ptr, seed, start_ptr, mask_ptr, picked_ptr, distances_ptr, indices_ptr,
-    counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, set_id, first, count, stride_row, C, K, R, tau, scale,
-    SEEDED: tl.constexpr, NORMALIZED: tl.constexpr, DISTINCT: tl.constexpr, KEEP: tl.constexpr,
+    counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, set_id, first, count, stride_row, C, K, R, tau,
+    scale, SEEDED: tl.constexpr, NORMALIZED: tl.constexpr, DISTINCT: tl.constexpr, KEEP: tl.constexpr,
     RESIDENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One set."""
@@ -104,9 +105,7 @@ def forward_set(
             tl.store(norms_ptr + first + lane, mark, mask=inside)
         noisy = perturb(quality, lane, inside, 0, set_id, first, R, noise_ptr, seed, SEEDED)
         noisy = tl.where(open_to, noisy, float("-inf"))
-        best, row, logit, denominator = challenge(
-            best, row, logit, denominator, noisy, quality, lane, tau, KEEP
-        )
+        best, row, logit, denominator = challenge(best, row, logit, denominator, noisy, quality, lane, tau, KEEP)
     else:
         for begin in range(0, count, BLOCK_N):
             rows = begin + lane
@@ -117,28 +116,26 @@ def forward_set(
             tl.store(norms_ptr + first + rows, mark, mask=inside)
             noisy = perturb(quality, rows, inside, 0, set_id, first, R, noise_ptr, seed, SEEDED)
             noisy = tl.where(mark > 0, noisy, float("-inf"))
-            best, row, logit, denominator = challenge(
-                best, row, logit, denominator, noisy, quality, rows, tau, KEEP
-            )
+            best, row, logit, denominator = challenge(best, row, logit, denominator, noisy, quality, rows, tau, KEEP)
         tl.debug_barrier()  # the marks are read by other threads than wrote them
 
     if start_ptr is not None:
         row = tl.load(start_ptr + set_id).to(tl.int32)
         if RESIDENT:
-            given = tl.sum(tl.where((lane == row) & open_to, 1, 0), axis=0)
+            given = tl.sum(tl.where((lane == row) & open_to, 1, 0), axis=0) > 0
         else:
             given = tl.load(norms_ptr + first + row, mask=(row >= 0) & (row < count), other=-1.0) > 0
         pickable = tl.where(given, pickable, 0)
     tl.store(counts_ptr + set_id, tl.minimum(pickable, K).to(tl.int64))
 
+    logit = float("inf")  # no pick is before the first
     for step in range(K):
         there = step < pickable
         picked = load_row(rows_ptr, row, there, stride_row, cols, C)
         out = set_id.to(tl.int64) * K + step
         tl.store(picked_ptr + out * C + cols, picked, mask=cols < C)
         tl.store(indices_ptr + out, tl.where(there, row, -1).to(tl.int64))
-        distance = tl.where(step == 0, float("inf"), logit)
-        tl.store(distances_ptr + out, tl.where(there, distance, 0.0))
+        tl.store(distances_ptr + out, tl.where(there, logit, 0.0))
         if KEEP:
             empty = best == float("-inf")
             normalizer = tl.where(empty, 0.0, best) / tau + tl.log(tl.where(empty, 1.0, denominator))
@@ -151,17 +148,13 @@ def forward_set(
             pick = row
             best, row, logit, denominator = float("-inf"), 0, 0.0, 0.0
             if RESIDENT:
-                gap, tied = approach(
-                    held.to(tl.float32), direction, norm, gap, lane, pick, NORMALIZED, DISTINCT
-                )
+                gap, tied = approach(held.to(tl.float32), direction, norm, gap, lane, pick, NORMALIZED, DISTINCT)
                 if KEEP:
                     save_gap(gaps_ptr, step * R + first + lane, gap, tied, open_to, inside)
                 logits = gap * weight
                 noisy = perturb(logits, lane, inside, step + 1, set_id, first, R, noise_ptr, seed, SEEDED)
                 noisy = tl.where(open_to & (gap >= 0), noisy, float("-inf"))
-                best, row, logit, denominator = challenge(
-                    best, row, logit, denominator, noisy, logits, lane, tau, KEEP
-                )
+                best, row, logit, denominator = challenge(best, row, logit, denominator, noisy, logits, lane, tau, KEEP)
             else:
                 for begin in range(0, count, BLOCK_N):
                     rows = begin + lane
@@ -240,12 +233,12 @@ def select_forward(
     if resident:
         forward_set(
             rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, start_ptr, mask_ptr, picked_ptr, distances_ptr,
-            indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, set_id, first, count, stride_row,
-            C, K, R, tau, scale, SEEDED, NORMALIZED, DISTINCT, KEEP, True, BLOCK_N, BLOCK_C,
+            indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, set_id, first, count,
+            stride_row, C, K, R, tau, scale, SEEDED, NORMALIZED, DISTINCT, KEEP, True, BLOCK_N, BLOCK_C,
         )  # fmt: skip
     else:
         forward_set(
             rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, start_ptr, mask_ptr, picked_ptr, distances_ptr,
-            indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, set_id, first, count, stride_row,
-            C, K, R, tau, scale, SEEDED, NORMALIZED, DISTINCT, KEEP, False, BLOCK_N, BLOCK_C,
+            indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, set_id, first, count,
+            stride_row, C, K, R, tau, scale, SEEDED, NORMALIZED, DISTINCT, KEEP, False, BLOCK_N, BLOCK_C,
         )  # fmt: skip

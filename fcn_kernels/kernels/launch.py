@@ -22,8 +22,9 @@ TIERS = {RESIDENT_TIER.value: "resident", STREAMING_TIER.value: "streaming", RAG
 FORWARD_ELEMENTS = 64
 BACKWARD_ELEMENTS = 32
 WRITE_ELEMENTS = 16  # of a tile of gradients, which stands beside its rows
-FORWARD_WARPS = 16
-BACKWARD_WARPS = 8  # 16 warps leave 128 registers a thread, and the backward pass needs up to 224
+# 16 warps leave a thread 128 registers, and 64 elements beside what else a step holds want up to 255.
+FORWARD_WARPS = 8
+BACKWARD_WARPS = 8
 STREAMING_WARPS = 4  # several programs an SM keep more loads in flight than one large one
 STREAMING_ROWS = 256
 # Left alone, ptxas spills a few registers of the backward kernel to fit one more program on an SM.

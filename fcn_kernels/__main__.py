@@ -1,0 +1,34 @@
+"""``python -m fcn_kernels``: what a call would run on here, and the jobs that show the package at work."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "info": ("fcn_kernels.info", "versions, devices, and the backend and tier that a call would take"),
+    "demo": ("fcn_kernels.demos.select_demo", "pick coresets of real handwritten digits; a table and a picture"),
+    "train-demo": ("fcn_kernels.demos.train_demo", "train backbone and head end to end on the digits; ROC and picks"),
+    "aggregate": ("fcn_kernels.aggregate", "one descriptor a template, from a file of embeddings"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="python -m fcn_kernels", description=__doc__.partition(":")[2].strip())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name in argv[:1]:  # only the command asked for is imported
+            import_module(module).add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        return int(import_module(COMMANDS[args.command][0]).run(args))
+    except ImportError as error:
+        print(f"python -m fcn_kernels {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
