@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,22 @@ from torch.nn import functional as F
 
 from fcn_kernels.demos.sets import Score
 from fcn_kernels.extras import require
+from fcn_kernels.verification import Roc
 
 COLUMNS = 4  # of images in a contact sheet
+READING_ORDER = "best quality at the top left, worst at the bottom right"
 GAP = 1  # pixels between its images
+OURS = "#225ea8"
+ROC_COLOURS = ("#9a9a9a", "#7b3294", "#e08214", OURS)
 BASELINES = {"random": "#9a9a9a", "best quality only": "#e08214", "plain farthest point": "#7b3294"}
+
+
+class Sheet(NamedTuple):
+    """A set to draw: images (N, 8, 8), quality (N,), and the picked rows (k,) in their order."""
+
+    images: Tensor
+    quality: Tensor
+    picks: Tensor
 
 
 def check_output(path: Path) -> None:
@@ -52,30 +64,30 @@ def draw_picks(
     sheets, charts = page.subfigures(2, 1, height_ratios=[2.6 * len(images), 3.4])
     grid = sheets.subplots(len(images), len(ways), squeeze=False)
     for row, (set_images, set_norms) in enumerate(zip(images, norms, strict=True)):
-        order = set_norms.argsort(descending=True)
         for axis, way in zip(grid[row], ways, strict=True):
-            picked = [order.tolist().index(pick) for pick in picks[way][row].tolist()]
-            contact_sheet(axis, set_images[order], picked, colour[way])
+            contact_sheet(axis, Sheet(set_images, set_norms, picks[way][row]), colour[way])
             if row == 0:
                 axis.set_title(way.replace(", ", "\n"), color=colour[way], fontsize=10, weight="bold")
-    sheets.supylabel("best quality at the top left, worst at the bottom right", fontsize=8, color="#555")
+    sheets.supylabel(READING_ORDER, fontsize=8, color="#555")
     left, right = charts.subplots(1, 2)
     draw_trade_off(left, scores, colour)
     draw_bars(right, scores, colour)
     page.savefig(path, format="png")
 
 
-def contact_sheet(axis: Any, images: Tensor, picked: list[int], colour: Any) -> None:
-    """Lay images (N, 8, 8) out in rows; frame and number the picked ones in their order, fade the others."""
+def contact_sheet(axis: Any, sheet: Sheet, colour: Any) -> None:
+    """Lay a set out, best quality first; frame and number the picks in their order, fade the other images."""
+    order = sheet.quality.argsort(descending=True)
+    images, picked = sheet.images[order], [order.tolist().index(pick) for pick in sheet.picks.tolist()]
     rectangle = require("matplotlib.patches", "demo").Rectangle
     rows, side = -(-len(images) // COLUMNS), images.shape[-1] + GAP
     ink = torch.full((rows * COLUMNS,), 0.35)
     ink[picked] = 1
     tiles = torch.zeros(rows * COLUMNS, side, side)
     tiles[: len(images), GAP:, GAP:] = images
-    sheet = (tiles * ink[:, None, None]).view(rows, COLUMNS, side, side).transpose(1, 2)
-    sheet = F.pad(sheet.reshape(rows * side, COLUMNS * side), (0, GAP, 0, GAP))
-    axis.imshow(sheet.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    mosaic = (tiles * ink[:, None, None]).view(rows, COLUMNS, side, side).transpose(1, 2)
+    mosaic = F.pad(mosaic.reshape(rows * side, COLUMNS * side), (0, GAP, 0, GAP))
+    axis.imshow(mosaic.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     for number, place in enumerate(picked, start=1):
         top, left = (side * x + GAP - 0.5 for x in divmod(place, COLUMNS))  # pixel 0 begins at -0.5
         frame = rectangle((left, top), side - GAP, side - GAP, fill=False, edgecolor=colour, linewidth=2.2)
@@ -109,3 +121,35 @@ def draw_bars(axis: Any, scores: Mapping[str, Score], colour: Mapping[str, Any])
     axis.set(xlabel="clear and different digits among the picks, mean per set")
     axis.margins(x=0.1)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_sheets(path: Path, rows: Mapping[str, Sequence[Sheet]]) -> None:
+    """Draw a row of sets for each name, best quality first, their picks framed."""
+    columns = max(map(len, rows.values()))
+    page = figure(1.75 * columns, 2.4 * len(rows))
+    grid = page.subplots(len(rows), columns, squeeze=False)
+    for axes, (name, sheets) in zip(grid, rows.items(), strict=True):
+        axes[0].set_title(f"{name} templates", fontsize=10, weight="bold", loc="left")
+        for axis in axes:
+            axis.axis("off")
+        for axis, sheet in zip(axes, sheets, strict=False):
+            contact_sheet(axis, sheet, OURS)
+    page.supylabel(READING_ORDER, fontsize=8, color="#555")
+    page.savefig(path, format="png")
+
+
+def draw_rocs(path: Path, rocs: Mapping[str, Mapping[str, Roc]]) -> None:
+    """Draw a panel for each kind of test and in it a ROC for each name, down to the FAR of a single false accept."""
+    page = figure(5 * len(rocs), 4)
+    for axis, (kind, curves) in zip(
+        page.subplots(1, len(rocs), squeeze=False, sharey=True)[0], rocs.items(), strict=True
+    ):
+        for (name, curve), colour in zip(curves.items(), ROC_COLOURS, strict=True):
+            seen = curve.far > 0
+            axis.step(curve.far[seen].numpy(), curve.tar[seen].numpy(), where="post", color=colour, label=name)
+        axis.set(xscale="log", xlabel="FAR", title=f"{kind} templates")
+        axis.grid(color="#e5e5e5")
+        axis.spines[["top", "right"]].set_visible(False)
+    page.axes[0].set_ylabel("TAR")
+    page.axes[0].legend(frameon=False, loc="lower right")
+    page.savefig(path, format="png")

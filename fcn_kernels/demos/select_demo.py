@@ -84,7 +84,7 @@ def train(data: digits.Digits, steps: int, device: str) -> digits.DigitNet:
         targets = F.one_hot(data.labels[rows], digits.CLASSES) * (1 - doubt) + doubt / digits.CLASSES
         loss = F.cross_entropy(net(images.to(device)) @ F.normalize(classes).T, targets.to(device))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)

@@ -1,0 +1,105 @@
+"""ROC and TAR at FAR: against cases counted by hand and against brute force over all thresholds."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fcn_kernels import verification
+from fcn_kernels.verification import FARS, pair_scores, roc
+
+pytest.importorskip("sklearn")
+
+GENUINE = [0.9, 0.8, 0.55, 0.35]
+IMPOSTOR = [0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0, -0.1, -0.2]
+
+
+def curve(genuine: list[float], impostor: list[float]) -> verification.Roc:
+    labels = torch.tensor([True] * len(genuine) + [False] * len(impostor))
+    return roc(torch.tensor(genuine + impostor), labels)
+
+
+def test_tar_at_far_counted_by_hand() -> None:
+    # 1 false accept leaves room down to 0.61: two genuine pairs; 2 down to 0.51: three; 4 down to 0.31: all four
+    assert curve(GENUINE, IMPOSTOR).tar_at([0.1, 0.15, 0.2, 0.3, 0.4, 1.0]) == [0.5, 0.5, 0.75, 0.75, 1.0, 1.0]
+
+
+def test_a_far_below_one_false_accept_is_not_a_number() -> None:
+    tars = curve(GENUINE, IMPOSTOR).tar_at([0.0999, 0.1])
+    assert math.isnan(tars[0])
+    assert tars[1] == 0.5
+    by_default = curve(GENUINE, IMPOSTOR).tar_at()
+    assert [math.isnan(tar) for tar in by_default] == [far < 0.1 for far in FARS]
+
+
+@pytest.mark.parametrize("negatives", [10, 1000, 30_000])
+def test_a_far_of_exactly_one_false_accept_is_measured(negatives: int) -> None:
+    separate = curve([1.0, 0.9], [0.8] + [0.1] * (negatives - 1))
+    assert separate.negatives == negatives
+    assert separate.tar_at([1 / negatives]) == [1.0]
+
+
+def test_roc_begins_with_no_accept_and_ends_with_all() -> None:
+    made = curve(GENUINE, IMPOSTOR)
+    assert (made.far[0], made.tar[0], made.threshold[0]) == (0, 0, math.inf)
+    assert (made.far[-1], made.tar[-1]) == (1, 1)
+    assert (made.far.diff() >= 0).all()
+    assert (made.tar.diff() >= 0).all()
+    assert (made.threshold.diff() < 0).all()
+    assert made.far.dtype == torch.float64
+
+
+def test_tied_scores_are_accepted_together() -> None:
+    assert curve([0.5] * 4, [0.5] * 10).tar_at([0.1, 0.9, 1.0]) == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_threshold_does_better(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(30, (300,), generator=generator).double() / 30  # with ties
+    genuine = torch.rand(300, generator=generator) < scores
+    made = roc(scores, genuine)
+    for far in (0.02, 0.1, 0.5):
+        tars = [
+            (scores[genuine] >= threshold).double().mean().item()
+            for threshold in [*scores.unique().tolist(), math.inf]
+            if (scores[~genuine] >= threshold).double().mean().item() <= far
+        ]
+        assert made.tar_at([far]) == [max(tars)]
+
+
+def test_pair_scores_are_cosines_of_the_pairs_in_blocks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    descriptors = F.normalize(torch.randn(7, 16))
+    first, second = torch.randint(7, (2, 23))
+    expected = (descriptors @ descriptors.T)[first, second]
+    whole = pair_scores(descriptors, first, second)
+    # sums of 16 products in another order
+    assert torch.allclose(whole, expected, atol=16 * torch.finfo(torch.float32).eps)
+    monkeypatch.setattr(verification, "PAIRS_AT_ONCE", 5)
+    assert torch.equal(pair_scores(descriptors, first, second), whole)
+
+
+@pytest.mark.parametrize(
+    ("scores", "genuine", "message"),
+    [
+        ([0.1, 0.2], [True, True], "expected pairs of both kinds, got 2 genuine of 2"),
+        ([0.1, 0.2], [False, False], "expected pairs of both kinds, got 0 genuine of 2"),
+        ([0.1, math.nan], [True, False], "expected finite scores, got 1 that are not"),
+        ([0.1], [True, False], "got (1,) and (2,) of torch.bool"),
+        ([0.1, 0.2], [1, 0], "got (2,) and (2,) of torch.int64"),
+    ],
+)
+def test_wrong_pairs_are_refused(scores: list[float], genuine: list[bool], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        roc(torch.tensor(scores), torch.tensor(genuine))
+
+
+@pytest.mark.parametrize("far", [0.0, -0.1, 1.1])
+def test_wrong_fars_are_refused(far: float) -> None:
+    with pytest.raises(ValueError, match="expected FARs above 0 and at most 1"):
+        curve(GENUINE, IMPOSTOR).tar_at([far])
