@@ -1,0 +1,186 @@
+"""What the benchmarks share: one device, one copy bandwidth, and result rows that carry where they come from.
+
+Columns of the JSON that ``--benchmark-json`` writes: ``stats`` is pytest-benchmark's own, wall-clock time of a few
+calls with the wait for the device in it, useful as a cross-check; ``extra_info`` is what the report reads, with
+``median_s``, ``q1_s`` and ``q3_s`` a call by the clock that ``clock`` names (device events on a GPU).
+"""
+
+import os
+import time
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from benchmarks.harness import Clock, Contender, Timing, copy_bandwidth, free_memory, interleave, machine, reason
+from benchmarks.workloads import (
+    COMPILED,
+    FORWARD,
+    FUSED,
+    LOOP,
+    LOOPED_SETS,
+    Case,
+    Inputs,
+    implementations,
+    least_bytes,
+    moved_bytes,
+    tiers,
+)
+
+RACE_SECONDS = {"cuda": 0.4, "cpu": 1.5, "quick": 0.05}
+COMPILE_SECONDS = {"cuda": 120.0, "cpu": 50.0, "quick": 0.0}
+"""What torch.compile may take in all: it builds C++ on a CPU and Triton on a GPU, 5 to 20 s for each shape."""
+
+
+class Race(NamedTuple):
+    """Contenders timed in turns."""
+
+    contenders: Mapping[str, Contender]
+    inputs: list[Inputs]
+    timings: dict[str, Timing]
+    failures: dict[str, str]
+
+
+class Bench:
+    """The device of this run, and what was measured of it."""
+
+    def __init__(self, size: str) -> None:
+        self.size = size
+        """"cuda", "cpu" or "quick", which chooses what is measured."""
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.clock = Clock(self.device)
+        self.copy_rate = copy_bandwidth(self.clock)
+        self.about = machine(self.device) | {"copy_gb_per_s": self.copy_rate / 1e9}
+        self.compile_left = COMPILE_SECONDS[size]
+        self._key: object = None
+        self._race: Race | None = None
+
+    def race(self, key: object, build: Callable[[], tuple[dict[str, Contender], list[Inputs]]]) -> Race:
+        """Time contenders side by side, once for the rows that come of them. Only the last race is remembered."""
+        if self._race is None or key != self._key:
+            self._race = None
+            free_memory()
+            contenders, inputs = build()
+            failures = {}
+            if COMPILED in contenders:
+                failures = self._compile(contenders)
+            timings, failed = interleave(contenders, self.clock, RACE_SECONDS[self.size])
+            self._key, self._race = key, Race(contenders, inputs, timings, failures | failed)
+        return self._race
+
+    def record(self, benchmark: Any, race: Race, name: str, group: str, moved: int | None, **facts: Any) -> None:
+        """One contender's result row; skipped where a baseline could not run."""
+        if name in race.failures:
+            (pytest.fail if name == FUSED else pytest.skip)(race.failures[name])
+        timing = race.timings[name]
+        scale = facts.get("scaled_by", 1.0)
+        rate = None if moved is None else moved / (timing.median * scale)
+        self.facts(
+            benchmark,
+            group,
+            implementation=name,
+            clock=self.clock.name,
+            median_s=timing.median * scale,
+            q1_s=timing.q1 * scale,
+            q3_s=timing.q3 * scale,
+            samples=timing.samples,
+            bytes_moved=moved,
+            gb_per_s=None if rate is None else rate / 1e9,
+            copy_share=None if rate is None else rate / self.copy_rate,
+            **facts,
+        )
+
+        def call() -> None:
+            race.contenders[name](0)
+            self.clock.wait()
+
+        benchmark.pedantic(call, rounds=3 if timing.median < 0.1 else 1, iterations=1)
+
+    def selection(self, benchmark: Any, group: str, case: Case, work: str, name: str, names: tuple[str, ...]) -> Race:
+        """The row of one implementation of a case, timed in turns with the others of ``names``."""
+        race = self.race((names, case, work), lambda: implementations(names, case, work, self.device))
+        facts = {"work": work, "least_bytes": least_bytes(case, work), **case.facts}
+        moved = None
+        if name == FUSED:
+            moved = moved_bytes(case, race.inputs[0], work)
+            facts["tiers"] = tiers(case, race.inputs[0])[: 1 if work == FORWARD else 2]
+        elif name == LOOP:
+            facts["scaled_by"] = case.sets / min(LOOPED_SETS, case.sets)
+        self.record(benchmark, race, name, group, moved, **facts)
+        return race
+
+    def facts(self, benchmark: Any, group: str, **facts: Any) -> None:
+        """What a result row says beside its time."""
+        benchmark.group = group
+        benchmark.extra_info.update(self.about, group=group, **facts)
+
+    def _compile(self, contenders: dict[str, Contender]) -> dict[str, str]:
+        """Compile the compiled contender, or take it out where its time is up."""
+        if self.compile_left <= 0:
+            del contenders[COMPILED]
+            return {COMPILED: f"the {COMPILE_SECONDS[self.size]:.0f} s that torch.compile may take here were spent"}
+        begin = time.perf_counter()
+        try:
+            contenders[COMPILED](0)
+        except Exception as error:
+            del contenders[COMPILED]
+            return {COMPILED: reason(error)}
+        finally:
+            self.compile_left -= time.perf_counter() - begin
+        return {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The benchmarks' own options."""
+    group = parser.getgroup("fcn_kernels benchmarks")
+    group.addoption("--quick", action="store_true", help="tiny sizes, to see that all runs; its times mean nothing")
+    group.addoption("--time-limit", type=float, default=None, metavar="S", help="skip what would start later")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each module lists its rows for a size of machine."""
+    if "row" in metafunc.fixturenames:
+        rows = metafunc.module.rows(_size(metafunc.config))
+        metafunc.parametrize("row", rows, ids=["-".join(map(str, row)) for row in rows])
+
+
+def _size(config: pytest.Config) -> str:
+    if config.getoption("--quick"):
+        return "quick"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def bench(pytestconfig: pytest.Config) -> Generator[Bench]:
+    """The one of this run. Triton's interpreter is never timed."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise pytest.UsageError("TRITON_INTERPRET=1 is set: the benchmarks would time Triton's interpreter")
+    made = Bench(_size(pytestconfig))
+    yield made
+    free_memory()
+
+
+_began = time.monotonic()
+_skipped: dict[str, str] = {}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Keep to the time limit."""
+    limit = item.config.getoption("--time-limit")
+    if limit is not None and time.monotonic() - _began > limit:
+        pytest.skip(f"the time limit of {limit:.0f} s was reached")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Remember why a row is missing."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _skipped[report.nodeid] = report.longrepr[2].removeprefix("Skipped: ")
+    elif report.failed:
+        _skipped[report.nodeid] = "failed"
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """The results say what is missing from them, and why."""
+    output_json["missing"] = dict(_skipped)
