@@ -94,6 +94,7 @@ def contact_sheet(axis: Any, sheet: Sheet, colour: Any) -> None:
         axis.add_patch(frame)
         axis.text(left + 0.4, top + 0.4, number, color="white", fontsize=6, va="top",
                   bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.2})  # fmt: skip
+    axis.set_anchor("N")  # sets of different sizes begin at the same height
     axis.axis("off")
 
 
