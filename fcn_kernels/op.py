@@ -62,7 +62,7 @@ _library.impl("select_backward", _select_backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("fcn_kernels::select", lib=_library)
 def _select_fake(*args: Any) -> Selected:
-    *fields, keep, _ = args
+    *fields, keep, backend = args
     p = Problem(*fields)
     accumulate = torch_backend.accumulator(p.features.dtype)
     new = p.features.new_empty
@@ -72,7 +72,7 @@ def _select_fake(*args: Any) -> Selected:
         distances=new(p.sets, p.k, dtype=accumulate),
         indices=new(p.sets, p.k, dtype=torch.int64),
         counts=new(p.sets, dtype=torch.int64),
-        log_normalizers=new(p.sets, saved, dtype=accumulate),
+        log_normalizers=new(p.sets, saved if backend == "triton" else 0, dtype=accumulate),
         gaps=new(max(saved - 1, 0), p.rows if keep else 0, dtype=accumulate),
         norms=new(kept_rows, dtype=accumulate),
     )

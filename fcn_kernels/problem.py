@@ -49,7 +49,7 @@ class Saved(NamedTuple):
 
     indices: Tensor  # (B, K) int64, -1 where there is no pick
     counts: Tensor  # (B,) int64
-    log_normalizers: Tensor  # (B, K), log sum_n exp(z_k(n) / tau)
+    log_normalizers: Tensor  # (B, K), log sum_n exp(z_k(n) / tau); (B, 0) from the torch backend, which sums again
     gaps: Tensor  # (K - 1, R), 1 - max cosine to the picks so far; sign bit: this step tied with those before it
     norms: Tensor  # (R,), the rows' norms and the marks above
 

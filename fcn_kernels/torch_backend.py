@@ -30,7 +30,7 @@ def forward(p: Problem, keep: bool) -> Selected:
         indices=torch.full((p.sets, p.k), -1, device=device),
         counts=torch.zeros(p.sets, dtype=torch.int64, device=device),
         distances=torch.zeros(p.sets, p.k, dtype=accumulate, device=device),
-        log_normalizers=torch.zeros(p.sets, saved[0], dtype=accumulate, device=device),
+        log_normalizers=torch.zeros(p.sets, 0, dtype=accumulate, device=device),
         gaps=torch.zeros(max(saved[0] - 1, 0), rows, dtype=accumulate, device=device),
         norms=torch.full((saved[1],), -1.0, dtype=accumulate, device=device),
     )
@@ -198,7 +198,7 @@ def _select(p: Problem, group: _Group, keep: bool, out: Selected) -> None:
 
     gap = fresh = norms
     logits = quality
-    picks, distances, normalizers = [], [], []
+    picks, distances = [], []
     steps = range(p.k)
     for step, noise in zip(steps, _noise(p, group, steps), strict=True):
         logits = logits if barred is None else logits.masked_fill(barred, -torch.inf)
@@ -206,8 +206,6 @@ def _select(p: Problem, group: _Group, keep: bool, out: Selected) -> None:
         pick = first if step == 0 and p.start is not None else perturbed.argmax(-1)
         picks.append(pick)
         distances.append(logits[each, pick] if step else torch.full_like(norms[:, 0], torch.inf))
-        if keep:
-            normalizers.append(torch.logsumexp(perturbed / p.tau, -1))
         if p.distinct:
             barred = torch.zeros_like(pickable) if barred is None else barred.clone()
             barred[each, pick] = True
@@ -237,7 +235,6 @@ def _select(p: Problem, group: _Group, keep: bool, out: Selected) -> None:
     out.distances[group.at] = distance
     out.features[group.at] = rows
     if keep:
-        out.log_normalizers[group.at] = torch.stack(normalizers, 1)
         unusable = ~(norms < torch.inf) | (norms == 0)
         marks = torch.where(pickable, norms, -1.0).masked_fill(unusable, torch.nan)
         group.put(marks, out.norms)
@@ -256,7 +253,6 @@ def _backpropagate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Te
     scale = p.distance_scale * _weight(quality, p.gamma)
     each = torch.arange(group.sets.numel(), device=norms.device)
     indices = saved.indices[group.at]
-    normalizers = saved.log_normalizers[group.at]
     there, picks = indices >= 0, indices.clamp(min=0)
     gaps = group.take(saved.gaps)  # (K - 1, G, n)
     arriving = torch.where(there[..., None], grad[group.at].to(norms.dtype), 0)  # (G, K, C)
@@ -273,8 +269,9 @@ def _backpropagate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Te
         logits = gaps[step - 1].abs() * scale if step else quality
         perturbed = logits if noise is None else logits + noise
         open_to = pickable.scatter(-1, picks[:, :step], False) if p.distinct else pickable
-        soft = torch.exp(perturbed / p.tau - normalizers[:, step, None])
-        soft = torch.where(open_to & there[:, step, None], soft, 0)
+        # Not from a saved normalizer: small taus make its rounding large, and then the softmax does not sum to 1.
+        soft = torch.softmax((perturbed / p.tau).masked_fill_(~open_to, -torch.inf), -1)
+        soft = torch.where(there[:, step, None], soft, 0)
         along = x.products(arriving[:, step])
         dlogits = soft * (along - (soft * along).sum(-1, keepdim=True)) / p.tau
         if step == 0:
