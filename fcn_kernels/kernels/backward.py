@@ -14,8 +14,13 @@ import triton
 import triton.language as tl
 
 from fcn_kernels.kernels.common import (
+    COOPERATIVE,
+    LAUNCHES,
     RAGGED,
     RESIDENT_TIER,
+    WHOLE,
+    divide,
+    grid_barrier,
     load_row,
     load_rows,
     locate,
@@ -62,13 +67,14 @@ def softmax_of(
 
 @triton.jit
 def settle_chain(
-    chain_ptr, soft_ptr, dcos_ptr, norms_ptr, quality_ptr, gaps_ptr, first, count, step, R, mean, scale, gamma,
+    chain_ptr, soft_ptr, dcos_ptr, norms_ptr, quality_ptr, gaps_ptr, first, low, high, step, R, mean, scale, gamma,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Once the softmax mean is known: take it off the chain, and divide the chain between the distances."""
-    for begin in range(0, count, BLOCK):
+    """Once the softmax mean of ``step`` is known: take it off the chain, and divide the chain between the distances."""
+    dcos_ptr += (step - 1) * R + first
+    for begin in range(low, high, BLOCK):
         rows = begin + tl.arange(0, BLOCK)
-        inside = rows < count
+        inside = rows < high
         _, _, quality = load_marks(norms_ptr, quality_ptr, first, rows, inside)
         _, _, share = load_gap(gaps_ptr, first, rows, inside, step - 1, R)
         chain = tl.load(chain_ptr + first + rows, mask=inside, other=0.0)
@@ -78,14 +84,80 @@ def settle_chain(
 
 
 @triton.jit
-def settle_quality(dquality_ptr, soft_ptr, first, count, mean, BLOCK: tl.constexpr):
+def settle_quality(dquality_ptr, soft_ptr, first, low, high, mean, BLOCK: tl.constexpr):
     """Once the first pick's softmax mean is known: take it off the quality's gradient."""
-    for begin in range(0, count, BLOCK):
+    for begin in range(low, high, BLOCK):
         rows = begin + tl.arange(0, BLOCK)
-        inside = rows < count
+        inside = rows < high
         dquality = tl.load(dquality_ptr + first + rows, mask=inside, other=0.0)
         dquality -= mean * tl.load(soft_ptr + first + rows, mask=inside, other=0.0)
         tl.store(dquality_ptr + first + rows, dquality, mask=inside)
+
+
+@triton.jit
+def project(pull, rows_ptr, norms_ptr, indices_ptr, base, first, stride_row, step, cols, C, NORMALIZED: tl.constexpr):
+    """From the gradient at the unit vector of pick ``step`` to that at its row: (I - u u^T) / |x|."""
+    if not NORMALIZED:
+        row = tl.load(indices_ptr + base + step).to(tl.int32)
+        length = tl.load(norms_ptr + first + row)
+        u = load_row(rows_ptr, row, True, stride_row, cols, C).to(tl.float32) / length
+        pull = (pull - tl.sum(pull * u, axis=0) * u) / length
+    return pull
+
+
+@triton.jit
+def total_of(means_ptr, slot, parts, BLOCK_P: tl.constexpr):
+    """The sum of one number of each part, in their order."""
+    part = tl.arange(0, BLOCK_P)
+    return tl.sum(tl.load(means_ptr + slot + part, mask=part < parts, other=0.0, cache_modifier=".cg"), axis=0)
+
+
+@triton.jit
+def share_mean(
+    mean,
+    means_ptr,
+    barrier_ptr,
+    slot,
+    slots,
+    set_id,
+    part,
+    parts,
+    met,
+    mine,
+    SPLIT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """The first pick's softmax mean over all parts; `mine`: this launch is the one that has this part's own."""
+    if SPLIT != WHOLE:
+        if SPLIT == COOPERATIVE:
+            mine = True
+        if mine:
+            tl.store(means_ptr + 2 * slots + slot + part, mean)
+        if SPLIT == COOPERATIVE:
+            met += 1
+            grid_barrier(barrier_ptr + set_id, parts * met)
+        mean = total_of(means_ptr + 2 * slots, slot, parts, BLOCK_P)
+    return mean, met
+
+
+@triton.jit
+def sum_parts(sums_ptr, totals_ptr, slot, set_id, part, parts, C, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Add the parts' vectors [2 C], each part a share of the columns, in the order of the parts."""
+    source = tl.arange(0, BLOCK_P)
+    for begin in range(part * BLOCK_S, 2 * C, parts * BLOCK_S):
+        cols = begin + tl.arange(0, BLOCK_S)
+        at = (slot + source).to(tl.int64)[:, None] * (2 * C) + cols[None, :]
+        there = (source < parts)[:, None] & (cols < 2 * C)[None, :]
+        values = tl.load(sums_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
+        tl.store(totals_ptr + set_id.to(tl.int64) * (2 * C) + cols, tl.sum(values, axis=0), mask=cols < 2 * C)
+
+
+@triton.jit
+def load_pull(totals_ptr, set_id, mean, cols, C):
+    """sum_n dcos(n) u_n of a split set, from its two parts."""
+    at = totals_ptr + set_id.to(tl.int64) * (2 * C) + cols
+    fixed = tl.load(at, mask=cols < C, other=0.0, cache_modifier=".cg")
+    return fixed - mean * tl.load(at + C, mask=cols < C, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -118,16 +190,38 @@ def assemble(
 @triton.jit
 def backward_set(
     rows_ptr, quality_ptr, gamma, noise_ptr, seed, grad_ptr, indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr,
-    norms_ptr, drows_ptr, dquality_ptr, dgamma_ptr, pulls_ptr, dcos_ptr, chain_ptr, soft_ptr,
-    set_id, first, count, extent, stride_row, C, K, R, tau, scale,
-    SEEDED: tl.constexpr, NORMALIZED: tl.constexpr, CHOSEN: tl.constexpr, RESIDENT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    norms_ptr, drows_ptr, dquality_ptr, dgamma_ptr, pulls_ptr, dcos_ptr, chain_ptr, soft_ptr, means_ptr, sums_ptr,
+    totals_ptr, barrier_ptr, set_id, part, parts, turn, first, count, extent, stride_row, C, K, R, tau, scale,
+    SEEDED: tl.constexpr, NORMALIZED: tl.constexpr, CHOSEN: tl.constexpr, RESIDENT: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One set, rows [0, count) of [0, extent); the rest is padding and gets zeros."""
+    """One part of one set: rows [low, high) of [0, count); what is beyond, to extent, is padding and gets zeros.
+
+    A split set goes through turns: two a step (its pass over the rows; the sum over the parts), then the softmax mean
+    of the first pick where that has to come first, the rows' gradient, and what of it waited for that mean. Launches
+    take one turn each; in a cooperative launch there is a barrier between them.
+    """
     cols = tl.arange(0, BLOCK_C)
     lane = tl.arange(0, BLOCK_N)
     picks = tl.load(counts_ptr + set_id).to(tl.int32)
     base = set_id.to(tl.int64) * K
+    slot = set_id * parts
+    low, high, write_to = 0, count, extent
+    begin_back, end_back, pass_to = 0, picks - 1, count
+    slots = tl.num_programs(0)
+    met = 0
+    if SPLIT != WHOLE:
+        low, high = divide(count, part, parts, BLOCK_N)
+        write_to = high
+        if part == parts - 1:
+            write_to = extent
+        pass_to = high
+        if SPLIT == LAUNCHES:
+            begin_back = turn // 2
+            end_back = tl.minimum(begin_back + 1, end_back)
+            if turn % 2 == 1:
+                pass_to = low
 
     if RESIDENT:
         inside = lane < count
@@ -138,12 +232,27 @@ def backward_set(
         chain = tl.zeros_like(norm)
 
     pull = tl.zeros((BLOCK_C,), tl.float32)  # what the later picks give to the next one down
-    for back in range(picks - 1):
+    for back in range(begin_back, end_back):
         step = picks - 1 - back
+        if SPLIT == LAUNCHES:
+            if back > 0:
+                mean = total_of(means_ptr + (step + 1) % 2 * slots, slot, parts, BLOCK_P)
+                settle_chain(
+                    chain_ptr, soft_ptr, dcos_ptr, norms_ptr, quality_ptr, gaps_ptr, first, low, pass_to, step + 1, R,
+                    mean, scale, gamma, BLOCK_R,
+                )  # fmt: skip
+                pull = load_pull(totals_ptr, set_id, mean, cols, C)
+                pull = project(
+                    pull, rows_ptr, norms_ptr, indices_ptr, base, first, stride_row, step, cols, C, NORMALIZED
+                )
+                tl.debug_barrier()
         arriving = tl.load(grad_ptr + (base + step) * C + cols, mask=cols < C, other=0.0).to(tl.float32) + pull
-        tl.store(pulls_ptr + (base + step) * C + cols, arriving, mask=cols < C)
+        # parts that add up a step's sums must not mistake them for the step's before
+        known = cols < C
+        if SPLIT == LAUNCHES:
+            known &= turn % 2 == 0
+        tl.store(pulls_ptr + (base + step) * C + cols, arriving, mask=known)
         normalizer = tl.load(normalizers_ptr + base + step)
-        dcos_at = dcos_ptr + (step - 1) * R + first
         if RESIDENT:
             gap, in_softmax, share = load_gap(gaps_ptr, first, lane, inside, step - 1, R)
             soft = softmax_of(
@@ -155,7 +264,7 @@ def backward_set(
             chain += soft * (along - tl.sum(soft * along, axis=0)) / tau
             dcos = -weight * share * chain
             chain -= share * chain
-            tl.store(dcos_at + lane, dcos, mask=inside)
+            tl.store(dcos_ptr + (step - 1) * R + first + lane, dcos, mask=inside)
             if not NORMALIZED:
                 dcos = dcos / norm
             pull = tl.sum(tile * dcos[:, None], axis=0)
@@ -163,9 +272,9 @@ def backward_set(
             mean = 0.0
             fixed = tl.zeros((BLOCK_C,), tl.float32)
             by_mean = tl.zeros((BLOCK_C,), tl.float32)
-            for begin in range(0, count, BLOCK_N):
+            for begin in range(low, pass_to, BLOCK_N):
                 rows = begin + lane
-                inside = rows < count
+                inside = rows < high
                 open_to, norm, quality = load_marks(norms_ptr, quality_ptr, first, rows, inside)
                 tile = load_rows(rows_ptr, rows, open_to, stride_row, cols, C).to(tl.float32)
                 gap, in_softmax, share = load_gap(gaps_ptr, first, rows, inside, step - 1, R)
@@ -186,22 +295,59 @@ def backward_set(
                     to_cos = to_cos / norm
                 fixed += tl.sum(tile * (to_cos * chain)[:, None], axis=0)
                 by_mean += tl.sum(tile * (to_cos * soft)[:, None], axis=0)
-            pull = fixed - mean * by_mean
-            tl.debug_barrier()  # rows change hands between threads
-            settle_chain(
-                chain_ptr, soft_ptr, dcos_at, norms_ptr, quality_ptr, gaps_ptr, first, count, step, R, mean, scale,
-                gamma, BLOCK_R,
-            )  # fmt: skip
-            tl.debug_barrier()
-        if not NORMALIZED:
-            row = tl.load(indices_ptr + base + step - 1).to(tl.int32)
-            length = tl.load(norms_ptr + first + row)
-            u = load_row(rows_ptr, row, True, stride_row, cols, C).to(tl.float32) / length
-            pull = (pull - tl.sum(pull * u, axis=0) * u) / length
+            if SPLIT != WHOLE:
+                if SPLIT == COOPERATIVE or turn % 2 == 0:
+                    at = sums_ptr + (slot + part).to(tl.int64) * (2 * C) + cols
+                    tl.store(means_ptr + step % 2 * slots + slot + part, mean)
+                    tl.store(at, fixed, mask=cols < C)
+                    tl.store(at + C, by_mean, mask=cols < C)
+                if SPLIT == COOPERATIVE:
+                    met += 1
+                    grid_barrier(barrier_ptr + set_id, parts * met)
+                if SPLIT == COOPERATIVE or turn % 2 == 1:
+                    sum_parts(sums_ptr, totals_ptr, slot, set_id, part, parts, C, BLOCK_P, BLOCK_S)
+                if SPLIT == COOPERATIVE:
+                    met += 1
+                    grid_barrier(barrier_ptr + set_id, parts * met)
+                    mean = total_of(means_ptr + step % 2 * slots, slot, parts, BLOCK_P)
+                    pull = load_pull(totals_ptr, set_id, mean, cols, C)
+            else:
+                pull = fixed - mean * by_mean
+                tl.debug_barrier()  # rows change hands between threads
+            if SPLIT != LAUNCHES:
+                settle_chain(
+                    chain_ptr, soft_ptr, dcos_ptr, norms_ptr, quality_ptr, gaps_ptr, first, low, high, step, R, mean,
+                    scale, gamma, BLOCK_R,
+                )  # fmt: skip
+                tl.debug_barrier()
+        if SPLIT != LAUNCHES:
+            pull = project(
+                pull, rows_ptr, norms_ptr, indices_ptr, base, first, stride_row, step - 1, cols, C, NORMALIZED
+            )
 
+    mean_to, tail_to = high, high
+    known = cols < C
+    ending = 1
+    if SPLIT == LAUNCHES:
+        ending = turn - 2 * (K - 1)  # 0: the mean, 1: the rows' gradient, 2: what waited for the mean
+        known &= ending >= 0
+        if ending != 0:
+            mean_to = low
+        if ending != 1:
+            write_to = low
+        if ending != 2:
+            tail_to = low
+        if (ending >= 0) & (picks > 1):
+            mean_before = total_of(means_ptr + slots, slot, parts, BLOCK_P)
+            settle_chain(
+                chain_ptr, soft_ptr, dcos_ptr, norms_ptr, quality_ptr, gaps_ptr, first, low, mean_to, 1, R, mean_before,
+                scale, gamma, BLOCK_R,
+            )  # fmt: skip
+            pull = load_pull(totals_ptr, set_id, mean_before, cols, C)
+            pull = project(pull, rows_ptr, norms_ptr, indices_ptr, base, first, stride_row, 0, cols, C, NORMALIZED)
     there = picks > 0
     arriving = tl.load(grad_ptr + base * C + cols, mask=(cols < C) & there, other=0.0).to(tl.float32) + pull
-    tl.store(pulls_ptr + base * C + cols, arriving, mask=cols < C)
+    tl.store(pulls_ptr + base * C + cols, arriving, mask=known)
     normalizer = tl.load(normalizers_ptr + base)
     tl.debug_barrier()  # pulls and dcos are read by other threads than wrote them
 
@@ -215,9 +361,9 @@ def backward_set(
             )
             mean += tl.sum(soft * along, axis=0)
         else:
-            for begin in range(0, count, BLOCK_N):
+            for begin in range(low, mean_to, BLOCK_N):
                 rows = begin + lane
-                inside = rows < count
+                inside = rows < high
                 open_to, norm, quality = load_marks(norms_ptr, quality_ptr, first, rows, inside)
                 tile = load_rows(rows_ptr, rows, open_to, stride_row, cols, C).to(tl.float32)
                 along = tl.sum(tile * arriving[None, :], axis=1)
@@ -226,22 +372,26 @@ def backward_set(
                     SEEDED,
                 )  # fmt: skip
                 mean += tl.sum(soft * along, axis=0)
+        mean, met = share_mean(
+            mean, means_ptr, barrier_ptr, slot, slots, set_id, part, parts, met, ending == 0, SPLIT, BLOCK_P
+        )
+
     # The rows' gradient, in tiles small enough to stand beside the rows; a resident set's come from L1 or L2 again.
     dgamma = 0.0
     tail = 0.0  # the mean, where it comes last
-    for begin in range(0, extent, BLOCK_W):
+    for begin in range(low, write_to, BLOCK_W):
         at = begin + tl.arange(0, BLOCK_W)
-        member = at < count
+        member = at < high
         can, length, q = load_marks(norms_ptr, quality_ptr, first, at, member)
-        part = load_rows(rows_ptr, at, can, stride_row, cols, C).to(tl.float32)
+        rows_tile = load_rows(rows_ptr, at, can, stride_row, cols, C).to(tl.float32)
         gradient, dlogweight, total = assemble(
-            part, at, member, can, length, rows_ptr, gaps_ptr, norms_ptr, indices_ptr, pulls_ptr, dcos_ptr,
+            rows_tile, at, member, can, length, rows_ptr, gaps_ptr, norms_ptr, indices_ptr, pulls_ptr, dcos_ptr,
             base, first, stride_row, cols, C, R, picks, NORMALIZED,
         )  # fmt: skip
         dgamma += tl.sum(dlogweight * tl.log(q), axis=0)
         dquality = gamma * dlogweight / q
         if CHOSEN:
-            product = tl.sum(part * arriving[None, :], axis=1)
+            product = tl.sum(rows_tile * arriving[None, :], axis=1)
             chosen = softmax_of(
                 q, at, member, can & there, 0, set_id, first, R, noise_ptr, seed, normalizer, tau, SEEDED
             )
@@ -254,19 +404,23 @@ def backward_set(
             radial = -(total + dlogweight) / (length * length)
         if quality_ptr is None:
             radial += dquality / length
-        gradient += radial[:, None] * part
+        gradient += radial[:, None] * rows_tile
         place = first + at
-        written = at < extent
+        written = at < write_to
         tl.store(
             drows_ptr + place[:, None] * C + cols[None, :],
             gradient.to(drows_ptr.dtype.element_ty),
             mask=written[:, None] & (cols < C)[None, :],
         )
         tl.store(dquality_ptr + place, dquality, mask=written)
-    tl.store(dgamma_ptr + set_id, dgamma)
+    if ending == 1:
+        tl.store(dgamma_ptr + slot + part, dgamma)
     if CHOSEN and quality_ptr is not None:
+        tail, met = share_mean(
+            tail, means_ptr, barrier_ptr, slot, slots, set_id, part, parts, met, ending == 1, SPLIT, BLOCK_P
+        )
         tl.debug_barrier()
-        settle_quality(dquality_ptr, soft_ptr, first, count, tail, BLOCK_R)
+        settle_quality(dquality_ptr, soft_ptr, first, low, tail_to, tail, BLOCK_R)
 
 
 @triton.jit(do_not_specialize=["seed_value"])
@@ -288,11 +442,17 @@ def select_backward(
     norms_ptr,  # [R] float32
     drows_ptr,  # out [B, N, C] or [T, C]
     dquality_ptr,  # out [R] float32
-    dgamma_ptr,  # out [B] float32
+    dgamma_ptr,  # out [B, parts] float32
     pulls_ptr,  # scratch [B, K, C] float32, the complete gradients at the picks
     dcos_ptr,  # scratch [K - 1, R] float32
     chain_ptr,  # scratch [R] float32 (streaming)
     soft_ptr,  # scratch [R] float32
+    means_ptr,  # scratch [3, B, parts] float32: of even steps, odd steps, and step 0 (split)
+    sums_ptr,  # scratch [B, parts, 2, C] float32, a step's row sums, without and by the mean (split)
+    totals_ptr,  # scratch [B, 2, C] float32, their sums over the parts (split)
+    barrier_ptr,  # [B] int32, zero: parts that arrived (split, cooperative)
+    parts,
+    turn,
     stride_set,
     stride_row,
     N,
@@ -305,12 +465,19 @@ def select_backward(
     NORMALIZED: tl.constexpr,
     CHOSEN: tl.constexpr,  # the first pick was chosen by quality, not given
     TIER: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,  # rows of a tile
     BLOCK_W: tl.constexpr,  # rows of a tile whose gradient is being written
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,  # rows at a time where only their scalars are read
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # columns at a time where the parts' sums are added
 ):
+    part = 0
     set_id = tl.program_id(0)
+    if SPLIT != WHOLE:
+        part = set_id % parts
+        set_id = set_id // parts
     first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     extent = count if cu_seqlens_ptr is not None else N
     gamma = gamma_value
@@ -327,13 +494,17 @@ def select_backward(
         backward_set(
             rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, grad_ptr, indices_ptr, counts_ptr, normalizers_ptr,
             gaps_ptr, norms_ptr, drows_ptr, dquality_ptr, dgamma_ptr, pulls_ptr, dcos_ptr, chain_ptr, soft_ptr,
-            set_id, first, count, extent, stride_row, C, K, R, tau, scale,
-            SEEDED, NORMALIZED, CHOSEN, True, BLOCK_N, BLOCK_W, BLOCK_C, BLOCK_R,
+            means_ptr, sums_ptr, totals_ptr, barrier_ptr, set_id, part, parts, turn, first, count, extent, stride_row,
+            C, K, R, tau, scale,
+            SEEDED, NORMALIZED, CHOSEN, True, SPLIT, BLOCK_N, BLOCK_W, BLOCK_C, BLOCK_R,
+            BLOCK_P, BLOCK_S,
         )  # fmt: skip
     else:
         backward_set(
             rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, grad_ptr, indices_ptr, counts_ptr, normalizers_ptr,
             gaps_ptr, norms_ptr, drows_ptr, dquality_ptr, dgamma_ptr, pulls_ptr, dcos_ptr, chain_ptr, soft_ptr,
-            set_id, first, count, extent, stride_row, C, K, R, tau, scale,
-            SEEDED, NORMALIZED, CHOSEN, False, BLOCK_N, BLOCK_W, BLOCK_C, BLOCK_R,
+            means_ptr, sums_ptr, totals_ptr, barrier_ptr, set_id, part, parts, turn, first, count, extent, stride_row,
+            C, K, R, tau, scale,
+            SEEDED, NORMALIZED, CHOSEN, False, SPLIT, BLOCK_N, BLOCK_W, BLOCK_C, BLOCK_R,
+            BLOCK_P, BLOCK_S,
         )  # fmt: skip

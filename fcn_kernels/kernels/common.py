@@ -13,6 +13,11 @@ RESIDENT_TIER = tl.constexpr(0)
 STREAMING_TIER = tl.constexpr(1)
 RAGGED = tl.constexpr(2)
 
+# How a set is divided: one program has it whole, or its parts meet at a barrier on the device, or between launches.
+WHOLE = tl.constexpr(0)
+COOPERATIVE = tl.constexpr(1)
+LAUNCHES = tl.constexpr(2)
+
 # Rows that left the softmax under `distinct` carry this as their gap: below every gap, so that the running minimum
 # keeps it, and below -2, the lowest that a gap with the tie bit can be.
 TAKEN = tl.constexpr(-4.0)
@@ -37,6 +42,14 @@ def locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R):
         if lengths_ptr is not None:
             count = tl.minimum(tl.maximum(tl.load(lengths_ptr + set_id).to(tl.int64), 0), count)
     return first, count.to(tl.int32), offset
+
+
+@triton.jit
+def divide(count, part, parts, BLOCK_N: tl.constexpr):
+    """The rows [low, high) of a part: whole tiles, in order."""
+    share = tl.cdiv(tl.cdiv(count, parts), BLOCK_N) * BLOCK_N
+    low = tl.minimum(part * share, count)
+    return low, tl.minimum(low + share, count)
 
 
 @triton.jit
@@ -72,3 +85,17 @@ def perturb(logits, rows, inside, step, set_id, first, R, noise_ptr, seed, SEEDE
     elif SEEDED:
         logits += gumbel_noise(seed, rows, step, set_id)
     return logits
+
+
+@triton.jit
+def grid_barrier(counter_ptr, arrivals):
+    """Wait until ``arrivals`` programs came here, all of them resident (a cooperative launch).
+
+    What the programs wrote before is seen by all after: the adds release and acquire, and the barriers in the
+    program extend both from one thread to all.
+    """
+    tl.debug_barrier()
+    seen = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") + 1
+    while seen < arrivals:
+        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()

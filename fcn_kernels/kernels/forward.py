@@ -1,20 +1,26 @@
-"""The forward kernel: all K steps of one set in one program.
+"""The forward kernel: all K steps of a set.
 
-Two tiers in one body. *Resident*: the set's tile [n, c] stays in registers from the first step to the last, so its
-rows are read once. *Streaming*: tiles are read again for each step, from L1 or L2 while the set fits there, and what
-a row carries from step to step, its norm and its gap, stands in global memory.
+Three tiers in one body. *Resident*: a program's tile [n, c] stays in registers from the first step to the last, so
+its rows are read once. *Streaming*: tiles are read again for each step, from L1 or L2 while the set fits there, and
+what a row carries from step to step, its norm and its gap, stands in global memory. Either can be *split*: a set's
+rows are divided between programs, which agree on each pick.
 
-A step ends one pick and makes the logits of the next. All that it needs of the set is four numbers: the best noisy
-logit, its row, that row's logit without the noise, and the denominator of the softmax.
+A step ends one pick and makes the logits of the next. All that it needs of the set is a ballot: the best noisy logit,
+its row, that row's logit without the noise, and the denominator of the softmax. Splitting a set is exchanging those.
 """
 
 import triton
 import triton.language as tl
 
 from fcn_kernels.kernels.common import (
+    COOPERATIVE,
+    LAUNCHES,
     RAGGED,
     RESIDENT_TIER,
     TAKEN,
+    WHOLE,
+    divide,
+    grid_barrier,
     load_row,
     load_rows,
     locate,
@@ -81,35 +87,81 @@ def save_gap(gaps_ptr, at, gap, tied, open_to, inside):
 
 
 @triton.jit
+def cast_ballot(ballots_ptr, winners_ptr, step, slot, slots, best, row, logit, denominator):
+    """Leave a part's ballot for ``step`` where the others find it; even and odd steps have places of their own."""
+    at = (step % 2) * slots + slot
+    tl.store(ballots_ptr + at * 3, best)
+    tl.store(ballots_ptr + at * 3 + 1, logit)
+    tl.store(ballots_ptr + at * 3 + 2, denominator)
+    tl.store(winners_ptr + at, row)
+
+
+@triton.jit
+def count_ballots(
+    ballots_ptr, winners_ptr, admitted_ptr, step, slot, slots, parts, tau, KEEP: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """The set's ballot from those of its parts, and its pickable rows. Parts are in order of rows, so ties are, too."""
+    part = tl.arange(0, BLOCK_P)
+    there = part < parts
+    at = (step % 2) * slots + slot + part
+    # .cg: other SMs wrote these, and L1 may hold what was here before
+    bests = tl.load(ballots_ptr + at * 3, mask=there, other=float("-inf"), cache_modifier=".cg")
+    logits = tl.load(ballots_ptr + at * 3 + 1, mask=there, other=0.0, cache_modifier=".cg")
+    rows = tl.load(winners_ptr + at, mask=there, other=0, cache_modifier=".cg")
+    best, winner = tl.max(bests, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    row = tl.sum(tl.where(part == winner, rows, 0), axis=0)
+    logit = tl.sum(tl.where(part == winner, logits, 0.0), axis=0)
+    denominator = 0.0
+    if KEEP:
+        denominators = tl.load(ballots_ptr + at * 3 + 2, mask=there, other=0.0, cache_modifier=".cg")
+        shift = tl.where(best == float("-inf"), 0.0, best)
+        denominator += tl.sum(denominators * tl.exp((bests - shift) / tau), axis=0)
+    admitted = tl.load(admitted_ptr + slot + part, mask=there, other=0, cache_modifier=".cg")
+    return best, row, logit, denominator, tl.sum(admitted, axis=0)
+
+
+@triton.jit
 def forward_set(
     rows_ptr, quality_ptr, gamma, noise_ptr, seed, start_ptr, mask_ptr, picked_ptr, distances_ptr, indices_ptr,
-    counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, set_id, first, count, stride_row, C, K, R, tau,
-    scale, SEEDED: tl.constexpr, NORMALIZED: tl.constexpr, DISTINCT: tl.constexpr, KEEP: tl.constexpr,
-    RESIDENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, ballots_ptr, winners_ptr, admitted_ptr, barrier_ptr,
+    set_id, part, parts, sets, turn, first, count, stride_row, C, K, R, tau, scale,
+    SEEDED: tl.constexpr, NORMALIZED: tl.constexpr, DISTINCT: tl.constexpr, KEEP: tl.constexpr,
+    RESIDENT: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One set."""
+    """One part of one set, all of it where it is not split."""
     cols = tl.arange(0, BLOCK_C)
     lane = tl.arange(0, BLOCK_N)
+    slot = set_id * parts
+    slots = sets * parts
+    low, high, admit_to, begin_step, end_step = 0, count, count, 0, K
+    if SPLIT != WHOLE:
+        low, high = divide(count, part, parts, BLOCK_N)
+        admit_to = high
+        if SPLIT == LAUNCHES:  # launch 0 admits the rows, launch t makes pick t - 1
+            admit_to = high if turn == 0 else low
+            begin_step = turn - 1 if turn > 0 else 0
+            end_step = turn
     best, row, logit, denominator = float("-inf"), 0, 0.0, 0.0
     pickable = 0
     if RESIDENT:
-        inside = lane < count
-        held = load_rows(rows_ptr, lane, inside, stride_row, cols, C)
-        quality, mark = admit(held.to(tl.float32), lane, inside, first, quality_ptr, mask_ptr)
+        mine = low + lane
+        inside = mine < high
+        held = load_rows(rows_ptr, mine, inside, stride_row, cols, C)
+        quality, mark = admit(held.to(tl.float32), mine, inside, first, quality_ptr, mask_ptr)
         open_to = mark > 0
         norm = tl.where(open_to, mark, 1.0)
         weight = scale * power(quality, gamma)
         gap = tl.full((BLOCK_N,), float("inf"), tl.float32)
         pickable += tl.sum(open_to.to(tl.int32), axis=0)
-        if KEEP:
-            tl.store(norms_ptr + first + lane, mark, mask=inside)
-        noisy = perturb(quality, lane, inside, 0, set_id, first, R, noise_ptr, seed, SEEDED)
+        if KEEP or SPLIT != WHOLE:
+            tl.store(norms_ptr + first + mine, mark, mask=inside)
+        noisy = perturb(quality, mine, inside, 0, set_id, first, R, noise_ptr, seed, SEEDED)
         noisy = tl.where(open_to, noisy, float("-inf"))
-        best, row, logit, denominator = challenge(best, row, logit, denominator, noisy, quality, lane, tau, KEEP)
+        best, row, logit, denominator = challenge(best, row, logit, denominator, noisy, quality, mine, tau, KEEP)
     else:
-        for begin in range(0, count, BLOCK_N):
+        for begin in range(low, admit_to, BLOCK_N):
             rows = begin + lane
-            inside = rows < count
+            inside = rows < high
             tile = load_rows(rows_ptr, rows, inside, stride_row, cols, C).to(tl.float32)
             quality, mark = admit(tile, rows, inside, first, quality_ptr, mask_ptr)
             pickable += tl.sum((mark > 0).to(tl.int32), axis=0)
@@ -119,27 +171,40 @@ def forward_set(
             best, row, logit, denominator = challenge(best, row, logit, denominator, noisy, quality, rows, tau, KEEP)
         tl.debug_barrier()  # the marks are read by other threads than wrote them
 
-    if start_ptr is not None:
-        row = tl.load(start_ptr + set_id).to(tl.int32)
-        if RESIDENT:
-            given = tl.sum(tl.where((lane == row) & open_to, 1, 0), axis=0) > 0
-        else:
-            given = tl.load(norms_ptr + first + row, mask=(row >= 0) & (row < count), other=-1.0) > 0
-        pickable = tl.where(given, pickable, 0)
-    tl.store(counts_ptr + set_id, tl.minimum(pickable, K).to(tl.int64))
+    if SPLIT != WHOLE:
+        if turn == 0:
+            cast_ballot(ballots_ptr, winners_ptr, 0, slot + part, slots, best, row, logit, denominator)
+            tl.store(admitted_ptr + slot + part, pickable)
 
-    logit = float("inf")  # no pick is before the first
-    for step in range(K):
+    for step in range(begin_step, end_step):
+        if SPLIT == COOPERATIVE:
+            grid_barrier(barrier_ptr + set_id, parts * (step + 1))
+        if SPLIT != WHOLE:
+            best, row, logit, denominator, pickable = count_ballots(
+                ballots_ptr, winners_ptr, admitted_ptr, step, slot, slots, parts, tau, KEEP, BLOCK_P
+            )
+        opening = tl.full((), step, tl.int32) == 0
+        if start_ptr is not None:
+            start = tl.load(start_ptr + set_id).to(tl.int32)
+            if RESIDENT and SPLIT == WHOLE:
+                given = tl.sum(tl.where((lane == start) & open_to, 1, 0), axis=0) > 0
+            else:
+                given = tl.load(norms_ptr + first + start, mask=(start >= 0) & (start < count), other=-1.0) > 0
+            pickable = tl.where(given, pickable, 0)
+            row = tl.where(opening, start, row)
         there = step < pickable
         picked = load_row(rows_ptr, row, there, stride_row, cols, C)
-        out = set_id.to(tl.int64) * K + step
-        tl.store(picked_ptr + out * C + cols, picked, mask=cols < C)
-        tl.store(indices_ptr + out, tl.where(there, row, -1).to(tl.int64))
-        tl.store(distances_ptr + out, tl.where(there, logit, 0.0))
-        if KEEP:
-            empty = best == float("-inf")
-            normalizer = tl.where(empty, 0.0, best) / tau + tl.log(tl.where(empty, 1.0, denominator))
-            tl.store(normalizers_ptr + out, normalizer)
+        if part == 0:
+            out = set_id.to(tl.int64) * K + step
+            tl.store(counts_ptr + set_id, tl.minimum(pickable, K).to(tl.int64))
+            tl.store(picked_ptr + out * C + cols, picked, mask=cols < C)
+            tl.store(indices_ptr + out, tl.where(there, row, -1).to(tl.int64))
+            distance = tl.where(opening, float("inf"), logit)  # no pick is before the first
+            tl.store(distances_ptr + out, tl.where(there, distance, 0.0))
+            if KEEP:
+                empty = best == float("-inf")
+                normalizer = tl.where(empty, 0.0, best) / tau + tl.log(tl.where(empty, 1.0, denominator))
+                tl.store(normalizers_ptr + out, normalizer)
         if step + 1 < K:
             direction = picked.to(tl.float32)
             if not NORMALIZED:
@@ -148,17 +213,17 @@ def forward_set(
             pick = row
             best, row, logit, denominator = float("-inf"), 0, 0.0, 0.0
             if RESIDENT:
-                gap, tied = approach(held.to(tl.float32), direction, norm, gap, lane, pick, NORMALIZED, DISTINCT)
+                gap, tied = approach(held.to(tl.float32), direction, norm, gap, mine, pick, NORMALIZED, DISTINCT)
                 if KEEP:
-                    save_gap(gaps_ptr, step * R + first + lane, gap, tied, open_to, inside)
+                    save_gap(gaps_ptr, step * R + first + mine, gap, tied, open_to, inside)
                 logits = gap * weight
-                noisy = perturb(logits, lane, inside, step + 1, set_id, first, R, noise_ptr, seed, SEEDED)
+                noisy = perturb(logits, mine, inside, step + 1, set_id, first, R, noise_ptr, seed, SEEDED)
                 noisy = tl.where(open_to & (gap >= 0), noisy, float("-inf"))
-                best, row, logit, denominator = challenge(best, row, logit, denominator, noisy, logits, lane, tau, KEEP)
+                best, row, logit, denominator = challenge(best, row, logit, denominator, noisy, logits, mine, tau, KEEP)
             else:
-                for begin in range(0, count, BLOCK_N):
+                for begin in range(low, high, BLOCK_N):
                     rows = begin + lane
-                    inside = rows < count
+                    inside = rows < high
                     tile = load_rows(rows_ptr, rows, inside, stride_row, cols, C).to(tl.float32)
                     mark = tl.load(norms_ptr + first + rows, mask=inside, other=-1.0)
                     open_to = mark > 0
@@ -179,6 +244,8 @@ def forward_set(
                         best, row, logit, denominator, noisy, logits, rows, tau, KEEP
                     )
                 tl.debug_barrier()
+            if SPLIT != WHOLE:
+                cast_ballot(ballots_ptr, winners_ptr, step + 1, slot + part, slots, best, row, logit, denominator)
 
 
 @triton.jit(do_not_specialize=["seed_value"])
@@ -202,6 +269,12 @@ def select_forward(
     gaps_ptr,  # out [K - 1, R] float32 (KEEP)
     norms_ptr,  # out [R] float32, the marks (KEEP or streaming)
     nearest_ptr,  # scratch [R] float32, the running gaps (streaming)
+    ballots_ptr,  # scratch [2, B, parts, 3] float32 (split)
+    winners_ptr,  # scratch [2, B, parts] int32 (split)
+    admitted_ptr,  # scratch [B, parts] int32, pickable rows (split)
+    barrier_ptr,  # [B] int32, zero: parts that arrived (split, cooperative)
+    parts,
+    turn,
     stride_set,
     stride_row,
     N,
@@ -215,10 +288,18 @@ def select_forward(
     DISTINCT: tl.constexpr,
     KEEP: tl.constexpr,
     TIER: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
+    sets = tl.num_programs(0)
+    part = 0
     set_id = tl.program_id(0)
+    if SPLIT != WHOLE:
+        sets = sets // parts
+        part = set_id % parts
+        set_id = set_id // parts
     first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     gamma = gamma_value
     if gamma_ptr is not None:
@@ -233,12 +314,14 @@ def select_forward(
     if resident:
         forward_set(
             rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, start_ptr, mask_ptr, picked_ptr, distances_ptr,
-            indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, set_id, first, count,
-            stride_row, C, K, R, tau, scale, SEEDED, NORMALIZED, DISTINCT, KEEP, True, BLOCK_N, BLOCK_C,
+            indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, ballots_ptr, winners_ptr,
+            admitted_ptr, barrier_ptr, set_id, part, parts, sets, turn, first, count, stride_row, C, K, R, tau, scale,
+            SEEDED, NORMALIZED, DISTINCT, KEEP, True, SPLIT, BLOCK_N, BLOCK_C, BLOCK_P,
         )  # fmt: skip
     else:
         forward_set(
             rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, start_ptr, mask_ptr, picked_ptr, distances_ptr,
-            indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, set_id, first, count,
-            stride_row, C, K, R, tau, scale, SEEDED, NORMALIZED, DISTINCT, KEEP, False, BLOCK_N, BLOCK_C,
+            indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, ballots_ptr, winners_ptr,
+            admitted_ptr, barrier_ptr, set_id, part, parts, sets, turn, first, count, stride_row, C, K, R, tau, scale,
+            SEEDED, NORMALIZED, DISTINCT, KEEP, False, SPLIT, BLOCK_N, BLOCK_C, BLOCK_P,
         )  # fmt: skip

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from fcn_kernels.kernels.backward import select_backward
-from fcn_kernels.kernels.common import RAGGED, RESIDENT_TIER, STREAMING_TIER
+from fcn_kernels.kernels.common import COOPERATIVE, LAUNCHES, RAGGED, RESIDENT_TIER, STREAMING_TIER, WHOLE
 from fcn_kernels.kernels.forward import select_forward
 from fcn_kernels.problem import Gradients, Problem, Saved, Selected
 
@@ -29,65 +29,107 @@ STREAMING_WARPS = 4  # several programs an SM keep more loads in flight than one
 STREAMING_ROWS = 256
 # Left alone, ptxas spills a few registers of the backward kernel to fit one more program on an SM.
 MOST_REGISTERS = {"maxnreg": 255} if torch.version.hip is None else {}
+SPLIT_ROWS = 32  # a part with less work than that costs more at the barrier than it saves
 MAX_DIM = 4096  # a row must fit a program
 SCALAR_ROWS = 1024
+SUM_COLUMNS = 16  # 64 bytes a part: C = 512 is 64 parts' work
+
+
+class Device(NamedTuple):
+    """What a launch has to know of a GPU."""
+
+    processors: int
+    cooperative: bool
+    """Programs of one launch can wait for each other."""
+
+
+INTERPRETER = Device(processors=8, cooperative=False)
 
 
 class Plan(NamedTuple):
-    """How a kernel is launched: the constants it is built with."""
+    """How a kernel is launched: the constants it is built with, and how many programs share a set."""
 
     tier: int
     block_n: int
     block_c: int
     warps: int
+    parts: int = 1
+    split: int = WHOLE.value
 
     @property
     def name(self) -> str:
-        """resident, streaming or ragged."""
-        return TIERS[self.tier]
+        """resident, streaming or ragged, and how a set is divided."""
+        meeting = {COOPERATIVE.value: "at barriers", LAUNCHES.value: "between launches"}.get(self.split)
+        return TIERS[self.tier] + (f", split into {self.parts} parts that meet {meeting}" if meeting else "")
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         """What Triton is told beside the kernel's own constants."""
-        return {"num_warps": self.warps, **(MOST_REGISTERS if self.warps <= 8 else {})}
+        cooperative = {"launch_cooperative_grid": True} if self.split == COOPERATIVE.value else {}
+        return {"num_warps": self.warps, **(MOST_REGISTERS if self.warps <= 8 else {}), **cooperative}
 
 
-def forward_plan(rows: int | None, dim: int, ragged: bool) -> Plan:
-    """``rows``: of the longest set, None where the lengths are on the device; ``ragged``: sets of unequal lengths."""
-    return _plan(rows, dim, ragged, FORWARD_ELEMENTS, FORWARD_WARPS)
+def device_of(features: Tensor) -> Device:
+    """The device of a call; the interpreter, which runs programs one after another, passes for a small one."""
+    if features.device.type != "cuda":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(features.device)
+    return Device(properties.multi_processor_count, torch.version.hip is None and properties.major >= 7)
 
 
-def backward_plan(rows: int | None, dim: int, ragged: bool) -> Plan:
+def forward_plan(sets: int, rows: int | None, dim: int, ragged: bool, device: Device) -> Plan:
+    """The forward launch for ``sets`` sets of up to ``rows`` rows (None: known on the device alone).
+
+    A set that fits the registers of a program is resident. Sets that are too few to fill the device are split, if
+    each part still gets SPLIT_ROWS rows. Where lengths are on the device (``ragged``) each set decides by its own.
+    """
+    return _plan(sets, rows, dim, ragged, device, forward=True)
+
+
+def backward_plan(sets: int, rows: int | None, dim: int, ragged: bool, device: Device) -> Plan:
     """As :func:`forward_plan`."""
-    return _plan(rows, dim, ragged, BACKWARD_ELEMENTS, BACKWARD_WARPS)
+    return _plan(sets, rows, dim, ragged, device, forward=False)
 
 
-def _plan(rows: int | None, dim: int, ragged: bool, elements: int, most_warps: int) -> Plan:
+def _plan(sets: int, rows: int | None, dim: int, ragged: bool, device: Device, forward: bool) -> Plan:
+    elements = FORWARD_ELEMENTS if forward else BACKWARD_ELEMENTS
+    most_warps = FORWARD_WARPS if forward else BACKWARD_WARPS
     block_c = max(16, triton.next_power_of_2(dim))
     warp = elements * 32
+    parts, split = 1, WHOLE
     if rows is not None:
         block_n = max(2, triton.next_power_of_2(rows))
         if block_n * block_c <= warp * most_warps:
-            warps = max(1, block_n * block_c // warp)
-            return Plan(RESIDENT_TIER.value, block_n, block_c, warps)
+            return Plan(RESIDENT_TIER.value, block_n, block_c, max(1, block_n * block_c // warp))
+        parts = min(device.processors // max(sets, 1), rows // SPLIT_ROWS)
+        if parts > 1:
+            split = COOPERATIVE if device.cooperative else LAUNCHES
+            block_n = triton.next_power_of_2(triton.cdiv(rows, parts))
+            if forward and split == COOPERATIVE and block_n * block_c <= warp * most_warps:
+                return Plan(RESIDENT_TIER.value, block_n, block_c, most_warps, parts, split.value)
     warps = max(STREAMING_WARPS, min(most_warps, 2 * block_c // warp))
+    if split != WHOLE:
+        # 255 registers a thread, the most there can be, still let this many programs run on an SM at once
+        parts = max(1, min(parts * (8 // warps), rows // SPLIT_ROWS))
     block_n = max(2, min(warp * warps // block_c, STREAMING_ROWS))
-    return Plan((RAGGED if ragged else STREAMING_TIER).value, block_n, block_c, warps)
+    tier = RAGGED if ragged and split == WHOLE else STREAMING_TIER
+    return Plan(tier.value, block_n, block_c, warps, max(parts, 1), split.value)
 
 
 def plans(p: Problem) -> tuple[Plan, Plan]:
     """The forward and the backward plan of a call."""
-    rows = None if p.cu_seqlens is not None else p.features.shape[1]
-    ragged = p.cu_seqlens is not None or p.lengths is not None
-    return forward_plan(rows, p.dim, ragged), backward_plan(rows, p.dim, ragged)
+    packed = p.cu_seqlens is not None
+    rows = p.rows if p.sets == 1 else None if packed else p.features.shape[1]
+    sizes = p.sets, rows, p.dim, packed or p.lengths is not None, device_of(p.features)
+    return forward_plan(*sizes), backward_plan(*sizes)
 
 
 def forward(p: Problem, keep: bool) -> Selected:
-    """One launch, a program a set; ``keep`` also saves what :func:`backward` reads."""
+    """One launch, or K + 1 where parts of a set meet between them; ``keep`` also saves what :func:`backward` reads."""
     _check(p)
     plan = plans(p)[0]
-    streams = plan.tier != RESIDENT_TIER.value
-    new, sets = p.features.new_empty, p.sets
+    streams, divided = plan.tier != RESIDENT_TIER.value, plan.split != WHOLE.value
+    new, sets, slots = p.features.new_empty, p.sets, p.sets * plan.parts
     saved_rows = p.rows if keep else 0
     out = Selected(
         features=new(sets, p.k, p.dim),
@@ -98,84 +140,119 @@ def forward(p: Problem, keep: bool) -> Selected:
         gaps=new(p.k - 1 if keep else 0, saved_rows, dtype=torch.float32),
         norms=new(saved_rows, dtype=torch.float32),
     )
-    marks = new(p.rows, dtype=torch.float32) if streams and not keep else out.norms
-    nearest = new(p.rows, dtype=torch.float32) if streams else None
-    if sets:
-        with torch.cuda.device_of(p.features):
-            select_forward[(sets,)](
-                p.features,
-                p.quality,
-                *_scalar(p.gamma, float),
-                p.noise,
-                *_scalar(p.seed, int),
-                p.start,
-                p.mask,
-                p.lengths,
-                p.cu_seqlens,
-                out.features,
-                out.distances,
-                out.indices,
-                out.counts,
-                out.log_normalizers,
-                out.gaps,
-                marks,
-                nearest,
+    if sets == 0:
+        return out
+    with torch.cuda.device_of(p.features):
+        arguments = (
+            p.features,
+            p.quality,
+            *_scalar(p.gamma, float),
+            p.noise,
+            *_scalar(p.seed, int),
+            p.start,
+            p.mask,
+            p.lengths,
+            p.cu_seqlens,
+            out.features,
+            out.distances,
+            out.indices,
+            out.counts,
+            out.log_normalizers,
+            out.gaps,
+            new(p.rows, dtype=torch.float32) if (streams or divided) and not keep else out.norms,
+            new(p.rows, dtype=torch.float32) if streams else None,
+            new(2, slots, 3, dtype=torch.float32) if divided else None,
+            new(2, slots, dtype=torch.int32) if divided else None,
+            new(slots, dtype=torch.int32) if divided else None,
+            _barriers(p, plan),
+            plan.parts,
+        )
+        for turn in range(_launches(plan, p.k + 1)):
+            select_forward[(slots,)](
+                *arguments,
+                turn,
                 *_sizes(p),
                 SEEDED=p.seed is not None,
                 NORMALIZED=p.normalized,
                 DISTINCT=p.distinct,
                 KEEP=keep,
                 TIER=plan.tier,
+                SPLIT=plan.split,
                 BLOCK_N=plan.block_n,
                 BLOCK_C=plan.block_c,
+                BLOCK_P=triton.next_power_of_2(plan.parts),
                 **plan.options,
             )
     return out
 
 
 def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
-    """One launch, a program a set, and the sum of gamma's gradient over the sets."""
+    """One launch, or 2 K + 1 where parts of a set meet between them, and the sum of gamma's gradient over the sets."""
     plan = plans(p)[1]
-    streams = plan.tier != RESIDENT_TIER.value
-    empty, sets = saved.norms.new_empty, p.sets
+    streams, divided = plan.tier != RESIDENT_TIER.value, plan.split != WHOLE.value
+    empty, sets, slots = saved.norms.new_empty, p.sets, p.sets * plan.parts
     drows = torch.empty_like(p.features, memory_format=torch.contiguous_format)
     dquality = empty(p.rows)
-    dgamma = empty(sets)
-    if sets:
-        with torch.cuda.device_of(p.features):
-            select_backward[(sets,)](
-                p.features,
-                p.quality,
-                *_scalar(p.gamma, float),
-                p.noise,
-                *_scalar(p.seed, int),
-                p.lengths,
-                p.cu_seqlens,
-                grad.contiguous(),
-                saved.indices,
-                saved.counts,
-                saved.log_normalizers,
-                saved.gaps,
-                saved.norms,
-                drows,
-                dquality,
-                dgamma,
-                empty(sets, p.k, p.dim),
-                empty(p.k - 1, p.rows),
-                empty(p.rows) if streams else None,
-                empty(p.rows),
+    dgamma = empty(slots)
+    if sets == 0:
+        return Gradients(drows, dquality, dgamma.sum())
+    with torch.cuda.device_of(p.features):
+        arguments = (
+            p.features,
+            p.quality,
+            *_scalar(p.gamma, float),
+            p.noise,
+            *_scalar(p.seed, int),
+            p.lengths,
+            p.cu_seqlens,
+            grad.contiguous(),
+            saved.indices,
+            saved.counts,
+            saved.log_normalizers,
+            saved.gaps,
+            saved.norms,
+            drows,
+            dquality,
+            dgamma,
+            empty(sets, p.k, p.dim),
+            empty(p.k - 1, p.rows),
+            empty(p.rows) if streams else None,
+            empty(p.rows),
+            empty(3, slots) if divided else None,
+            empty(slots, 2, p.dim) if divided else None,
+            empty(sets, 2, p.dim) if divided else None,
+            _barriers(p, plan),
+            plan.parts,
+        )
+        for turn in range(_launches(plan, 2 * p.k + 1)):
+            select_backward[(slots,)](
+                *arguments,
+                turn,
                 *_sizes(p),
                 SEEDED=p.seed is not None,
                 NORMALIZED=p.normalized,
                 CHOSEN=p.start is None,
                 TIER=plan.tier,
+                SPLIT=plan.split,
                 BLOCK_N=plan.block_n,
                 BLOCK_W=min(plan.block_n, max(1, WRITE_ELEMENTS * 32 * plan.warps // plan.block_c)),
                 BLOCK_C=plan.block_c,
                 BLOCK_R=SCALAR_ROWS,
+                BLOCK_P=triton.next_power_of_2(plan.parts),
+                BLOCK_S=SUM_COLUMNS,
                 **plan.options,
             )
     return Gradients(drows, dquality, dgamma.sum())
+
+
+def _launches(plan: Plan, steps: int) -> int:
+    return steps if plan.split == LAUNCHES.value else 1
+
+
+def _barriers(p: Problem, plan: Plan) -> Tensor | None:
+    if plan.split != COOPERATIVE.value:
+        return None
+    return torch.zeros(p.sets, dtype=torch.int32, device=p.features.device)
 
 
 def _sizes(p: Problem) -> tuple[Any, ...]:
