@@ -239,10 +239,10 @@ def _lengths(case: Case, i: Inputs) -> tuple[int, ...]:
 
 
 def _reads(plan: Any, length: int, k: int) -> int:
-    """How often a launch reads the rows of a set."""
-    if plan.name == "resident" or (plan.name == "ragged" and length <= plan.block_n):
-        return 1
-    return k
+    """How often a launch reads the rows of a set: once if they stay on the chip, else once a step."""
+    tier = plan.name.partition(",")[0]
+    held = tier == "resident" or (tier == "ragged" and length <= plan.block_n)
+    return 1 if held else k
 
 
 class CountedBytes(TorchDispatchMode):
