@@ -190,7 +190,8 @@ def _select(p: Problem, group: _Group, keep: bool, out: Selected) -> None:
         first = torch.where(inside, first, 0)
         pickable &= (inside & pickable[each, first])[:, None]
     counts = pickable.sum(-1)
-    barred = ~pickable if bool((counts < pickable.shape[-1]).any()) else None  # None saves a pass a step
+    fewest = int(counts.min())
+    barred = ~pickable if fewest < pickable.shape[-1] else None  # None saves a pass a step
     counts = counts.clamp_(max=p.k)
     coefficient = p.distance_scale * _weight(quality, p.gamma)
     if not p.normalized:
@@ -214,6 +215,8 @@ def _select(p: Problem, group: _Group, keep: bool, out: Selected) -> None:
         direction = x.pick((each, pick))
         if not p.normalized:
             direction = direction / norms[each, pick, None]
+        if fewest <= step:  # there is no pick, and the row in its place may not be finite
+            direction = torch.where((step < counts)[:, None], direction, 0)
         # |x| (1 - cos); rounding can take it below the 0 that a picked row has to itself
         fresh = x.products(direction).neg_().add_(1.0 if p.normalized else norms).clamp_(min=0)
         nearest = fresh if step == 0 else torch.minimum(gap, fresh)
@@ -225,7 +228,7 @@ def _select(p: Problem, group: _Group, keep: bool, out: Selected) -> None:
 
     indices, distance = torch.stack(picks, 1), torch.stack(distances, 1)
     rows = group.raw[each[:, None], indices]
-    if barred is not None or p.k > pickable.shape[1]:
+    if fewest < p.k:
         there = torch.arange(p.k, device=counts.device) < counts[:, None]
         indices = torch.where(there, indices, -1)
         distance = torch.where(there, distance, 0)
