@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return int(import_module(COMMANDS[args.command][0]).run(args))
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # a missing extra, or input that cannot be used
         print(f"python -m fcn_kernels {args.command}: {error}", file=sys.stderr)
         return 2
 

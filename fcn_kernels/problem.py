@@ -1,5 +1,6 @@
 """One selection call, validated and flattened: what the op, both backends and every tier agree on."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -36,7 +37,7 @@ class Problem(NamedTuple):
     @property
     def rows(self) -> int:
         """R."""
-        return self.features.shape[:-1].numel()
+        return math.prod(self.features.shape[:-1])  # Size.numel() would fix symbols
 
     @property
     def dim(self) -> int:

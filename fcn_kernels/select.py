@@ -228,7 +228,7 @@ def _check_tensor(
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"expected {name} of dtype {names}, got {value.dtype}")
-    if value.shape != torch.Size(shape):
+    if tuple(value.shape) != tuple(shape):  # torch.Size of symbols would fix them
         raise ValueError(
             f"expected {name} of shape {tuple(shape)} for features {tuple(features.shape)}, got {tuple(value.shape)}"
         )

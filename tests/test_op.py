@@ -1,0 +1,152 @@
+"""The operator inside PyTorch: opcheck, compile, export, autocast, vmap, second derivatives, FLOPs."""
+
+import shutil
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fcn_kernels import CoresetSelect, coreset_select
+from fcn_kernels.op import select
+from fcn_kernels.problem import Problem
+
+
+def _inputs(batch=2, rows=7, dim=5, dtype=torch.float32, grad=True):
+    generator = torch.Generator().manual_seed(batch * 100 + rows)
+    features = torch.randn(batch, rows, dim, generator=generator, dtype=dtype)
+    quality = torch.rand(batch, rows, generator=generator, dtype=dtype) + 0.5
+    gamma = torch.tensor(0.7, dtype=dtype)
+    return tuple(t.requires_grad_(grad) for t in (features, quality, gamma))
+
+
+def _problem(features, quality, gamma, **changes):
+    nothing = dict.fromkeys(("noise", "seed", "start", "mask", "lengths", "cu_seqlens"))
+    problem = Problem(
+        features=features, quality=None if quality is None else quality.flatten(), gamma=gamma, **nothing,
+        k=3, tau=0.7, distance_scale=0.5, normalized=False, distinct=False,
+    )  # fmt: skip
+    return problem._replace(**changes)
+
+
+CASES = {
+    "sampled": lambda x, q, g: _problem(x, q, g, seed=torch.tensor(11)),
+    "lengths": lambda x, q, g: _problem(x, q, g, lengths=torch.tensor([7, 2])),
+    "norms, distinct": lambda x, q, g: _problem(x, None, g, distinct=True),
+    "packed, start": lambda x, q, g: _problem(
+        x.flatten(0, 1), q, g, cu_seqlens=torch.tensor([0, 5, 14]), start=torch.tensor([1, 2])
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck_of_the_forward_operator(case):
+    problem = CASES[case](*_inputs())
+    torch.library.opcheck(torch.ops.fcn_kernels.select.default, (*problem, True, "torch"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck_of_the_backward_operator(case):
+    problem = CASES[case](*_inputs(grad=False))
+    out = select(problem, keep=True, backend="torch")
+    grad = torch.randn_like(out.features)
+    torch.library.opcheck(torch.ops.fcn_kernels.select_backward.default, (*problem, grad, *out[2:], "torch"))
+
+
+def _run(function, inputs):
+    features, quality, gamma = (t.detach().clone().requires_grad_() for t in inputs)
+    coreset = function(features, quality, gamma)
+    coreset.features.square().sum().backward()
+    return coreset.indices, coreset.features, features.grad, quality.grad, gamma.grad
+
+
+def _pick(features, quality, gamma):
+    return coreset_select(features, 3, quality, gamma, tau=0.7)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+        ),
+    ],
+)
+def test_compiles_whole_with_dynamic_sizes(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(_pick, fullgraph=True, dynamic=True, backend=backend)
+    for batch, rows in ((2, 7), (3, 9), (5, 4)):
+        inputs = _inputs(batch, rows)
+        for ours, theirs in zip(_run(compiled, inputs), _run(_pick, inputs), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_sampling_compiles_and_draws_anew():
+    torch._dynamo.reset()
+    inputs = _inputs(4, 40, grad=False)
+    compiled = torch.compile(
+        lambda *a: coreset_select(a[0], 8, a[1], a[2], sample=True).indices, fullgraph=True, backend="aot_eager"
+    )
+    torch.manual_seed(1)
+    first, second = compiled(*inputs), compiled(*inputs)
+    torch.manual_seed(1)
+    assert torch.equal(compiled(*inputs), first)
+    assert not torch.equal(first, second)
+
+
+def test_exports_with_dynamic_sizes():
+    module = CoresetSelect(3).eval()
+    features, quality, _ = _inputs(grad=False)
+    batch, rows = torch.export.Dim("batch", min=2), torch.export.Dim("rows", min=2)
+    program = torch.export.export(
+        module, (features, quality), dynamic_shapes=({0: batch, 1: rows}, {0: batch, 1: rows})
+    )
+    other, other_quality, _ = _inputs(4, 11, grad=False)
+    torch.testing.assert_close(program.module()(other, other_quality), module(other, other_quality))
+
+
+def test_autocast_changes_nothing():
+    inputs = _inputs(2, 50, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = _run(_pick, inputs)
+    for ours, theirs in zip(mixed, _run(_pick, inputs), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_second_derivative_raises():
+    features, quality, gamma = _inputs()
+    picked = _pick(features, quality, gamma).features
+    (first,) = torch.autograd.grad(picked.square().sum(), features, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        first.sum().backward()
+
+
+def test_vmap_raises():
+    features, quality, _ = _inputs(grad=False)
+    with pytest.raises(NotImplementedError, match="torch.func.vmap"):
+        torch.func.vmap(lambda x, q: coreset_select(x, 2, q).features)(features, quality)
+
+
+def test_gradients_reach_only_what_asks_for_them():
+    features, quality, gamma = _inputs()
+    picked = coreset_select(features, 3, quality.detach(), gamma.detach())
+    assert picked.features.requires_grad
+    assert not picked.distances.requires_grad
+    picked.features.sum().backward()
+    assert quality.grad is None
+    assert gamma.grad is None
+    with torch.no_grad():
+        assert not _pick(features, quality, gamma).features.requires_grad
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_flops_are_counted(normalized):
+    batch, rows, dim, k = 2, 30, 16, 4
+    features, quality, _ = _inputs(batch, rows, dim)
+    product = 2 * batch * rows * dim  # a multiply-add is two
+    with FlopCounterMode(display=False) as forward:
+        picked = coreset_select(features, k, quality, normalized=normalized).features
+    assert forward.get_total_flops() == product * (k - 1 + (not normalized))
+    with FlopCounterMode(display=False) as backward:
+        picked.sum().backward()
+    assert backward.get_total_flops() == product * (3 * k - 2)
