@@ -6,6 +6,7 @@ calls with the wait for the device in it, useful as a cross-check; ``extra_info`
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple
@@ -142,7 +143,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Each module lists its rows for a size of machine."""
     if "row" in metafunc.fixturenames:
         rows = metafunc.module.rows(_size(metafunc.config))
-        metafunc.parametrize("row", rows, ids=["-".join(map(str, row)) for row in rows])
+        metafunc.parametrize("row", rows, ids=["-".join(map(_name, row)) for row in rows])
+
+
+def _name(part: object) -> str:
+    """In a form that ``-k`` can choose by."""
+    return re.sub(r"\W+", "_", str(part).replace("=", ""))
 
 
 def _size(config: pytest.Config) -> str:
