@@ -29,7 +29,7 @@ from benchmarks.workloads import (
     tiers,
 )
 
-RACE_SECONDS = {"cuda": 0.4, "cpu": 1.5, "quick": 0.05}
+RACE_SECONDS = {"cuda": 0.4, "cpu": 1.0, "quick": 0.05}
 COMPILE_SECONDS = {"cuda": 120.0, "cpu": 50.0, "quick": 0.0}
 """What torch.compile may take in all: it builds C++ on a CPU and Triton on a GPU, 5 to 20 s for each shape."""
 

@@ -17,7 +17,7 @@ from fcn_kernels.problem import Problem
 from fcn_kernels.select import resolve_backend
 
 PUBLIC, OPERATOR, BARE = "coreset_select", "its operator", "an operator that does nothing"
-CALLS = {"quick": 5, "cpu": 200, "cuda": 200}
+CALLS = {"quick": 5, "cpu": 50, "cuda": 200}
 ROUNDS = 11
 
 _library = torch.library.Library("fcn_benchmarks", "DEF")

@@ -9,7 +9,7 @@ from benchmarks.workloads import BOTH, COMPILED, EAGER, FORWARD, FUSED, IJBC_ROW
 from fcn_kernels import coreset_select
 from reference.listing import coreset_listing
 
-SHAPES = [(256, 20), (1, 8000), (64, 256), (1, 100_000)]
+SHAPES = [(1, 8000), (256, 20), (64, 256), (1, 100_000)]
 
 
 def rows(size: str) -> list[tuple[Case, str, str]]:
