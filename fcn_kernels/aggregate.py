@@ -245,14 +245,13 @@ def _unit_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Some rows: unit (n, C) and quality (n,) on the device, and, on the CPU, which (n,) are bad.
 
-    The quality of bad rows is NaN, with which they are never picked and take no part in the head.
+    Bad rows end as NaN or zero rows or keep their bad quality: all that selection and head leave out by themselves.
     """
     unit = embeddings.features[rows].to(device, dtype)
     norms = torch.linalg.vector_norm(unit, dim=-1)
     quality = norms if embeddings.quality is None else embeddings.quality[rows].to(norms)
     usable = (norms > 0) & (norms < math.inf)
-    good = usable & (quality > 0) & (quality < math.inf)
-    bad = ~good.cpu()
+    bad = ~(usable & (quality > 0) & (quality < math.inf)).cpu()
     if bad.any() and not skip_bad_rows:
         at = int(torch.where(bad, rows, len(embeddings.ids)).argmin())
         what, value = ("its quality", quality) if usable[at] else ("the norm of its features", norms)
@@ -262,7 +261,7 @@ def _unit_rows(
             f"{what} is {float(value[at]):g} in {kind}, expected finite and above 0 "
             "(--skip-bad-rows leaves such rows out)",
         )
-    return unit.div_(norms[:, None]), torch.where(good, quality, math.nan), bad
+    return unit.div_(norms[:, None]), quality, bad
 
 
 def _check_paths(args: argparse.Namespace) -> None:
