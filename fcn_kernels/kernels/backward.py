@@ -60,9 +60,24 @@ def load_gap(gaps_ptr, first, rows, inside, step, R):
 def softmax_of(
     logits, rows, inside, open_to, step, set_id, first, R, noise_ptr, seed, normalizer, tau, SEEDED: tl.constexpr
 ):  # fmt: skip
-    """A step's softmax [n], from its logits without noise."""
+    """A step's softmax [n], from its logits without noise.
+
+    The normalizer carries the rounding of logits / tau, which a small tau makes large: rounding must not take the
+    exponent above 0, and the sum is 1 only within eps |logits| / tau, see ``along_pick``.
+    """
     noisy = perturb(logits, rows, inside, step, set_id, first, R, noise_ptr, seed, SEEDED)
-    return tl.where(open_to, tl.exp(noisy / tau - normalizer), 0.0)
+    return tl.where(open_to, tl.exp(tl.minimum(noisy / tau - normalizer, 0.0)), 0.0)
+
+
+@triton.jit
+def along_pick(arriving, rows_ptr, indices_ptr, at, there, stride_row, cols, C):
+    """The product of the arriving gradient with its pick's row.
+
+    A softmax that summed to 1 would make y (along - sum y along) the same whatever is taken off along. Taking this
+    off leaves sum y along as small as the gradient itself where y is all but one-hot, and the error of its sum too.
+    """
+    row = tl.load(indices_ptr + at).to(tl.int32)
+    return tl.sum(arriving * load_row(rows_ptr, row, there, stride_row, cols, C).to(tl.float32), axis=0)
 
 
 @triton.jit
@@ -253,6 +268,7 @@ def backward_set(
             known &= turn % 2 == 0
         tl.store(pulls_ptr + (base + step) * C + cols, arriving, mask=known)
         normalizer = tl.load(normalizers_ptr + base + step)
+        centre = along_pick(arriving, rows_ptr, indices_ptr, base + step, True, stride_row, cols, C)
         if RESIDENT:
             gap, in_softmax, share = load_gap(gaps_ptr, first, lane, inside, step - 1, R)
             soft = softmax_of(
@@ -260,7 +276,7 @@ def backward_set(
                 normalizer, tau, SEEDED,
             )  # fmt: skip
             tile = held.to(tl.float32)
-            along = tl.sum(tile * arriving[None, :], axis=1)
+            along = tl.sum(tile * arriving[None, :], axis=1) - centre
             chain += soft * (along - tl.sum(soft * along, axis=0)) / tau
             dcos = -weight * share * chain
             chain -= share * chain
@@ -283,7 +299,7 @@ def backward_set(
                     gap * weight, rows, inside, open_to & in_softmax, step, set_id, first, R, noise_ptr, seed,
                     normalizer, tau, SEEDED,
                 )  # fmt: skip
-                along = tl.sum(tile * arriving[None, :], axis=1)
+                along = tl.sum(tile * arriving[None, :], axis=1) - centre
                 mean += tl.sum(soft * along, axis=0)
                 chain = tl.load(chain_ptr + first + rows, mask=inside & (back > 0), other=0.0)
                 chain += soft * along / tau
@@ -349,13 +365,14 @@ def backward_set(
     arriving = tl.load(grad_ptr + base * C + cols, mask=(cols < C) & there, other=0.0).to(tl.float32) + pull
     tl.store(pulls_ptr + base * C + cols, arriving, mask=known)
     normalizer = tl.load(normalizers_ptr + base)
+    centre = along_pick(arriving, rows_ptr, indices_ptr, base, there, stride_row, cols, C)
     tl.debug_barrier()  # pulls and dcos are read by other threads than wrote them
 
     # Where the quality is the norm, its gradient is part of the rows', so the mean has to come first.
     mean = 0.0
     if CHOSEN and quality_ptr is None:
         if RESIDENT:
-            along = tl.sum(held.to(tl.float32) * arriving[None, :], axis=1)
+            along = tl.sum(held.to(tl.float32) * arriving[None, :], axis=1) - centre
             soft = softmax_of(
                 quality, lane, inside, open_to & there, 0, set_id, first, R, noise_ptr, seed, normalizer, tau, SEEDED
             )
@@ -366,7 +383,7 @@ def backward_set(
                 inside = rows < high
                 open_to, norm, quality = load_marks(norms_ptr, quality_ptr, first, rows, inside)
                 tile = load_rows(rows_ptr, rows, open_to, stride_row, cols, C).to(tl.float32)
-                along = tl.sum(tile * arriving[None, :], axis=1)
+                along = tl.sum(tile * arriving[None, :], axis=1) - centre
                 soft = softmax_of(
                     quality, rows, inside, open_to & there, 0, set_id, first, R, noise_ptr, seed, normalizer, tau,
                     SEEDED,
@@ -391,7 +408,7 @@ def backward_set(
         dgamma += tl.sum(dlogweight * tl.log(q), axis=0)
         dquality = gamma * dlogweight / q
         if CHOSEN:
-            product = tl.sum(rows_tile * arriving[None, :], axis=1)
+            product = tl.sum(rows_tile * arriving[None, :], axis=1) - centre
             chosen = softmax_of(
                 q, at, member, can & there, 0, set_id, first, R, noise_ptr, seed, normalizer, tau, SEEDED
             )
