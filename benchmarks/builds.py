@@ -186,19 +186,21 @@ def _load_widths(ptx: str) -> dict[str, int]:
 
 
 def selection_specs() -> Iterator[Spec]:
-    """The selection's launches over the range of sizes, dtypes and options that change what is built."""
+    """The selection's launches on an H100, over the sizes, dtypes and options that change what is built."""
     import torch
 
     from fcn_kernels.kernels import launch
     from fcn_kernels.problem import Problem, Saved
 
-    def specs(label: str, rows: int | None, dim: int, dtype: torch.dtype, k: int, **changes: Any) -> list[Spec]:
-        sets = 2
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+
+    def specs(
+        name: str, sets: int, rows: int | None, dim: int, dtype: torch.dtype, k: int = 3, **changes: Any
+    ) -> list[Spec]:
         packed = rows is None
-        shape = (sets * 32, dim) if packed else (sets, rows, dim)
-        features = torch.empty(shape, dtype=dtype)
+        features = torch.empty((sets * 2, dim) if packed else (sets, rows, dim), dtype=dtype)
         total = features.shape[:-1].numel()
-        p = Problem(
+        problem = Problem(
             features=features,
             quality=torch.empty(total),
             gamma=torch.tensor(0.5),
@@ -223,25 +225,36 @@ def selection_specs() -> Iterator[Spec]:
         )
 
         def both() -> None:
-            launch.forward(p, True)
-            launch.backward(p, torch.empty(sets, k, dim, dtype=dtype), saved)
+            launch.forward(problem, True)
+            launch.backward(problem, torch.empty(sets, k, dim, dtype=dtype), saved)
 
+        kind = str(dtype).removeprefix("torch.")
+        label = f"{kind} {name} ({sets}, {'packed' if packed else rows}, {dim}) K={k}"
         return record(label, launch, ("select_forward", "select_backward"), both)
 
-    bf16, fp32 = torch.bfloat16, torch.float32
-    for dtype, name in ((bf16, "bf16"), (fp32, "fp32")):
-        for dim in (128, 512, 1024, 2048, 4096):
-            for rows in (20, 64, 4000, None):
-                yield from specs(f"{name} C={dim} N={rows or 'packed'} K=3", rows, dim, dtype, 3)
-    yield from specs("fp16 C=512 N=20 K=3", 20, 512, torch.float16, 3)
-    yield from specs("bf16 C=512 N=20 K=1", 20, 512, bf16, 1)
-    yield from specs("bf16 C=512 N=20 K=64", 20, 512, bf16, 64)
-    yield from specs("bf16 C=768 N=packed K=3", None, 768, bf16, 3)
-    given = torch.empty(2, dtype=torch.int64)
-    yield from specs("bf16 C=512 N=20 no quality, given start", 20, 512, bf16, 3, quality=None, start=given)
-    yield from specs("bf16 C=512 N=packed no quality", None, 512, bf16, 3, quality=None)
-    plain = {"normalized": True, "distinct": True, "seed": None}
-    yield from specs("bf16 C=512 N=packed normalized, distinct, argmax", None, 512, bf16, 3, **plain)
+    original = launch.INTERPRETER
+    launch.INTERPRETER = launch.Device(processors=132, cooperative=True)
+    try:
+        for dtype in (bf16, fp32):
+            for dim in (128, 512, 1024, 2048, 4096):
+                yield from specs("tiny sets", 256, 20, dim, dtype)
+                yield from specs("sets", 256, 300, dim, dtype)
+                yield from specs("one set", 1, 4000, dim, dtype)
+                yield from specs("ragged", 256, None, dim, dtype)
+        yield from specs("tiny sets", 256, 20, 512, fp16)
+        yield from specs("tiny sets", 256, 20, 512, bf16, k=1)
+        yield from specs("tiny sets", 256, 20, 512, bf16, k=64)
+        yield from specs("ragged", 256, None, 768, bf16)
+        yield from specs("one set", 1, 100000, 512, bf16)
+        given = torch.empty(256, dtype=torch.int64)
+        yield from specs("norms, given start", 256, 20, 512, bf16, quality=None, start=given)
+        yield from specs("norms", 256, None, 512, bf16, quality=None)
+        yield from specs("norms", 1, 8000, 512, bf16, quality=None)
+        yield from specs("unit rows, distinct, argmax", 256, None, 512, bf16, normalized=True, distinct=True, seed=None)
+        launch.INTERPRETER = launch.Device(processors=132, cooperative=False)
+        yield from specs("one set, launches", 1, 8000, 512, bf16)
+    finally:
+        launch.INTERPRETER = original
 
 
 def build_all(specs: list[Spec], targets: list[str], workers: int = 2) -> list[Build]:
@@ -255,10 +268,10 @@ def main() -> int:
     """Print the table of builds."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.builds", description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--only", default="", help="launches whose label has this")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="launches whose label has one of these")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    specs = [s for s in selection_specs() if args.only in s.label]
+    specs = [s for s in selection_specs() if any(text in s.label for text in args.only)]
     builds = build_all(specs, args.targets)
     if args.json:
         json.dump([b._asdict() for b in builds], sys.stdout)

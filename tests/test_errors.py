@@ -133,7 +133,7 @@ def test_bad_input_is_refused(name):
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr("fcn_kernels.select.INTERPRETED", False)
-    with pytest.raises(RuntimeError, match="expected features on a CUDA device.*got cpu"):
+    with pytest.raises(RuntimeError, match=r"expected features on a CUDA device.*got cpu"):
         resolve_backend("triton", X)
     monkeypatch.setattr("fcn_kernels.select.HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="expected triton to be installed"):

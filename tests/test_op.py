@@ -123,7 +123,7 @@ def test_a_second_derivative_raises():
 
 def test_vmap_raises():
     features, quality, _ = _inputs(grad=False)
-    with pytest.raises(NotImplementedError, match="torch.func.vmap"):
+    with pytest.raises(NotImplementedError, match=r"torch\.func\.vmap"):
         torch.func.vmap(lambda x, q: coreset_select(x, 2, q).features)(features, quality)
 
 

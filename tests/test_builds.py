@@ -1,0 +1,69 @@
+"""What the compiler makes of the launches for GPUs that need not be here: no spills, and 16-byte loads of the rows.
+
+`python -m benchmarks.builds` prints the whole table; here a part of it stands for each tier, dtype and width.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[1]
+NVIDIA = ["sm_80", "sm_90", "sm_100"]
+# resident forward and streaming backward; split at barriers; resident or streaming by length; split by launches
+LAUNCHES = [
+    "bfloat16 tiny sets (256, 20, 512) K=3",
+    "bfloat16 one set (1, 4000, 512) K=3",
+    "float32 ragged (256, packed, 512) K=3",
+    "bfloat16 one set, launches (1, 8000, 512) K=3",
+]
+
+
+def _builds(*arguments: str) -> list[dict]:
+    # the interpreter would stand in for the compiler in this process
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.builds", "--json", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def builds() -> list[dict]:
+    return _builds("--targets", *NVIDIA, "--only", *LAUNCHES)
+
+
+def test_every_launch_was_built(builds):
+    built = {(b["label"], b["kernel"], b["target"]) for b in builds}
+    assert built == {
+        (label, f"select_{direction}", target)
+        for label in LAUNCHES
+        for direction in ("forward", "backward")
+        for target in NVIDIA
+    }
+
+
+def test_nothing_spills(builds):
+    assert {(b["label"], b["kernel"], b["target"]): b["spills"] for b in builds if b["spills"]} == {}
+
+
+def test_rows_are_loaded_16_bytes_at_a_time(builds):
+    narrow = [b for b in builds if not any(int(width) >= 128 for width in b["row_loads"])]
+    assert narrow == []
+
+
+def test_programs_fit_an_sm(builds):
+    """The registers that the plan of a cooperative launch counts on: its programs must all run at once."""
+    for b in builds:
+        programs = 2 if b["warps"] <= 4 else 1
+        assert b["registers"] * b["warps"] * 32 * programs <= 65536, b
+
+
+def test_amd_builds():
+    built = _builds("--targets", "gfx942", "--only", LAUNCHES[0])
+    assert {b["kernel"] for b in built} == {"select_forward", "select_backward"}
+    assert all(b["registers"] > 0 for b in built)
