@@ -86,7 +86,7 @@ def test_summary_says_that_there_was_no_gpu() -> None:
 
 
 def test_the_whole_suite_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_suite, "BENCHMARKS", ["scaling"])
+    monkeypatch.setattr(gpu_suite, "BENCHMARKS", ["benchmarks/test_scaling.py"])
     out = tmp_path / "new" / "results"
     code = gpu_suite.main([str(out), "--quick"])
     record = json.loads((out / "suite.json").read_text())
