@@ -62,7 +62,7 @@ def load_rows(rows_ptr, rows, inside, stride_row, cols, C):
 @triton.jit
 def load_row(rows_ptr, row, there, stride_row, cols, C):
     """One row [c], as stored."""
-    return tl.load(rows_ptr + row.to(tl.int64) * stride_row + cols, mask=(cols < C) & there, other=0.0)
+    return tl.load(rows_ptr + tl.cast(row, tl.int64) * stride_row + cols, mask=(cols < C) & there, other=0.0)
 
 
 @triton.jit
