@@ -23,21 +23,33 @@ MAX_PADDING = 2
 
 def forward(p: Problem, keep: bool) -> Selected:
     """Select; with ``keep``, also save what :func:`backward` reads (else those tensors are empty)."""
-    rows, device, accumulate = p.rows, p.features.device, accumulator(p.features.dtype)
-    saved = (p.k, rows) if keep else (0, 0)
-    out = Selected(
+    out: Selected | None = None
+    with torch.no_grad(), torch.autocast(p.features.device.type, enabled=False):
+        for group in _groups(p):
+            part = _select(p, group, keep)
+            if isinstance(group.at, slice) and group.sets.numel() == p.sets:
+                return part
+            out = out or _nothing(p, keep)
+            for whole, of_sets in zip(out[:5], part[:5], strict=True):
+                whole[group.at] = of_sets
+            if keep:
+                group.put(part.gaps.unflatten(-1, group.raw.shape[:2]), out.gaps)
+                group.put(part.norms.unflatten(-1, group.raw.shape[:2]), out.norms)
+    return out or _nothing(p, keep)
+
+
+def _nothing(p: Problem, keep: bool) -> Selected:
+    """What sets without a row give."""
+    rows, device, accumulate = p.rows if keep else 0, p.features.device, accumulator(p.features.dtype)
+    return Selected(
         features=p.features.new_zeros(p.sets, p.k, p.dim),
+        distances=torch.zeros(p.sets, p.k, dtype=accumulate, device=device),
         indices=torch.full((p.sets, p.k), -1, device=device),
         counts=torch.zeros(p.sets, dtype=torch.int64, device=device),
-        distances=torch.zeros(p.sets, p.k, dtype=accumulate, device=device),
         log_normalizers=torch.zeros(p.sets, 0, dtype=accumulate, device=device),
-        gaps=torch.zeros(max(saved[0] - 1, 0), rows, dtype=accumulate, device=device),
-        norms=torch.full((saved[1],), -1.0, dtype=accumulate, device=device),
+        gaps=torch.zeros(p.k - 1 if keep else 0, rows, dtype=accumulate, device=device),
+        norms=torch.full((rows,), -1.0, dtype=accumulate, device=device),
     )
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for group in _groups(p):
-            _select(p, group, keep, out)
-    return out
 
 
 def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
@@ -176,7 +188,7 @@ class _Rows:
         return torch.stack([_weighted_sum(x, weights[:, where]) for where, x in self.blocks()]).sum(0)
 
 
-def _select(p: Problem, group: _Group, keep: bool, out: Selected) -> None:
+def _select(p: Problem, group: _Group, keep: bool) -> Selected:
     x = _Rows(group.raw)
     norms = x.norms()
     quality = norms if p.quality is None else group.take(p.quality)
@@ -197,6 +209,7 @@ def _select(p: Problem, group: _Group, keep: bool, out: Selected) -> None:
     if not p.normalized:
         coefficient = coefficient / norms
 
+    gaps = norms.new_empty(p.k - 1 if keep else 0, *norms.shape)
     gap = fresh = norms
     logits = quality
     picks, distances = [], []
@@ -204,9 +217,14 @@ def _select(p: Problem, group: _Group, keep: bool, out: Selected) -> None:
     for step, noise in zip(steps, _noise(p, group, steps), strict=True):
         logits = logits if barred is None else logits.masked_fill(barred, -torch.inf)
         perturbed = logits if noise is None else logits + noise
-        pick = first if step == 0 and p.start is not None else perturbed.argmax(-1)
+        best, pick = perturbed.max(-1)  # the first of equals, which argmax does not promise
+        if step == 0:
+            best = torch.full_like(best, torch.inf)
+            pick = pick if p.start is None else first
+        elif noise is not None:
+            best = logits[each, pick]
         picks.append(pick)
-        distances.append(logits[each, pick] if step else torch.full_like(norms[:, 0], torch.inf))
+        distances.append(best)
         if p.distinct:
             barred = torch.zeros_like(pickable) if barred is None else barred.clone()
             barred[each, pick] = True
@@ -218,11 +236,11 @@ def _select(p: Problem, group: _Group, keep: bool, out: Selected) -> None:
         if fewest <= step:  # there is no pick, and the row in its place may not be finite
             direction = torch.where((step < counts)[:, None], direction, 0)
         # |x| (1 - cos); rounding can take it below the 0 that a picked row has to itself
-        fresh = x.products(direction).neg_().add_(1.0 if p.normalized else norms).clamp_(min=0)
+        fresh = torch.rsub(x.products(direction), 1.0 if p.normalized else norms).clamp_(min=0)
         nearest = fresh if step == 0 else torch.minimum(gap, fresh)
         if keep:
             unit = torch.where(pickable, nearest if p.normalized else nearest / norms, 0)
-            group.put(unit if step == 0 else torch.where(fresh == gap, -unit, unit), out.gaps[step])
+            gaps[step] = unit if step == 0 else torch.where(fresh == gap, -unit, unit)
         gap = nearest
         logits = gap * coefficient
 
@@ -233,14 +251,19 @@ def _select(p: Problem, group: _Group, keep: bool, out: Selected) -> None:
         indices = torch.where(there, indices, -1)
         distance = torch.where(there, distance, 0)
         rows = torch.where(there[..., None], rows, 0)
-    out.counts[group.at] = counts
-    out.indices[group.at] = indices
-    out.distances[group.at] = distance
-    out.features[group.at] = rows
+    marks = norms.new_empty(0)
     if keep:
         unusable = ~(norms < torch.inf) | (norms == 0)
         marks = torch.where(pickable, norms, -1.0).masked_fill(unusable, torch.nan)
-        group.put(marks, out.norms)
+    return Selected(
+        features=rows,
+        distances=distance,
+        indices=indices,
+        counts=counts,
+        log_normalizers=norms.new_empty(len(counts), 0),
+        gaps=gaps.flatten(1) if keep else norms.new_empty(0, 0),
+        norms=marks.flatten(),
+    )
 
 
 def _backpropagate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Tensor, dq: Tensor) -> Tensor:
@@ -337,7 +360,7 @@ def _share(gaps: Tensor, step: int) -> Tensor | float:
 
 def _usable(norms: Tensor, quality: Tensor) -> Tensor:
     """(G, n) bool: finite rows, with a direction, of positive finite quality."""
-    return (quality > 0) & (quality < torch.inf) & (norms < torch.inf) & (norms > 0)
+    return (torch.minimum(norms, quality) > 0) & (torch.maximum(norms, quality) < torch.inf)  # NaN is neither
 
 
 def _takes_part(p: Problem, group: _Group) -> Tensor | None:

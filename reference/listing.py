@@ -64,7 +64,7 @@ def coreset_listing(
         indices.append(index)
         first = torch.full_like(index, torch.inf, dtype=quality.dtype)
         distances.append(first if step == 0 else logits.detach().gather(-1, index[:, None])[:, 0])
-        taken = taken.scatter(-1, index[:, None], True)
+        taken = taken.scatter(-1, index[:, None], 1)
         if step + 1 == k:
             break
         direction = row if normalized else row / row.norm(dim=-1, keepdim=True)
