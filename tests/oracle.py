@@ -168,32 +168,35 @@ def assert_as_accurate_as_eager(case: Case, backend: str) -> int:
     """A backend picks what the float64 listing picks, and loses at most twice what the listing loses in its dtype.
 
     Beside that, it may lose the rounding of the result to its dtype, and four float32 roundings of the largest logit,
-    which 1 / tau makes larger. Picks are compared where float32 can decide them, gradients where the listing in the case's
-    own dtype also picks the same. Returns how many sets those were.
+    which 1 / tau makes larger. Picks are compared where float32 can decide them, gradients where the listing in the
+    case's own dtype also picks the same. Returns how many sets those were.
     """
     exact_case = case.cast(torch.float64)
     weights = weights_for(case)
     expected = listing_of(exact_case)
-    sure = decided(case, expected)
-    got = outcome(select_on(backend), case, weights)
-    assert torch.equal(got.coreset.counts, expected.counts)
-    assert torch.equal(got.coreset.indices[sure], expected.indices[sure])
-    assert torch.equal(got.coreset.features[sure], expected.features[sure].to(case.features.dtype))
+    sure = decided(case, expected).to(weights.device)
+    with torch.no_grad():
+        got = select_on(backend)(case.features, case.k, case.quality, case.gamma, **case.options)
+    assert torch.equal(got.counts, expected.counts)
+    assert torch.equal(got.indices[sure], expected.indices[sure])
+    assert torch.equal(got.features[sure], expected.features[sure].to(case.features.dtype))
     # A distance is a cosine, 2 s q^gamma at most, summed over C columns in float32.
     quality = pickable_quality(exact_case)
     largest_quality = largest(quality)
     reach = 2 * case.options.get("distance_scale", 1.0) * largest(quality**exact_case.gamma)
     torch.testing.assert_close(
-        got.coreset.distances[sure].double(), expected.distances[sure], rtol=0, atol=16 * EPS * max(reach, 1.0)
+        got.distances[sure].double(), expected.distances[sure], rtol=0, atol=16 * EPS * max(reach, 1.0)
     )
 
-    same = sure.to(weights.device) & (listing_of(case).indices == expected.indices).all(-1)
+    same = sure & (listing_of(case).indices == expected.indices).all(-1)
     weights = weights * same[:, None, None]
     exact = outcome(listing, exact_case, weights).gradients()
     eager = outcome(listing, case, weights).gradients()
     size = max(float(grad.norm()) for grad in exact.values())
     rounding = 4 * EPS * max(reach, largest_quality, 1.0) / case.options.get("tau", 1.0)
-    for name, grad in outcome(select_on(backend), case, weights).gradients().items():
+    trained = outcome(select_on(backend), case, weights)
+    assert all(torch.equal(a, b) for a, b in zip(trained.coreset, got, strict=True))
+    for name, grad in trained.gradients().items():
         loss, eager_loss = (float((g.double() - exact[name]).norm()) for g in (grad, eager[name]))
         stored = torch.finfo(grad.dtype).eps * float(exact[name].norm())
         allowed = 2 * eager_loss + stored + rounding * size

@@ -148,7 +148,8 @@ def cases(draw: st.DrawFn, dtype: torch.dtype, max_rows: int = 20, max_dim: int 
         noise=noise,
         quality=draw(st.sampled_from(("random", "norms", "flat"))),
         duplicates=draw(st.booleans()),
-        unit=draw(st.booleans()),
+        # half precision has no unit rows but a few: its rounding would make 1 - x.x a distance, or a negative one
+        unit=draw(st.booleans()) if torch.finfo(dtype).eps < 1e-6 else False,
         tau=draw(st.sampled_from((1.0, 0.25))),
         distance_scale=draw(st.sampled_from((1.0, 0.5))),
         distinct=draw(st.booleans()),

@@ -1,0 +1,376 @@
+"""The Triton kernels against the reference listing: interpreted on a CPU, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from oracle import Outcome, assert_as_accurate_as_eager, outcome, select_on, weights_for
+from problems import Case, cases, pack, random_case, spoil
+
+from fcn_kernels import coreset_select, op
+from fcn_kernels.kernels import launch
+from fcn_kernels.kernels.common import COOPERATIVE, LAUNCHES, RAGGED, RESIDENT_TIER, STREAMING_TIER, WHOLE
+from fcn_kernels.problem import Problem
+
+TIERS = ("resident", "streaming", "ragged", "split")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GUARD = 64  # elements before and after what a launcher allocates
+
+
+def plan_of(tier: str, dim: int, rows: int) -> launch.Plan:
+    """Tiles of 4 rows, so that small sets are walked in several; 3 parts of a set where it is split."""
+    block_c = max(16, 1 << (dim - 1).bit_length())
+    whole = max(2, 1 << (rows - 1).bit_length())
+    return {
+        "resident": launch.Plan(RESIDENT_TIER.value, whole, block_c, 1),
+        "streaming": launch.Plan(STREAMING_TIER.value, 4, block_c, 1),
+        "ragged": launch.Plan(RAGGED.value, 4, block_c, 1),
+        "split": launch.Plan(STREAMING_TIER.value, 4, block_c, 1, 3, LAUNCHES.value),
+    }[tier]
+
+
+@contextmanager
+def forced(tier: str, backward: str | None = None, rows: int = 32) -> Iterator[None]:
+    """Launch in this tier, gradients written in tiles of a few rows."""
+
+    def plan(name: str) -> Callable[..., launch.Plan]:
+        return lambda sets, longest, dim, *rest: plan_of(name, dim, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "forward_plan", plan(tier))
+        patch.setattr(launch, "backward_plan", plan(backward or tier))
+        patch.setattr(launch, "WRITE_ELEMENTS", 1)
+        patch.setattr(launch, "SCALAR_ROWS", 8)
+        yield
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that launchers take comes full of NaN, and what lies around it must stay as it was."""
+    taken: list[Tensor] = []
+
+    def garbage(shape: tuple[int, ...], like: Tensor, **options: Any) -> Tensor:
+        dtype = options.get("dtype") or like.dtype
+        value = math.nan if dtype.is_floating_point else torch.iinfo(dtype).min // 3
+        size = math.prod(shape)
+        whole = torch.full((size + 2 * GUARD,), value, dtype=dtype, device=like.device)
+        taken.append(whole)
+        return whole[GUARD : GUARD + size].view(shape)
+
+    plain_new_empty = torch.Tensor.new_empty
+
+    def new_empty(self: Tensor, *shape: Any, **options: Any) -> Tensor:
+        shape = tuple(shape[0]) if shape and not isinstance(shape[0], int) else shape
+        if math.prod(shape) == 0:  # Triton's interpreter takes these for its own ends
+            return plain_new_empty(self, shape, **options)
+        return garbage(shape, self, **options)
+
+    def empty_like(like: Tensor, **options: Any) -> Tensor:
+        return garbage(like.shape, like, dtype=options.get("dtype"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", new_empty)
+        patch.setattr(torch, "empty_like", empty_like)
+        yield
+    for whole in taken:
+        around = torch.cat([whole[:GUARD], whole[-GUARD:]])
+        assert around.isnan().all() if whole.is_floating_point() else (around == around[0]).all()
+
+
+def run(case: Case, tier: str = "resident", rows: int = 32) -> Outcome:
+    with forced(tier, rows=rows), poisoned():
+        return outcome(select_on("triton"), case, weights_for(case))
+
+
+def same_bits(a: Outcome, b: Outcome) -> bool:
+    pairs = [*zip(a.coreset, b.coreset, strict=True), (a.features, b.features), (a.gamma, b.gamma)]
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+# --- as accurate as eager, picks as in float64 ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_whatever_the_call(tier: str, device: torch.device) -> None:
+    """Every layout, option, dtype, unpickable row and short set that hypothesis thinks of."""
+
+    @given(st.sampled_from(DTYPES).flatmap(lambda dtype: cases(dtype, max_rows=12, max_dim=20, max_k=4)))
+    @settings(max_examples=8, phases=[Phase.generate])  # the interpreter is too slow to shrink what fails
+    def check(case: Case) -> None:
+        with forced(tier), poisoned():
+            assert_as_accurate_as_eager(case.to(device), "triton")
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("tier", "dtype", "options"),
+    [
+        ("resident", torch.float32, {"noise": None}),
+        ("resident", torch.bfloat16, {"quality": "norms", "gamma": -0.7}),
+        ("streaming", torch.bfloat16, {}),
+        ("streaming", torch.float32, {"unit": True, "distinct": True, "noise": 3.0, "duplicates": True}),
+        ("ragged", torch.float16, {"quality": "norms"}),
+        ("split", torch.float32, {"quality": "norms", "gamma": -0.7}),
+        ("split", torch.float16, {"distinct": True, "noise": 3.0, "duplicates": True}),
+    ],
+    ids=str,
+)
+def test_each_tier(tier: str, dtype: torch.dtype, options: dict[str, Any], device: torch.device) -> None:
+    case = random_case(2, 11, 19, 3, dtype=dtype, tau=0.5, distance_scale=0.5, seed=2, **options)
+    with forced(tier), poisoned():
+        assert assert_as_accurate_as_eager(case.to(device), "triton") > 0
+
+
+@pytest.mark.parametrize("dim", [1, 16, 100, 4096])
+def test_rows_of_any_width(dim: int, device: torch.device) -> None:
+    case = random_case(1, 4, dim, 2, quality="norms" if dim == 1 else "random")
+    with poisoned():
+        assert assert_as_accurate_as_eager(case.to(device), "triton") == 1
+
+
+@pytest.mark.parametrize(("tier", "quality"), [("resident", "random"), ("streaming", "norms"), ("split", "random")])
+def test_a_sharp_softmax(tier: str, quality: str, device: torch.device) -> None:
+    """At tau = 0.02 and qualities of 20, logits / tau are in the hundreds, where a float32 ends at 2^-14."""
+    case = random_case(2, 6, 8, 3, tau=0.02, quality=quality)
+    given = None if case.quality is None else 20 * case.quality
+    case = Case(case.features * (4 if given is None else 1), 3, given, case.gamma, case.options)
+    with forced(tier), poisoned():
+        assert assert_as_accurate_as_eager(case.to(device), "triton") == 2
+
+
+def test_many_picks(device: torch.device) -> None:
+    """K = 64 of 66 rows."""
+    case = random_case(1, 66, 3, 64, noise=None, quality="flat").to(device)
+    with forced("resident", rows=66), poisoned():
+        picked = coreset_select(case.features, 64, case.quality, backend="triton")
+    torch_backend = coreset_select(case.features, 64, case.quality, backend="torch")
+    assert torch.equal(picked.indices, torch_backend.indices)
+    torch.testing.assert_close(picked.distances, torch_backend.distances, rtol=0, atol=1e-6)  # 4 roundings of 2
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_drawn_noise(tier: str, device: torch.device) -> None:
+    """The torch backend's noise, for more steps than one Philox draw serves, forward and again backward."""
+    case = random_case(2, 9, 6, 6, noise=None, sample=True).to(device)
+
+    def on(backend: str) -> Outcome:
+        return outcome(select_on(backend), case, weights_for(case), generator=torch.Generator().manual_seed(3))
+
+    with forced(tier), poisoned():
+        got = on("triton")
+    expected = on("torch")
+    assert torch.equal(got.coreset.indices, expected.coreset.indices)
+    for name, grad in got.gradients().items():
+        # The noise's logarithms are good to 2e-6, and the softmax passes that on.
+        torch.testing.assert_close(grad, expected.gradients()[name], rtol=1e-4, atol=1e-5)
+
+
+# --- layout, order and memory change nothing ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_padded_and_packed_are_the_same_bits(tier: str, device: torch.device) -> None:
+    padded = spoil(random_case(3, 6, 7, 3, duplicates=True), share=0.2)
+    lengths = torch.tensor([6, 0, 5])
+    inside = torch.arange(6) < lengths[:, None]
+    twin = run(pack(padded, lengths).to(device), tier)
+    got = run(padded.with_options(lengths=lengths).to(device), tier)
+    masked = run(padded.with_options(mask=inside).to(device), tier)
+    for other in (got, masked):
+        assert all(torch.equal(a, b) for a, b in zip(twin.coreset, other.coreset, strict=True))
+        assert torch.equal(twin.features, other.features[inside])
+        assert torch.equal(twin.quality, other.quality[inside])
+        assert (other.features[~inside] == 0).all()
+        assert (other.quality[~inside] == 0).all()
+
+
+def test_forward_and_backward_may_differ_in_tier(device: torch.device) -> None:
+    """What the forward pass saves means the same to every backward pass."""
+    case = random_case(1, 9, 7, 3, duplicates=True).to(device)
+    grads = []
+    for forward, backward in (("resident", "streaming"), ("streaming", "split"), ("split", "resident")):
+        with forced(forward, backward), poisoned():
+            grads.append(outcome(select_on("triton"), case, weights_for(case)).gradients())
+    for other in grads[1:]:
+        for name, grad in other.items():
+            torch.testing.assert_close(grad, grads[0][name], rtol=1e-5, atol=1e-6)  # sums in another order
+
+
+def test_the_same_bits_again(device: torch.device) -> None:
+    case = random_case(3, 10, 9, 3).to(device)
+    assert same_bits(run(case), run(case))
+
+
+@pytest.mark.parametrize("how", ["transposed sets", "wide rows", "every second row", "strided columns", "expanded"])
+def test_strides_change_nothing(how: str, device: torch.device) -> None:
+    case = random_case(3, 6, 6, 2).to(device)
+    plain = case.features
+    strided = {
+        "transposed sets": plain.transpose(0, 1).contiguous().transpose(0, 1),
+        "wide rows": torch.cat([plain, plain + 1], -1)[..., :6],
+        "every second row": plain.repeat_interleave(2, 1)[:, ::2],
+        "strided columns": plain.repeat_interleave(2, 2)[..., ::2],
+        "expanded": plain[:1].expand(3, -1, -1),
+    }[how]
+    plain = strided.clone(memory_format=torch.contiguous_format)
+    assert same_bits(*(run(Case(x, 2, case.quality, case.gamma, case.options)) for x in (plain, strided)))
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_offsets_beyond_32_bits(layout: str, device: torch.device) -> None:
+    """Rows 2^31 elements apart, in memory of which only those rows are ever touched."""
+    far, dim = 2**31 + 64, 8
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    try:
+        memory = torch.empty(2 * far + dim, dtype=torch.bfloat16, device=device)
+    except RuntimeError as error:
+        pytest.skip(f"no 8 GiB of address space: {error}")
+    case = random_case(3, 1, dim, 2, dtype=torch.bfloat16).to(device)
+    if layout == "packed":
+        case = Case(case.features.transpose(0, 1)[0], 2, case.quality[:, 0], case.gamma)
+        case = case.with_options(cu_seqlens=torch.tensor([0, 3], device=device))
+        strided = memory.as_strided((3, dim), (far, 1))
+    else:
+        strided = memory.as_strided((3, 1, dim), (far, dim, 1))
+    strided.copy_(case.features)
+    expected = run(case)
+    # torch's clone would be as large as the memory, so only the features' gradient is taken
+    features = strided.requires_grad_()
+    with forced("resident"), poisoned():
+        got = coreset_select(features, 2, case.quality, case.gamma, backend="triton", **case.options)
+        (grad,) = torch.autograd.grad((got.features * weights_for(case)).sum(), features)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected.coreset, strict=True))
+    assert torch.equal(grad, expected.features)
+
+
+def test_scalars_on_the_device(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Gamma and seed are read by the kernel where they are on the device, and passed by value where they are not."""
+    case = random_case(2, 6, 5, 3, noise=None, sample=True).to(device)
+    results = []
+    for by_pointer in (True, False):
+        scalar = (lambda v, kind: (v if v is None else v.to(device), kind(0))) if by_pointer else (
+            lambda v, kind: (None, kind(0) if v is None else kind(v))
+        )
+        monkeypatch.setattr(launch, "_scalar", scalar)
+        torch.manual_seed(2)
+        results.append(run(case))
+    assert same_bits(*results)
+
+
+# --- corners ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_exact_ties_go_to_the_lowest_row(tier: str, device: torch.device) -> None:
+    """Unit vectors are equally far from each other in exact arithmetic, so nothing is left to rounding."""
+    features = (torch.eye(6) * torch.tensor([1.0, 2, 4, 8, 2, 1])[:, None])[None].to(device)
+    with forced(tier), poisoned():
+        flat = coreset_select(features, 6, torch.ones(1, 6, device=device), backend="triton")
+        norms = coreset_select(features, 3, backend="triton")
+    assert flat.indices.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert norms.indices.tolist() == [[3, 0, 1]]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_sets_without_a_row_to_pick(tier: str, device: torch.device) -> None:
+    case = random_case(3, 5, 4, 2)
+    case.features[1] = torch.nan
+    got = run(case.with_options(lengths=torch.tensor([0, 5, 1])).to(device), tier)
+    assert got.coreset.counts.tolist() == [0, 0, 1]
+    assert got.coreset.indices.tolist() == [[-1, -1], [-1, -1], [0, -1]]
+    assert (got.coreset.features[:2] == 0).all()
+    assert (got.features[:2] == 0).all()
+    assert got.features.isfinite().all()
+    assert got.gamma.isfinite()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4)])
+def test_no_rows_at_all(shape: tuple[int, ...], device: torch.device) -> None:
+    features = torch.zeros(shape, device=device, requires_grad=True)
+    with poisoned():
+        coreset = coreset_select(features, 3, backend="triton")
+        (grad,) = torch.autograd.grad(coreset.features.sum(), features)
+    assert coreset.counts.tolist() == [0] * shape[0]
+    assert grad.shape == shape
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lengths": [99, -3]}, {"cu_seqlens": [-4, 5, 99]}, {"cu_seqlens": [9, 5, 2]}, {"start": [-2, 77]}],
+    ids=str,
+)
+def test_kernels_stay_inside_whatever_lengths_say(wrong: dict[str, list[int]], tier: str, device: torch.device) -> None:
+    """On a GPU these values are not checked before the launch, so the kernels must not follow them out of bounds."""
+    case = random_case(2, 6, 4, 3, noise=None).to(device)
+    tensors = {name: torch.tensor(values, device=device) for name, values in wrong.items()}
+    nothing = dict.fromkeys(("noise", "seed", "start", "mask", "lengths", "cu_seqlens"))
+    problem = Problem(
+        features=case.features.flatten(0, 1) if "cu_seqlens" in wrong else case.features,
+        quality=case.quality.flatten(),
+        gamma=case.gamma,
+        **{**nothing, **tensors},
+        k=3,
+        tau=1.0,
+        distance_scale=1.0,
+        normalized=False,
+        distinct=False,
+    )
+    with forced(tier), poisoned():
+        problem = problem._replace(features=problem.features.requires_grad_())
+        out = op.select(problem, True, "triton")
+        torch.autograd.grad(out.features.sum(), problem.features)
+    rows = problem.rows if "cu_seqlens" in wrong else 6
+    assert ((out.indices >= -1) & (out.indices < rows)).all()
+    assert ((out.counts >= 0) & (out.counts <= 3)).all()
+    if "start" in wrong:
+        assert out.counts.tolist() == [0, 0]
+
+
+# --- launch geometry ------------------------------------------------------------------------------------------------------
+
+SIZES = list(product((1, 7, 200), (1, 20, 64, 300, 8000, None), (1, 100, 512, 4096), (False, True)))
+GPU = launch.Device(processors=132, cooperative=True)
+
+
+@pytest.mark.parametrize("device_kind", [GPU, launch.INTERPRETER], ids=["gpu", "interpreter"])
+def test_plans_fit_and_cover(device_kind: launch.Device) -> None:
+    for (sets, rows, dim, ragged), plan_for in product(SIZES, (launch.forward_plan, launch.backward_plan)):
+        plan = plan_for(sets, rows, dim, ragged, device_kind)
+        for size in (plan.block_n, plan.block_c, plan.warps):
+            assert size & (size - 1) == 0
+            assert size >= 1
+        assert plan.block_c >= dim
+        assert plan.block_n * plan.block_c <= 64 * 32 * plan.warps  # elements of a tile that registers hold
+        if plan.tier == RESIDENT_TIER.value:
+            assert rows is not None
+            assert plan.parts * plan.block_n >= rows
+        if plan.split == WHOLE.value:
+            assert plan.parts == 1
+        else:
+            assert plan.parts > 1
+            assert rows // plan.parts >= launch.SPLIT_ROWS
+            assert plan.split == (COOPERATIVE if device_kind.cooperative else LAUNCHES).value
+
+
+def test_small_sets_are_resident_and_large_ones_split() -> None:
+    """The paper's sizes: 20 photos stay in registers, 8,000 photos of one person are shared by the whole GPU."""
+    assert launch.forward_plan(256, 20, 512, False, GPU).tier == RESIDENT_TIER.value
+    assert launch.backward_plan(256, 16, 512, False, GPU).tier == RESIDENT_TIER.value
+    large = launch.forward_plan(1, 8000, 512, False, GPU)
+    assert large.parts > 100
+    assert launch.forward_plan(256, None, 512, True, GPU).tier == RAGGED.value
