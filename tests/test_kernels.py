@@ -99,7 +99,7 @@ def same_bits(a: Outcome, b: Outcome) -> bool:
     return all(torch.equal(x, y) for x, y in pairs)
 
 
-# --- as accurate as eager, picks as in float64 ------------------------------------------------------------------------
+# --- as accurate as eager, picks as in float64 ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -178,7 +178,7 @@ def test_drawn_noise(tier: str, device: torch.device) -> None:
         torch.testing.assert_close(grad, expected.gradients()[name], rtol=1e-4, atol=1e-5)
 
 
-# --- layout, order and memory change nothing ----------------------------------------------------------------------------
+# --- layout, order and memory change nothing ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -262,8 +262,10 @@ def test_scalars_on_the_device(monkeypatch: pytest.MonkeyPatch, device: torch.de
     case = random_case(2, 6, 5, 3, noise=None, sample=True).to(device)
     results = []
     for by_pointer in (True, False):
-        scalar = (lambda v, kind: (v if v is None else v.to(device), kind(0))) if by_pointer else (
-            lambda v, kind: (None, kind(0) if v is None else kind(v))
+        scalar = (
+            (lambda v, kind: (v if v is None else v.to(device), kind(0)))
+            if by_pointer
+            else (lambda v, kind: (None, kind(0) if v is None else kind(v)))
         )
         monkeypatch.setattr(launch, "_scalar", scalar)
         torch.manual_seed(2)
@@ -271,7 +273,7 @@ def test_scalars_on_the_device(monkeypatch: pytest.MonkeyPatch, device: torch.de
     assert same_bits(*results)
 
 
-# --- corners ------------------------------------------------------------------------------------------------------------
+# --- corners ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -314,7 +316,9 @@ def test_no_rows_at_all(shape: tuple[int, ...], device: torch.device) -> None:
     [{"lengths": [99, -3]}, {"cu_seqlens": [-4, 5, 99]}, {"cu_seqlens": [9, 5, 2]}, {"start": [-2, 77]}],
     ids=str,
 )
-def test_kernels_stay_inside_whatever_lengths_say(wrong: dict[str, list[int]], tier: str, device: torch.device) -> None:
+def test_kernels_stay_inside_whatever_lengths_say(
+    wrong: dict[str, list[int]], tier: str, device: torch.device
+) -> None:
     """On a GPU these values are not checked before the launch, so the kernels must not follow them out of bounds."""
     case = random_case(2, 6, 4, 3, noise=None).to(device)
     tensors = {name: torch.tensor(values, device=device) for name, values in wrong.items()}
@@ -341,7 +345,7 @@ def test_kernels_stay_inside_whatever_lengths_say(wrong: dict[str, list[int]], t
         assert out.counts.tolist() == [0, 0]
 
 
-# --- launch geometry ------------------------------------------------------------------------------------------------------
+# --- launch geometry ------------------------------------------------------------
 
 SIZES = list(product((1, 7, 200), (1, 20, 64, 300, 8000, None), (1, 100, 512, 4096), (False, True)))
 GPU = launch.Device(processors=132, cooperative=True)

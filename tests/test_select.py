@@ -118,9 +118,7 @@ def test_gradcheck(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("group_bytes", [1, 6 * 40 * 8, 5 * 11 * 40 * 8])
-def test_groups_and_blocks_of_any_size(
-    monkeypatch: pytest.MonkeyPatch, group_bytes: int, layout: str
-) -> None:
+def test_groups_and_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch, group_bytes: int, layout: str) -> None:
     """One row at a time, some rows of a set at a time, and several sets at a time."""
     monkeypatch.setattr(torch_backend, "GROUP_BYTES", group_bytes)
     case = spoil(random_case(7, 11, 40, 4, dtype=F64, duplicates=True), share=0.2)
