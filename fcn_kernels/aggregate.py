@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fcn_kernels.attention_blocks import RowSets
+from fcn_kernels.attention_inputs import RowSets
 from fcn_kernels.embeddings import Embeddings, Keys, read
 from fcn_kernels.extras import require
 from fcn_kernels.formats import EXTRA, InputError, format_of, reading, replacing

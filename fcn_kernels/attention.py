@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fcn_kernels import attention_blocks
-from fcn_kernels.attention_blocks import RowSets
+from fcn_kernels.attention_inputs import Arriving, Gradients, Inputs, Outputs, RowSets
 from fcn_kernels.select import _seed, resolve_backend
 from fcn_kernels.torch_backend import accumulator
 
@@ -53,25 +53,23 @@ def set_attention(
         not finite, norm not above 0, features all zero) are left out here too, and take no gradient.
         Gradients reach queries, features, quality and encoding_weight.
     """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"expected dropout in [0, 1), got {dropout}")
+    if features.shape[1] % 2:
+        raise ValueError(f"expected an even number of columns, got features of shape {tuple(features.shape)}")
     dtype = accumulator(features.dtype)
     if dropout == 0:
         seed = None
     elif seed is None:
         seed = _seed(features, None)
-    out, mass, _ = torch.ops.fcn_kernels.set_attention.default(
-        queries.to(dtype),
-        features,
-        quality.to(dtype),
-        encoding_weight.to(dtype),
-        sets.offsets,
-        sets.lengths,
-        seed,
-        dropout,
-        encoding_eps,
+    inputs = Inputs(
+        queries.to(dtype), features, quality.to(dtype), encoding_weight.to(dtype), *sets, seed, dropout, encoding_eps
     )
+    out, mass, _ = torch.ops.fcn_kernels.set_attention.default(*inputs)
     return out, mass
 
 
+_FIELDS = len(Inputs._fields)
 _INPUTS = (
     "Tensor queries, Tensor features, Tensor quality, Tensor encoding_weight, Tensor offsets, "
     "Tensor lengths, Tensor? seed, float dropout, float encoding_eps"
@@ -79,28 +77,29 @@ _INPUTS = (
 _library = torch.library.Library("fcn_kernels", "FRAGMENT")
 _library.define(f"set_attention({_INPUTS}) -> (Tensor out, Tensor mass, Tensor log_normalizer)")
 _library.define(
-    f"set_attention_backward({_INPUTS}, Tensor log_normalizer, Tensor grad_out, Tensor grad_mass, "
-    "Tensor mean_grad) -> (Tensor queries, Tensor features, Tensor quality, Tensor encoding_weight)"
+    f"set_attention_backward({_INPUTS}, Tensor log_normalizer, Tensor grad_out, Tensor grad_mass, Tensor mean) -> "
+    "(Tensor queries, Tensor features, Tensor quality, Tensor encoding_weight)"
 )
 
 
 def _backend(features: Tensor) -> ModuleType:
-    if resolve_backend(None, features) == "triton":
-        from fcn_kernels.kernels import attention
+    if resolve_backend(None, features) == "torch":
+        return attention_blocks
+    from fcn_kernels.kernels import attention_launch  # triton is imported only where it is used
 
-        if features.shape[1] <= attention.MAX_DIM:
-            return attention
-    return attention_blocks
-
-
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(args[1].device.type, enabled=False):
-        return _backend(args[1]).forward(*args)  # type: ignore[no-any-return]
+    return attention_launch
 
 
-def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(args[1].device.type, enabled=False):
-        return _backend(args[1]).backward(*args)  # type: ignore[no-any-return]
+def _forward(*args: Any) -> Outputs:
+    p = Inputs(*args)
+    with torch.autocast(p.features.device.type, enabled=False):
+        return _backend(p.features).forward(p)  # type: ignore[no-any-return]
+
+
+def _backward(*args: Any) -> Gradients:
+    p, arriving = Inputs(*args[:_FIELDS]), Arriving(*args[_FIELDS:])
+    with torch.autocast(p.features.device.type, enabled=False):
+        return _backend(p.features).backward(p, arriving)  # type: ignore[no-any-return]
 
 
 for name, implementation in (("set_attention", _forward), ("set_attention_backward", _backward)):
@@ -108,17 +107,17 @@ for name, implementation in (("set_attention", _forward), ("set_attention_backwa
 
 
 @torch.library.register_fake("fcn_kernels::set_attention", lib=_library)
-def _forward_fake(queries: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    flat = queries.new_empty(queries.shape[:2])
-    return queries.new_empty(queries.shape), flat, torch.empty_like(flat)
+def _forward_fake(*args: Any) -> Outputs:
+    new, shape = args[0].new_empty, args[0].shape
+    return Outputs(new(shape), new(shape[:2]), new(shape[:2]))
 
 
 @torch.library.register_fake("fcn_kernels::set_attention_backward", lib=_library)
-def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in args[:4])
+def _backward_fake(*args: Any) -> Gradients:
+    return Gradients(*(tensor.new_empty(tensor.shape) for tensor in args[:4]))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     *tensors, dropout, encoding_eps = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.constants = dropout, encoding_eps
@@ -126,23 +125,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, grad_mass: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, out, mass, log_normalizer = ctx.saved_tensors
-    mean_grad = (grad_out * out).sum(-1) + grad_mass * mass
-    grads = torch.ops.fcn_kernels.set_attention_backward.default(
-        *inputs, *ctx.constants, log_normalizer, grad_out, grad_mass, mean_grad
-    )
-    return *grads, None, None, None, None, None
+    *tensors, out, mass, log_normalizer = ctx.saved_tensors
+    mean = (grad_out * out).sum(-1) + grad_mass * mass
+    arriving = Arriving(log_normalizer, grad_out, grad_mass, mean)
+    grads = torch.ops.fcn_kernels.set_attention_backward.default(*tensors, *ctx.constants, *arriving)
+    return *grads, *(None,) * (_FIELDS - len(grads))
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise NotImplementedError(
-        "set_attention has no second derivative. Call backward() without create_graph=True."
-    )
+    raise NotImplementedError("set_attention has no second derivative. Call backward() without create_graph=True.")
 
 
-torch.library.register_autograd(
-    "fcn_kernels::set_attention", _differentiate, setup_context=_save, lib=_library
-)
+torch.library.register_autograd("fcn_kernels::set_attention", _differentiate, setup_context=_save, lib=_library)
 torch.library.register_autograd("fcn_kernels::set_attention_backward", _no_second_derivative, lib=_library)
 
 

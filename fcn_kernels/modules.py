@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fcn_kernels.attention import set_attention
-from fcn_kernels.attention_blocks import RowSets
+from fcn_kernels.attention_inputs import RowSets
 from fcn_kernels.encoding import Waves, sinusoid
 from fcn_kernels.select import Coreset, coreset_select
 

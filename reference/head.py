@@ -38,7 +38,7 @@ def attention(
     )
     probability = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
     probability = F.dropout(probability, layer.dropout, training)
-    return layer.out_proj((probability @ v).transpose(1, 2).flatten(-2))
+    return layer.out_proj((probability @ v).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
 
 class ReferenceHead(nn.Module):
@@ -58,7 +58,8 @@ class ReferenceHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def encode(self, norms: Tensor) -> Tensor:
-        return self.encoding_norm(norm_encoding(norms, self.encoding_norm.normalized_shape[0]))
+        dim = self.encoding_norm.normalized_shape[0]
+        return self.encoding_norm(norm_encoding(norms, dim))  # type: ignore[no-any-return]
 
     def forward(
         self, features: Tensor, quality: Tensor, noise: Tensor | None = None

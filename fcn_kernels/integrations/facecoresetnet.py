@@ -23,24 +23,22 @@ Model = TypeVar("Model", bound=nn.Module)
 _SELECT = "differential_farthest_point_sample"
 _AGGREGATE = "aggregate_fps_with_norm_priority"
 _PREFIX = "aggregate_model."
-_LAYERS = HeadLayers(
-    encoding_norm="pos_trans_norm",
-    self_attention="decoder_layer1.self_attn1",
-    self_dropout="decoder_layer1.dropout1",
-    self_norm="decoder_layer1.norm1",
-    cross_attention="decoder_layer1.multihead_attn1",
-    cross_dropout="decoder_layer1.dropout2",
-    cross_norm="decoder_layer1.norm2",
-)  # type: ignore[arg-type]
+_LAYERS = {  # a field of HeadLayers, and where it is in their module
+    "encoding_norm": "pos_trans_norm",
+    "self_attention": "decoder_layer1.self_attn1",
+    "self_dropout": "decoder_layer1.dropout1",
+    "self_norm": "decoder_layer1.norm1",
+    "cross_attention": "decoder_layer1.multihead_attn1",
+    "cross_dropout": "decoder_layer1.dropout2",
+    "cross_norm": "decoder_layer1.norm2",
+}
 _LEAVES = {
     "norm": ("weight", "bias"),
     "attention": ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"),
     "dropout": (),
 }
 _NAMES = {"gamma": "gamma"} | {
-    f"{theirs}.{leaf}": f"{ours}.{leaf}"
-    for ours, theirs in _LAYERS._asdict().items()
-    for leaf in _LEAVES[ours.split("_")[1]]
+    f"{theirs}.{leaf}": f"{ours}.{leaf}" for ours, theirs in _LAYERS.items() for leaf in _LEAVES[ours.split("_")[1]]
 }
 # In their state dict, but in no forward pass of theirs.
 _UNUSED = ("tau", "feature_norm_normalizer", "ur_center", "dist_from_ur_center_norm_size_balance")
@@ -55,12 +53,13 @@ _UNUSED_LAYERS = (
 
 
 def convert_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict of a :class:`fcn_kernels.CoresetAggregator` from that of the authors' aggregation module.
+    """The state dict of a :class:`fcn_kernels.CoresetAggregator` from that of the authors' aggregation
+    module.
 
     Args:
-        state_dict: of their ``TemplateAggregateModel``; or of a model that holds it as ``aggregate_model``, of
-            which the other keys are passed over; or a Lightning checkpoint, ``{"state_dict": ...}``. Parameters
-            that their forward pass never uses may be there or not.
+        state_dict: of their ``TemplateAggregateModel``; or of a model that holds it as ``aggregate_model``,
+            of which the other keys are passed over; or a Lightning checkpoint, ``{"state_dict": ...}``.
+            Parameters that their forward pass never uses may be there or not.
 
     Raises:
         TypeError: what is under "state_dict" is no mapping.
@@ -93,11 +92,11 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def patch(model: Model, *, attention: bool = False) -> Model:
     """Let the authors' model select with :func:`fcn_kernels.coreset_select`; in place, and returned.
 
-    Every module in `model` that has ``differential_farthest_point_sample(x, npoint, norms)`` and ``gamma`` gets
-    ours in place of that method. With ``attention=True``, so does ``aggregate_fps_with_norm_priority(
-    template_features, template_norms, only_FPS)``, and no row is projected any more. Parameters, state dict and
-    gradients stay theirs. Picks are samples while training, as theirs, though from other random numbers, and
-    plain argmax in ``eval()``.
+    Every module in `model` that has ``differential_farthest_point_sample(x, npoint, norms)`` and ``gamma``
+    gets ours in place of that method. With ``attention=True``, so does ``aggregate_fps_with_norm_priority(
+    template_features, template_norms, only_FPS)``, and no row is projected any more. Parameters, state dict
+    and gradients stay theirs. Picks are samples while training, as theirs, though from other random numbers,
+    and plain argmax in ``eval()``.
 
     Raises:
         ValueError: no such module is in the model; or, with ``attention=True``, one lacks a layer or method.
@@ -126,7 +125,7 @@ def unpatch(model: Model) -> Model:
 
 def _check_layers(module: nn.Module) -> None:
     try:
-        attrgetter("coreset_size", _AGGREGATE, *_LAYERS)(module)
+        attrgetter("coreset_size", _AGGREGATE, *_LAYERS.values())(module)
     except AttributeError as error:
         raise ValueError(f"expected FaceCoresetNet's aggregation module, got one where {error}") from error
 
@@ -153,7 +152,7 @@ def _aggregate(
     if only_FPS:
         coreset = _coreset(self, template_features * template_norms[..., None], k, template_norms)
         return coreset.features.sum(1) / coreset.counts.clamp(min=1)[:, None], coreset.features
-    layers = HeadLayers(*attrgetter(*_LAYERS)(self))
+    layers = HeadLayers(**{ours: attrgetter(theirs)(self) for ours, theirs in _LAYERS.items()})
     coreset, aggregate = aggregate_sets(
         layers, template_features, template_norms, k, _gamma(self), sample=self.training
     )
