@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("builds")
 ROOT = Path(__file__).parents[1]
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
 # resident forward and streaming backward; split at barriers; resident or streaming by length; split by launches

@@ -14,6 +14,7 @@ from benchmarks.results import Results, exponent, load
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.xdist_group("report")
 
 ROOT = Path(__file__).parents[1]
 ABOUT = {
