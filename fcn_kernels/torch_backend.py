@@ -14,8 +14,8 @@ from torch import Tensor
 from fcn_kernels.noise import STEPS_PER_DRAW, gumbel_noise
 from fcn_kernels.problem import Gradients, Problem, Saved, Selected
 
-# A group has to stay in the last-level cache through its K steps. 8 MiB measured best of 2, 4, 8, 16 and 32 on an
-# EPYC with 32 MiB of shared L3 and 2 cores, (B, N, C) = (64, 256, 512), K = 8; most servers have that much a socket.
+# A group has to stay in the last-level cache through its K steps, beside what else is there: a quarter of the 32 MiB
+# that the cores of a socket share on common servers.
 GROUP_BYTES = 8 << 20
 # Sets of a packed batch share a padded group only if none is padded to more than twice its length.
 MAX_PADDING = 2
@@ -103,9 +103,8 @@ class _Group(NamedTuple):
     def take(self, values: Tensor) -> Tensor:
         """(..., R) -> (..., G, n); padding takes some other row's value."""
         if isinstance(self.where, slice):
-            return values[..., self.where].unflatten(-1, self.raw.shape[:2])
-        at: Tensor = values[..., self.where]
-        return at
+            return values[..., self.where].view(*values.shape[:-1], *self.raw.shape[:2])
+        return values.index_select(-1, self.where.flatten().clamp(min=0)).view(*values.shape[:-1], *self.where.shape)
 
     def put(self, values: Tensor, out: Tensor) -> None:
         """Write (..., G, n) to its place in (..., R)."""
@@ -171,9 +170,9 @@ class _Rows:
 
     def norms(self) -> Tensor:
         """|x_n|, (G, n)."""
-        if self.rows.dtype == self.dtype:
-            return torch.linalg.vector_norm(self.rows, dim=-1)
-        return torch.cat([torch.linalg.vector_norm(x, dim=-1) for _, x in self.blocks()], 1)
+        blocks = [self.rows] if self.rows.dtype == self.dtype else (x for _, x in self.blocks())
+        norms: list[Tensor] = [torch.linalg.vector_norm(x, dim=-1) for x in blocks]
+        return norms[0] if len(norms) == 1 else torch.cat(norms, 1)
 
     def products(self, vectors: Tensor) -> Tensor:
         """x_n . v for each set's own v (G, C), (G, n)."""

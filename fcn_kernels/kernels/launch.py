@@ -17,8 +17,8 @@ from fcn_kernels.problem import Gradients, Problem, Saved, Selected
 
 TIERS = {RESIDENT_TIER.value: "resident", STREAMING_TIER.value: "streaming", RAGGED.value: "ragged"}
 
-# Elements of a tile that a thread holds. Twice as many spill registers on one target or another; the table of what
-# the compiler makes of every launch is `python -m benchmarks.builds`.
+# Elements of a tile that a thread holds. Twice as many spilled (a forward tile at 16 warps, a backward one of float32
+# rows at 8); `python -m benchmarks.builds` prints what the compiler makes of every launch.
 FORWARD_ELEMENTS = 64
 BACKWARD_ELEMENTS = 32
 WRITE_ELEMENTS = 16  # of a tile of gradients, which stands beside its rows
@@ -108,7 +108,7 @@ def _plan(sets: int, rows: int | None, dim: int, ragged: bool, device: Device, f
             if forward and split == COOPERATIVE and block_n * block_c <= warp * most_warps:
                 return Plan(RESIDENT_TIER.value, block_n, block_c, most_warps, parts, split.value)
     warps = max(STREAMING_WARPS, min(most_warps, 2 * block_c // warp))
-    if split != WHOLE:
+    if rows is not None and split != WHOLE:
         # 255 registers a thread, the most there can be, still let this many programs run on an SM at once
         parts = max(1, min(parts * (8 // warps), rows // SPLIT_ROWS))
     block_n = max(2, min(warp * warps // block_c, STREAMING_ROWS))
