@@ -1,4 +1,4 @@
-"""The authors' checkpoints and model. The model here is a stand-in with their names and their formulas, not their code."""
+"""The authors' checkpoints and model. The model here is a stand-in with their names and formulas, not their code."""
 
 import copy
 
@@ -142,7 +142,7 @@ def test_parameters_they_never_use_may_be_missing():
 
 def test_a_file_that_runs_code_is_not_loaded(tmp_path):
     torch.save({"state_dict": Aggregation}, tmp_path / "bad.pt")
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(Exception, match=r"[Ww]eights"):
         load_state_dict(tmp_path / "bad.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(TypeError, match="state dict, got list"):
