@@ -2,6 +2,10 @@
 
 import os
 
+# Workers that each take all cores make each other wait at every operation.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings
