@@ -15,7 +15,7 @@ from fcn_kernels.encoding import sinusoid, sinusoid_backward, waves
 from fcn_kernels.noise import STEPS_PER_DRAW, philox
 
 # Rows, their sinusoids and their keys have to stay in the last-level cache, and a block to outweigh the
-# host's cost: 4 MiB of each measured best of 1/2 to 4 on an EPYC with 32 MiB of shared L3, C = 512, float32.
+# host's cost: 4 MiB of each measured best of 1/2 to 8 on an EPYC with 32 MiB of shared L3, C = 512, float32.
 BLOCK_BYTES = 4 << 20
 
 

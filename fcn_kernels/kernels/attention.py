@@ -59,6 +59,13 @@ def part_of_set(offsets_ptr, lengths_ptr, set_id, split, T, SPLITS, BLOCK_N: tl.
 
 
 @triton.jit
+def load_quality(quality_ptr, rows, inside):
+    """Norms [n], 0 for a row that takes no part: NaN or inf would come back from it as 0 * NaN in sums over rows."""
+    quality = tl.load(quality_ptr + rows, mask=inside, other=0.0)
+    return tl.where((quality > 0) & (quality < float("inf")), quality, 0.0)
+
+
+@triton.jit
 def moments(quality, turns_ptr, C, eps, BLOCK_C: tl.constexpr):
     """Mean of a norm's sinusoid, reciprocal deviation, and the mean's derivative, [n] each.
 
@@ -136,7 +143,7 @@ def attention_forward(
         rows = at + lane
         inside = rows < count
         tile_ptr = rows_ptr + (first + at) * stride_row
-        quality = tl.load(quality_ptr + rows, mask=inside, other=0.0)
+        quality = load_quality(quality_ptr, rows, inside)
         mean, rstd, _slope = moments(quality, turns_ptr, C, eps, BLOCK_C)
         score = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
         size = tl.zeros((BLOCK_N,), tl.float32)
@@ -150,7 +157,7 @@ def attention_forward(
             key = quality[:, None] * tile + (cosine(angle) - mean[:, None]) * rstd[:, None] * weight[None, :]
             query = load_block(queries_ptr, head, cols, H, C)
             score = product(key.to(dtype), tl.trans(query.to(dtype)), score, PRECISION)
-        valid = (quality > 0) & (quality < float("inf")) & (size > 0) & (size < float("inf"))
+        valid = (quality > 0) & (size > 0) & (size < float("inf"))
         score = tl.where(valid[:, None], score, float("-inf"))
 
         peak = tl.maximum(top, tl.max(score, axis=0))
@@ -210,7 +217,7 @@ def attention_backward(
         rows = at + lane
         inside = rows < count
         tile_ptr = rows_ptr + (first + at) * stride_row
-        quality = tl.load(quality_ptr + rows, mask=inside, other=0.0)
+        quality = load_quality(quality_ptr, rows, inside)
         mean, rstd, slope = moments(quality, turns_ptr, C, eps, BLOCK_C)
         score = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
         reach = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
@@ -228,7 +235,7 @@ def attention_backward(
             grad = load_block(grad_ptr, head, cols, H, C)
             score = product(key.to(dtype), tl.trans(query.to(dtype)), score, PRECISION)
             reach = product(tile, tl.trans(grad.to(dtype)), reach, PRECISION)
-        valid = (quality > 0) & (quality < float("inf")) & (size > 0) & (size < float("inf"))
+        valid = (quality > 0) & (size > 0) & (size < float("inf"))
         open_to = valid[:, None] & there[None, :]
         share = tl.exp(tl.where(open_to, score - normalizer[None, :], float("-inf")))
         kept = after_dropout(share, rows, head, set_id, seed, threshold, keep_scale, DROPOUT)
