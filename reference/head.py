@@ -25,9 +25,7 @@ def norm_encoding(norms: Tensor, dim: int) -> Tensor:
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos())
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, layer: nn.MultiheadAttention, training: bool
-) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, layer: nn.MultiheadAttention, training: bool) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V of each head: query (B, K, C), key and value (B, N, C) -> (B, K, C)."""
     heads = layer.num_heads
     weights = layer.in_proj_weight.chunk(3)
@@ -61,9 +59,7 @@ class ReferenceHead(nn.Module):
         dim = self.encoding_norm.normalized_shape[0]
         return self.encoding_norm(norm_encoding(norms, dim))  # type: ignore[no-any-return]
 
-    def forward(
-        self, features: Tensor, quality: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, quality: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rows = quality[..., None] * features
         k = min(self.k, rows.shape[1])
         core = coreset_listing(rows, quality, k, self.gamma, noise=noise, distance_scale=0.5).features
