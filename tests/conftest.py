@@ -1,14 +1,17 @@
 """Where the tests run: on the GPU if there is one, else on the CPU, with Triton's kernels interpreted there."""
 
 import os
+import signal
 
-# Workers that each take all cores make each other wait at every operation.
-if "PYTEST_XDIST_WORKER" in os.environ:
+# Workers that each take all cores make each other wait at every operation. Programs that the tests start are no
+# workers, and can be interrupted even where the shell made its background jobs deaf to that.
+if os.environ.pop("PYTEST_XDIST_WORKER", None):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import pytest
-import torch
-from hypothesis import settings
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # Triton and fcn_kernels read this once, when they are first imported.
 if not torch.cuda.is_available():

@@ -345,9 +345,7 @@ def test_no_rows_at_all(shape: tuple[int, ...], device: torch.device) -> None:
     [{"lengths": [99, -3]}, {"cu_seqlens": [-4, 5, 99]}, {"cu_seqlens": [9, 5, 2]}, {"start": [-2, 77]}],
     ids=str,
 )
-def test_kernels_stay_inside_whatever_lengths_say(
-    wrong: dict[str, list[int]], tier: str, device: torch.device
-) -> None:
+def test_kernels_stay_inside_whatever_lengths_say(wrong: dict[str, list[int]], tier: str, device: torch.device) -> None:
     """On a GPU these values are not checked before the launch, so the kernels must not follow them out of bounds."""
     case = random_case(2, 6, 4, 3, noise=None).to(device)
     tensors = {name: torch.tensor(values, device=device) for name, values in wrong.items()}
