@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fcn_kernels import attention_blocks
 from fcn_kernels.attention_inputs import Arriving, Gradients, Inputs, Outputs, RowSets
-from fcn_kernels.select import _seed, resolve_backend
+from fcn_kernels.select import draw_seed, resolve_backend
 from fcn_kernels.torch_backend import accumulator
 
 
@@ -61,7 +61,7 @@ def set_attention(
     if dropout == 0:
         seed = None
     elif seed is None:
-        seed = _seed(features, None)
+        seed = draw_seed(features, None)
     inputs = Inputs(
         queries.to(dtype), features, quality.to(dtype), encoding_weight.to(dtype), *sets, seed, dropout, encoding_eps
     )

@@ -152,7 +152,7 @@ def coreset_select(
         quality=None if quality is None else quality.to(accumulate).reshape(-1),
         gamma=gamma,
         noise=None if noise is None else noise.detach().to(accumulate).reshape(k, -1),
-        seed=_seed(features, generator) if sample and noise is None else None,
+        seed=draw_seed(features, generator) if sample and noise is None else None,
         start=start,
         mask=None if mask is None else mask.reshape(-1),
         lengths=lengths,
@@ -193,7 +193,7 @@ def resolve_backend(backend: str | None, features: Tensor) -> str:
     return backend
 
 
-def _seed(features: Tensor, generator: Generator | None) -> Tensor:
+def draw_seed(features: Tensor, generator: Generator | None) -> Tensor:
     """A 0-d int64 seed; from the default CPU generator unless it has to be drawn within a recorded computation."""
     recorded = torch.compiler.is_compiling() or (features.is_cuda and torch.cuda.is_current_stream_capturing())
     device = features.device if recorded else torch.device("cpu")

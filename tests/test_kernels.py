@@ -296,7 +296,7 @@ def test_scalars_on_the_device(monkeypatch: pytest.MonkeyPatch, device: torch.de
             if by_pointer
             else (lambda v, kind: (None, kind(0) if v is None else kind(v)))
         )
-        monkeypatch.setattr(launch, "_scalar", scalar)
+        monkeypatch.setattr(launch, "scalar_argument", scalar)
         torch.manual_seed(2)
         results.append(run(case))
     assert same_bits(*results)

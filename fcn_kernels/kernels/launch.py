@@ -146,9 +146,9 @@ def forward(p: Problem, keep: bool) -> Selected:
         arguments = (
             p.features,
             p.quality,
-            *_scalar(p.gamma, float),
+            *scalar_argument(p.gamma, float),
             p.noise,
-            *_scalar(p.seed, int),
+            *scalar_argument(p.seed, int),
             p.start,
             p.mask,
             p.lengths,
@@ -200,9 +200,9 @@ def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
         arguments = (
             p.features,
             p.quality,
-            *_scalar(p.gamma, float),
+            *scalar_argument(p.gamma, float),
             p.noise,
-            *_scalar(p.seed, int),
+            *scalar_argument(p.seed, int),
             p.lengths,
             p.cu_seqlens,
             grad.contiguous(),
@@ -263,7 +263,7 @@ def _sizes(p: Problem) -> tuple[Any, ...]:
     return stride_set, stride_row, n, p.dim, p.k, p.rows, p.tau, p.distance_scale
 
 
-def _scalar(value: Tensor | None, kind: type) -> tuple[Tensor | None, Any]:
+def scalar_argument(value: Tensor | None, kind: type) -> tuple[Tensor | None, Any]:
     """(pointer, value): a scalar on the host is passed by value, one on the device is read there, without a wait."""
     if value is None:
         return None, kind(0)
