@@ -133,17 +133,11 @@ torch.library.register_vmap("fcn_kernels::select", _no_vmap, lib=_library)
 torch.library.register_vmap("fcn_kernels::select_backward", _no_vmap, lib=_library)
 
 
-def _row_passes(shape: Any, k: int, normalized: bool) -> tuple[int, int]:
-    """Multiply-adds of one product with every row, and how many such products make the forward pass."""
-    return torch.Size(shape).numel(), k - 1 + (not normalized)
-
-
 @register_flop_formula(torch.ops.fcn_kernels.select)
 def select_flops(features: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """2 R C for each of the K - 1 distance passes, and for the norms."""
     k, normalized = args[8], args[11]
-    products, passes = _row_passes(features, k, normalized)
-    return 2 * products * passes
+    return 2 * int(torch.Size(features).numel()) * (int(k) - 1 + (not normalized))
 
 
 @register_flop_formula(torch.ops.fcn_kernels.select_backward)

@@ -216,6 +216,16 @@ def pickable_quality(case: Case) -> Tensor:
     return quality[can_be_picked(rows, quality)]
 
 
+# Options under which the picks' gradient is checked against finite differences.
+SMOOTH: list[dict[str, Any]] = [
+    {},
+    {"noise": None},
+    {"gamma": -0.7, "tau": 0.4, "distance_scale": 0.5},
+    {"quality": "norms", "gamma": 1.6},
+    {"unit": True},
+]
+
+
 def smooth_counterpart(case: Case) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """A function of one set (N, C), (), (N,) -> (K, C) whose true gradient is the straight-through one, and leaves.
 

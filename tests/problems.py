@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -169,3 +169,13 @@ def cases(draw: st.DrawFn, dtype: torch.dtype, max_rows: int = 20, max_dim: int 
     if layout == "mask":
         return case.with_options(mask=torch.rand(sets, rows, generator=generator) < 0.7)
     return pack(case, lengths) if layout == "packed" else case
+
+
+STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed sets": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "wide rows": lambda x: torch.cat([x, x + 1], -1)[..., : x.shape[-1]],
+    "every second row": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "strided columns": lambda x: x.repeat_interleave(2, 2)[..., ::2],
+    "expanded": lambda x: x[:1].expand(len(x), -1, -1),
+}
+"""Rows (B, N, C) in layouts that are not contiguous, of the same values but for "expanded", whose sets are equal."""

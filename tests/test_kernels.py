@@ -17,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from oracle import Outcome, assert_as_accurate_as_eager, outcome, select_on, weights_for
-from problems import Case, cases, pack, random_case, spoil
+from problems import STRIDED, Case, cases, pack, random_case, spoil
 
 from fcn_kernels import coreset_select, op
 from fcn_kernels.kernels import launch
@@ -243,17 +243,11 @@ def test_the_same_bits_again(device: torch.device) -> None:
     assert same_bits(run(case), run(case))
 
 
-@pytest.mark.parametrize("how", ["transposed sets", "wide rows", "every second row", "strided columns", "expanded"])
+@pytest.mark.parametrize("how", STRIDED)
 def test_strides_change_nothing(how: str, device: torch.device) -> None:
     case = random_case(3, 6, 6, 2).to(device)
     plain = case.features
-    strided = {
-        "transposed sets": plain.transpose(0, 1).contiguous().transpose(0, 1),
-        "wide rows": torch.cat([plain, plain + 1], -1)[..., :6],
-        "every second row": plain.repeat_interleave(2, 1)[:, ::2],
-        "strided columns": plain.repeat_interleave(2, 2)[..., ::2],
-        "expanded": plain[:1].expand(3, -1, -1),
-    }[how]
+    strided = STRIDED[how](plain)
     plain = strided.clone(memory_format=torch.contiguous_format)
     assert same_bits(*(run(Case(x, 2, case.quality, case.gamma, case.options)) for x in (plain, strided)))
 

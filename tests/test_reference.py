@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import WithGradientOf, listing, smooth_counterpart
+from oracle import SMOOTH, WithGradientOf, listing, smooth_counterpart
 from problems import random_case
 from torch import Tensor
 
@@ -83,15 +83,6 @@ def test_gradient_of_one_pick_in_closed_form() -> None:
     expected = torch.zeros_like(dx)
     expected[0, found.indices[0, 0]] = weight
     torch.testing.assert_close(dx, expected)
-
-
-SMOOTH = [
-    {},
-    {"noise": None},
-    {"gamma": -0.7, "tau": 0.4, "distance_scale": 0.5},
-    {"quality": "norms", "gamma": 1.6},
-    {"unit": True},
-]
 
 
 @pytest.mark.parametrize("options", SMOOTH, ids=str)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from oracle import (
+    SMOOTH,
     WithGradientOf,
     assert_as_accurate_as_eager,
     assert_equal_in_float64,
@@ -19,7 +20,7 @@ from oracle import (
     smooth_counterpart,
     weights_for,
 )
-from problems import Case, cases, pack, random_case, spoil
+from problems import STRIDED, Case, cases, pack, random_case, spoil
 from torch import Tensor
 
 from fcn_kernels import coreset_select, torch_backend
@@ -89,15 +90,6 @@ def test_gradient_of_a_sharp_softmax_is_accurate() -> None:
     assert assert_as_accurate_as_eager(case, "torch") == 4
     vanishing = outcome(select_on("torch"), case.with_options(tau=1e-10), weights_for(case))
     assert torch.equal(vanishing.quality, torch.zeros_like(case.quality))  # the listing's tau at inference
-
-
-SMOOTH = [
-    {},
-    {"noise": None},
-    {"gamma": -0.7, "tau": 0.4, "distance_scale": 0.5},
-    {"quality": "norms", "gamma": 1.6},
-    {"unit": True},
-]
 
 
 @pytest.mark.parametrize("options", SMOOTH, ids=str)
@@ -304,17 +296,11 @@ def test_indices_counts_and_distances_carry_no_gradient() -> None:
     assert not any(t.requires_grad for t in coreset[1:])
 
 
-@pytest.mark.parametrize("how", ["transposed sets", "wide rows", "every second row", "strided columns", "expanded"])
+@pytest.mark.parametrize("how", STRIDED)
 def test_strides_change_nothing(how: str) -> None:
     case = random_case(4, 10, 6, 3, dtype=F64)
     plain = case.features
-    strided = {
-        "transposed sets": plain.transpose(0, 1).contiguous().transpose(0, 1),
-        "wide rows": torch.cat([plain, plain + 1], -1)[..., :6],
-        "every second row": plain.repeat_interleave(2, 1)[:, ::2],
-        "strided columns": plain.repeat_interleave(2, 2)[..., ::2],
-        "expanded": plain[:1].expand(4, -1, -1),
-    }[how]
+    strided = STRIDED[how](plain)
     if how == "expanded":
         plain = strided.contiguous()
     weights = weights_for(case)
