@@ -219,7 +219,7 @@ def selection_specs() -> Iterator[Spec]:
         saved = Saved(
             indices=torch.empty(sets, k, dtype=torch.int64),
             counts=torch.empty(sets, dtype=torch.int64),
-            log_normalizers=torch.empty(sets, k),
+            softmax=torch.empty(sets, k),
             gaps=torch.empty(k - 1, total),
             norms=torch.empty(total),
         )

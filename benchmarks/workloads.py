@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness import CACHE_BYTES, Contender
-from fcn_kernels import coreset_select
+from fcn_kernels import bounds, coreset_select
 from fcn_kernels.problem import Problem
-from fcn_kernels.torch_backend import GROUP_BYTES, accumulator
+from fcn_kernels.rows import GROUP_BYTES, accumulator
 from reference.listing import coreset_listing
 
 FORWARD, BOTH = "forward", "forward + backward"
@@ -225,6 +225,8 @@ def moved_bytes(case: Case, i: Inputs, work: str) -> int:
         longest = max(i.lengths) if i.lengths else case.all_rows // max(1, case.sets)
         held = longest * case.dim * case.dtype.itemsize <= group
         reads = (1, 1) if held else (case.k, 2 * case.k)  # norms and K - 1 products; a product and a sum each step
+        if work == FORWARD and not held and case.sets == 1 and bounds.pay(case.all_rows, case.dim):
+            reads = (min(case.k, 2), 0)  # norms and the first product; few rows meet a later pick
         return case.row_bytes * (reads[0] if work == FORWARD else sum(reads) + 1)
     from fcn_kernels.kernels import launch
 

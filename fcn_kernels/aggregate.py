@@ -23,8 +23,8 @@ from fcn_kernels.extras import require
 from fcn_kernels.formats import EXTRA, InputError, format_of, reading, replacing
 from fcn_kernels.integrations.facecoresetnet import convert_state_dict
 from fcn_kernels.modules import Aggregate, CoresetAggregator
+from fcn_kernels.rows import accumulator
 from fcn_kernels.select import DTYPES, coreset_select
-from fcn_kernels.torch_backend import accumulator
 
 if TYPE_CHECKING:
     from fcn_kernels.formats import Array

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fcn_kernels import attention_blocks
 from fcn_kernels.attention_inputs import Arriving, Gradients, Inputs, Outputs, RowSets
+from fcn_kernels.rows import accumulator
 from fcn_kernels.select import draw_seed, resolve_backend
-from fcn_kernels.torch_backend import accumulator
 
 
 def set_attention(

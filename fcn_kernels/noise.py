@@ -11,32 +11,29 @@ from torch import Tensor
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
+_ROUNDS = 10
 STEPS_PER_DRAW = 4
 
 
 def philox(seed: int, row: Tensor, block: int, sets: Tensor, stream: int = 0) -> Tensor:
     """Four random 32-bit words for each counter, (4, G, N) int64 in [0, 2^32), from ``sets`` (G,), ``row`` (N,)."""
-    groups, rows = sets.numel(), row.numel()
-    # Counter words (0, 2) are the ones multiplied, (1, 3) the ones xored in; torch has no unsigned 32-bit
-    # arithmetic, and int64 products wrap to the right bits, so only `even` has to be cut back to 32 bits.
-    even = torch.empty(2, groups, rows, dtype=torch.int64, device=row.device)
-    even[0] = row
-    even[1] = sets[:, None]
+    # Counter words (0, 2) are the ones multiplied, (1, 3) the ones xored in. A round takes each product to the other
+    # pair's place: here it stays where it is, and the roles of the two halves swap instead, in all but `odd`.
+    # torch has no unsigned 32-bit arithmetic, and int64 products wrap to the right bits: only `even` has to be cut.
+    even = torch.empty(2, sets.numel(), row.numel(), dtype=torch.int64, device=row.device)
+    even[0], even[1] = row, sets[:, None]
     odd = torch.empty_like(even)
-    odd[0], odd[1] = block, stream
-    multipliers = torch.tensor(_MULTIPLIERS, device=row.device)[:, None, None]
-    key = [seed & _MASK, (seed >> 32) & _MASK]
-    keys = torch.tensor(
-        [[(k + r * s) & _MASK for k, s in zip(key, _KEY_STEPS, strict=True)] for r in range(10)],
-        device=row.device,
-    )[:, :, None, None]
-    for r in range(10):
-        product = even * multipliers
-        low = product.flip(0)
-        even = (product >> 32).flip(0).bitwise_xor_(odd).bitwise_xor_(keys[r]).bitwise_and_(_MASK)
-        odd = low
-    odd = odd & _MASK
-    return torch.stack((even[0], odd[0], even[1], odd[1]))
+    odd[0], odd[1] = stream, block
+    keys = [((seed + r * _KEY_STEPS[0]) & _MASK, ((seed >> 32) + r * _KEY_STEPS[1]) & _MASK) for r in range(_ROUNDS)]
+    keys[::2] = [pair[::-1] for pair in keys[::2]]
+    constants = torch.tensor((_MULTIPLIERS, _MULTIPLIERS[::-1], (_MASK, _MASK), *keys), device=row.device)
+    *multipliers, mask = constants[:3, :, None, None].unbind()
+    for r, key in enumerate(constants[3:, :, None, None].unbind()):
+        product = even * multipliers[r % 2]
+        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(mask)
+        odd = product.roll(1, 0)
+    odd &= mask
+    return torch.stack((even[0], odd[1], even[1], odd[0]))
 
 
 def gumbel(words: Tensor) -> Tensor:
@@ -45,8 +42,8 @@ def gumbel(words: Tensor) -> Tensor:
     Large values come from small v, where float32 is finest: the tail reaches 22.9 and does not collapse into
     ties on sets of millions of rows, as -log(-log u) with a 24-bit u near 1 would.
     """
-    v = ((words.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
-    return torch.log1p(v.neg_()).neg_().log_().neg_()
+    minus_v = words.to(torch.float32).add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)
+    return minus_v.log1p_().neg_().log_().neg_()
 
 
 def gumbel_noise(seed: int, sets: Tensor, rows: int, block: int) -> Tensor:

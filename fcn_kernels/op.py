@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fcn_kernels import torch_backend
 from fcn_kernels.problem import Gradients, Problem, Saved, Selected
+from fcn_kernels.rows import accumulator
 
 _PROBLEM = (
     "Tensor features, Tensor? quality, Tensor gamma, Tensor? noise, Tensor? seed, Tensor? start, Tensor? mask, "
@@ -24,11 +25,11 @@ _FIELDS = len(Problem._fields)
 _library = torch.library.Library("fcn_kernels", "DEF")
 _library.define(
     f"select({_PROBLEM}, bool keep, str backend) -> "
-    "(Tensor features, Tensor distances, Tensor indices, Tensor counts, Tensor log_normalizers, Tensor gaps, "
+    "(Tensor features, Tensor distances, Tensor indices, Tensor counts, Tensor softmax, Tensor gaps, "
     "Tensor norms)"
 )
 _library.define(
-    f"select_backward({_PROBLEM}, Tensor grad, Tensor indices, Tensor counts, Tensor log_normalizers, Tensor gaps, "
+    f"select_backward({_PROBLEM}, Tensor grad, Tensor indices, Tensor counts, Tensor softmax, Tensor gaps, "
     "Tensor norms, str backend) -> (Tensor features, Tensor quality, Tensor gamma)"
 )
 
@@ -64,17 +65,17 @@ _library.impl("select_backward", _select_backward, "CompositeExplicitAutograd")
 def _select_fake(*args: Any) -> Selected:
     *fields, keep, backend = args
     p = Problem(*fields)
-    accumulate = torch_backend.accumulator(p.features.dtype)
+    accumulate = accumulator(p.features.dtype)
     new = p.features.new_empty
-    saved, kept_rows = (p.k, p.rows) if keep else (0, 0)
+    steps, rows = (p.k, p.rows) if keep else (0, 0)
     return Selected(
         features=new(p.sets, p.k, p.dim),
         distances=new(p.sets, p.k, dtype=accumulate),
         indices=new(p.sets, p.k, dtype=torch.int64),
         counts=new(p.sets, dtype=torch.int64),
-        log_normalizers=new(p.sets, saved if backend == "triton" else 0, dtype=accumulate),
-        gaps=new(max(saved - 1, 0), p.rows if keep else 0, dtype=accumulate),
-        norms=new(kept_rows, dtype=accumulate),
+        softmax=new((p.sets, steps) if backend == "triton" else (steps, rows), dtype=accumulate),
+        gaps=new(max(steps - 1, 0), rows, dtype=accumulate),
+        norms=new(rows, dtype=accumulate),
     )
 
 

@@ -50,8 +50,10 @@ class Saved(NamedTuple):
 
     indices: Tensor  # (B, K) int64, -1 where there is no pick
     counts: Tensor  # (B,) int64
-    log_normalizers: Tensor  # (B, K), log sum_n exp(z_k(n) / tau); (B, 0) from the torch backend, which sums again
-    gaps: Tensor  # (K - 1, R), 1 - max cosine to the picks so far; sign bit: this step tied with those before it
+    softmax: Tensor  # triton: (B, K) log sum_n exp(z_k(n) / tau); torch: (K, R) the softmaxes themselves
+    # (K - 1, R). triton: 1 - max cosine to the picks so far; sign bit: this step tied with those before it.
+    # torch: |x_n| (1 - cosine to this step's pick)
+    gaps: Tensor
     norms: Tensor  # (R,), the rows' norms and the marks above
 
 
@@ -65,7 +67,7 @@ class Selected(NamedTuple):
     distances: Tensor  # (B, K)
     indices: Tensor
     counts: Tensor
-    log_normalizers: Tensor
+    softmax: Tensor
     gaps: Tensor
     norms: Tensor
 

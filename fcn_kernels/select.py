@@ -11,7 +11,8 @@ from torch import Generator, Tensor
 
 from fcn_kernels import op
 from fcn_kernels.problem import Problem
-from fcn_kernels.torch_backend import accumulator, unpickable_row
+from fcn_kernels.rows import accumulator
+from fcn_kernels.torch_backend import unpickable_row
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)

@@ -1,22 +1,24 @@
 """Coreset selection in PyTorch operations: the backend of CPUs, float64 and any device without Triton.
 
 What makes it fast is what makes the kernels fast: no one-hot products, no unit rows, and memory order. A group of
-sets that fits the cache goes through all K steps before the next group starts; a larger set is walked in blocks.
+sets that fits the cache goes through all K steps before the next group starts; a larger set is walked in blocks, or,
+where only the picks are wanted, compared with few of them (:mod:`fcn_kernels.bounds`).
 With gap(n) = |x_n| (1 - max_j cos_j(n)) a step is one product, one minimum and one maximum over the set.
 """
 
+import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fcn_kernels import bounds
 from fcn_kernels.noise import STEPS_PER_DRAW, gumbel_noise
 from fcn_kernels.problem import Gradients, Problem, Saved, Selected
+from fcn_kernels.rows import GROUP_BYTES, Rows, accumulator
 
-# A group has to stay in the last-level cache through its K steps, beside what else is there: a quarter of the 32 MiB
-# that the cores of a socket share on common servers.
-GROUP_BYTES = 8 << 20
 # Sets of a packed batch share a padded group only if none is padded to more than twice its length.
 MAX_PADDING = 2
 
@@ -24,17 +26,17 @@ MAX_PADDING = 2
 def forward(p: Problem, keep: bool) -> Selected:
     """Select; with ``keep``, also save what :func:`backward` reads (else those tensors are empty)."""
     out: Selected | None = None
-    with torch.no_grad(), torch.autocast(p.features.device.type, enabled=False):
+    with _no_autocast(p.features.device.type):
         for group in _groups(p):
             part = _select(p, group, keep)
             if isinstance(group.at, slice) and group.sets.numel() == p.sets:
                 return part
             out = out or _nothing(p, keep)
-            for whole, of_sets in zip(out[:5], part[:5], strict=True):
+            for whole, of_sets in zip(out[:4], part[:4], strict=True):
                 whole[group.at] = of_sets
             if keep:
-                group.put(part.gaps.unflatten(-1, group.raw.shape[:2]), out.gaps)
-                group.put(part.norms.unflatten(-1, group.raw.shape[:2]), out.norms)
+                for saved, of_sets in zip(out[4:], part[4:], strict=True):
+                    group.put(of_sets.unflatten(-1, group.raw.shape[:2]), saved)
     return out or _nothing(p, keep)
 
 
@@ -46,7 +48,7 @@ def _nothing(p: Problem, keep: bool) -> Selected:
         distances=torch.zeros(p.sets, p.k, dtype=accumulate, device=device),
         indices=torch.full((p.sets, p.k), -1, device=device),
         counts=torch.zeros(p.sets, dtype=torch.int64, device=device),
-        log_normalizers=torch.zeros(p.sets, 0, dtype=accumulate, device=device),
+        softmax=torch.zeros(p.k if keep else 0, rows, dtype=accumulate, device=device),
         gaps=torch.zeros(p.k - 1 if keep else 0, rows, dtype=accumulate, device=device),
         norms=torch.full((rows,), -1.0, dtype=accumulate, device=device),
     )
@@ -63,17 +65,23 @@ def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
     dx = torch.empty_like(p.features, memory_format=torch.contiguous_format)
     dq = torch.zeros_like(saved.norms)
     dgamma = saved.norms.new_zeros(())
-    with torch.no_grad(), torch.autocast(p.features.device.type, enabled=False):
+    with _no_autocast(p.features.device.type):
         for group in _groups(p):
             dgamma += _backpropagate(p, group, saved, grad, dx, dq)
     return Gradients(dx, dq, dgamma)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Products in the dtype of their operands; where autocast is off, without the cost of entering it."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
 def unpickable_row(p: Problem) -> tuple[int, int, str] | None:
     """The first row that takes part and cannot be picked: its set, its number and the reason."""
     found: list[tuple[int, int, str]] = []
     for group in _groups(p):
-        norms = _Rows(group.raw).norms()
+        norms = Rows(group.raw).norms()
         quality = norms if p.quality is None else group.take(p.quality)
         bad, takes_part = ~_usable(norms, quality), _takes_part(p, group)
         if takes_part is not None:
@@ -122,6 +130,10 @@ def _groups(p: Problem) -> Iterator[_Group]:
     if p.cu_seqlens is None:
         sets, n = p.features.shape[:2]
         step = max(1, GROUP_BYTES // max(1, n * row_bytes))
+        if 0 < sets <= step and n:
+            numbers = torch.arange(sets, device=p.features.device)
+            yield _Group(numbers, slice(0, sets), slice(0, sets * n), p.features)
+            return
         for first in range(0, sets if n else 0, step):
             last = min(first + step, sets)
             numbers = torch.arange(first, last, device=p.features.device)
@@ -150,202 +162,188 @@ def _groups(p: Problem) -> Iterator[_Group]:
         first = last
 
 
-class _Rows:
-    """A group's rows in the accumulation dtype; a large set in half precision is converted block by block."""
-
-    def __init__(self, raw: Tensor) -> None:
-        self.dtype = accumulator(raw.dtype)
-        self.block = max(1, GROUP_BYTES // (raw.shape[-1] * self.dtype.itemsize))
-        self.rows = raw.to(self.dtype) if raw.shape[0] > 1 or raw.shape[1] <= self.block else raw
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of rows that fit the cache, converted."""
-        for first in range(0, self.rows.shape[1], self.block):
-            where = slice(first, first + self.block)
-            yield where, self.rows[:, where].to(self.dtype)
-
-    def pick(self, which: tuple[Tensor, ...]) -> Tensor:
-        """Some rows, by (set, row)."""
-        return self.rows[which].to(self.dtype)
-
-    def norms(self) -> Tensor:
-        """|x_n|, (G, n)."""
-        blocks = [self.rows] if self.rows.dtype == self.dtype else (x for _, x in self.blocks())
-        norms: list[Tensor] = [torch.linalg.vector_norm(x, dim=-1) for x in blocks]
-        return norms[0] if len(norms) == 1 else torch.cat(norms, 1)
-
-    def products(self, vectors: Tensor) -> Tensor:
-        """x_n . v for each set's own v (G, C), (G, n)."""
-        if self.rows.dtype == self.dtype:
-            return _products(self.rows, vectors)
-        return torch.cat([_products(x, vectors) for _, x in self.blocks()], 1)
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """sum_n weights(n) x_n for weights (G, n), (G, C)."""
-        if self.rows.dtype == self.dtype:
-            return _weighted_sum(self.rows, weights)
-        return torch.stack([_weighted_sum(x, weights[:, where]) for where, x in self.blocks()]).sum(0)
-
-
 def _select(p: Problem, group: _Group, keep: bool) -> Selected:
-    x = _Rows(group.raw)
+    x = Rows(group.raw)
     norms = x.norms()
     quality = norms if p.quality is None else group.take(p.quality)
-    pickable, takes_part = _usable(norms, quality), _takes_part(p, group)
-    if takes_part is not None:
-        pickable &= takes_part
-    each = torch.arange(group.sets.numel(), device=norms.device)
+    sets, n = norms.shape
+    each = torch.arange(sets, device=norms.device)
+    pickable = _pickable(p, group, norms, quality)
+    first = None
     if p.start is not None:
         first = p.start[group.at].to(torch.int64)
-        inside = (first >= 0) & (first < pickable.shape[-1])
+        inside = (first >= 0) & (first < n)
         first = torch.where(inside, first, 0)
+        pickable = torch.ones_like(norms, dtype=torch.bool) if pickable is None else pickable
         pickable &= (inside & pickable[each, first])[:, None]
-    fewest, counts = pickable.shape[-1], torch.full_like(each, pickable.shape[-1])
-    barred = None  # saves a pass a step
-    if not pickable.all():
-        barred, counts = ~pickable, pickable.sum(-1)
+    if pickable is None:
+        fewest, barred = min(n, p.k), None  # None saves a pass a step
+        counts = torch.full((sets,), fewest, device=norms.device)
+    else:
+        counts, barred = pickable.sum(-1).clamp_(max=p.k), ~pickable
         fewest = int(counts.min())
-    counts.clamp_(max=p.k)
-    coefficient = p.distance_scale * _weight(quality, p.gamma)
-    if not p.normalized:
-        coefficient = coefficient / norms
+    coefficient = _coefficient(p, quality, norms)
 
-    gaps = norms.new_empty(p.k - 1 if keep else 0, *norms.shape)
-    gap = fresh = norms
-    logits = quality
-    picks, distances, rows = [], [], []
+    steps_kept, n_kept = (p.k, n) if keep else (0, 0)
+    gaps = norms.new_empty(max(0, steps_kept - 1), sets, n_kept)
+    softmax = norms.new_empty(steps_kept, sets, n_kept)
+    lazy = sets == 1 and not keep and p.noise is None and p.seed is None and bounds.pay(n, p.dim)
+    bound = None
+    gap, logits = norms, quality
+    picks, distances = [], []
     steps = range(p.k)
     for step, noise in zip(steps, _noise(p, group, steps), strict=True):
         logits = logits if barred is None else logits.masked_fill(barred, -torch.inf)
         perturbed = logits if noise is None else logits + noise
-        best, pick = perturbed.max(-1)  # the first of equals, which argmax does not promise
-        if step == 0:
-            best = torch.full_like(best, torch.inf)
-            pick = pick if p.start is None else first
-        elif noise is not None:
-            best = logits[each, pick]
+        pick = perturbed.argmax(-1) if step or first is None else first  # the first of equals
+        place = pick if sets == 1 else torch.add(pick, each, alpha=n)
         picks.append(pick)
-        distances.append(best)
-        rows.append(_take_rows(group.raw, each, pick))
-        if p.distinct:
-            barred = torch.zeros_like(pickable) if barred is None else barred.clone()
-            barred[each, pick] = True
+        distances.append(logits.take(place) if step else logits.new_full((sets,), torch.inf))
+        if keep:  # not its normalizer alone: at small tau, rounding in that makes a softmax that does not sum to 1
+            torch.softmax(perturbed if p.tau == 1 else perturbed / p.tau, -1, out=softmax[step])
         if step + 1 == p.k:
             break
-        direction = rows[-1].to(norms.dtype)
-        if not p.normalized:
-            direction = direction / norms.view(-1).index_select(0, each * norms.shape[1] + pick)[:, None]
+        if p.distinct:
+            barred = torch.zeros_like(norms, dtype=torch.bool) if barred is None else barred
+            barred.view(-1).index_fill_(0, place, True)
+        direction = x.take(place).to(norms.dtype)
         if fewest <= step:  # there is no pick, and the row in its place may not be finite
             direction = torch.where((step < counts)[:, None], direction, 0)
-        # |x| (1 - cos); rounding can take it below the 0 that a picked row has to itself
-        fresh = torch.rsub(x.products(direction), 1.0 if p.normalized else norms).clamp_(min=0)
-        nearest = fresh if step == 0 else torch.minimum(gap, fresh)
+        if bound is not None:
+            logits = bound.lowered_by(direction if p.normalized else direction / norms.take(place), barred)
+            continue
+        products = x.products(direction)
+        if p.normalized:
+            fresh = torch.rsub(products, 1.0)
+        else:
+            fresh = torch.addcdiv(norms, products, norms.take(place)[:, None], value=-1)
+        fresh.clamp_(min=0)  # rounding can take it below the 0 that a picked row has to itself
         if keep:
-            unit = torch.where(pickable, nearest if p.normalized else nearest / norms, 0)
-            gaps[step] = unit if step == 0 else torch.where(fresh == gap, -unit, unit)
-        gap = nearest
+            gaps[step] = fresh
+        gap = fresh if step == 0 else torch.minimum(gap, fresh)
         logits = gap * coefficient
+        if lazy:
+            bound = bounds.Bounds(x, torch.ones_like(norms) if p.normalized else norms, gap, coefficient)
 
-    indices, distance, features = torch.stack(picks, 1), torch.stack(distances, 1), torch.stack(rows, 1)
+    indices, distance = torch.stack(picks, 1), torch.stack(distances, 1)
+    features = x.take(torch.add(indices, each[:, None], alpha=n)).to(p.features.dtype)
     if fewest < p.k:
         there = torch.arange(p.k, device=counts.device) < counts[:, None]
         indices = torch.where(there, indices, -1)
         distance = torch.where(there, distance, 0)
         features = torch.where(there[..., None], features, 0)
-    marks = norms.new_empty(0)
-    if keep:
+        if keep:
+            nothing = ~there.T[..., None]
+            gaps.masked_fill_(nothing[:-1], 0)
+            softmax.masked_fill_(nothing, 0)
+    if keep and pickable is not None:
+        gaps.masked_fill_(~pickable, 0)
         unusable = ~(norms < torch.inf) | (norms == 0)
-        marks = torch.where(pickable, norms, -1.0).masked_fill(unusable, torch.nan)
+        norms = torch.where(pickable, norms, -1.0).masked_fill_(unusable, torch.nan)
     return Selected(
         features=features,
         distances=distance,
         indices=indices,
         counts=counts,
-        log_normalizers=norms.new_empty(len(counts), 0),
-        gaps=gaps.flatten(1) if keep else norms.new_empty(0, 0),
-        norms=marks.flatten(),
+        softmax=softmax.flatten(1),
+        gaps=gaps.flatten(1),
+        norms=norms.flatten() if keep else norms.new_empty(0),
     )
 
 
 def _backpropagate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Tensor, dq: Tensor) -> Tensor:
-    """Write the group's dx and dq; returns its part of dgamma."""
-    norms = group.take(saved.norms)
-    pickable = norms > 0
-    if isinstance(group.where, Tensor):
-        pickable &= group.where >= 0
-    # 0 * NaN is NaN: rows that are not finite must not meet the products below
-    x = _Rows(torch.where(pickable[..., None], group.raw, 0) if bool(norms.isnan().any()) else group.raw)
-    norms = torch.where(pickable, norms, 1.0)
-    quality = norms if p.quality is None else torch.where(pickable, group.take(p.quality), 1.0)
-    scale = p.distance_scale * _weight(quality, p.gamma)
-    each = torch.arange(group.sets.numel(), device=norms.device)
+    """Write the group's dx and dq; returns its part of dgamma.
+
+    Every pass over the rows is a product with one vector a set. The projections (I - u u^T) need no pass: the cosines
+    that they take are known.
+    """
+    norms, gaps, softmax = group.take(saved.norms), group.take(saved.gaps), group.take(saved.softmax)
+    quality = norms if p.quality is None else group.take(p.quality)
+    raw = group.raw
+    if isinstance(group.where, Tensor) or not _all_usable(norms):
+        pickable = norms > 0
+        if isinstance(group.where, Tensor):
+            pickable &= group.where >= 0
+            gaps, softmax = torch.where(pickable, gaps, 0), torch.where(pickable, softmax, 0)
+        if bool(norms.isnan().any()):
+            raw = torch.where(pickable[..., None], raw, 0)  # 0 * NaN is NaN: they must not meet the products below
+        norms, quality = torch.where(pickable, norms, 1.0), torch.where(pickable, quality, 1.0)
     indices = saved.indices[group.at]
-    there, picks = indices >= 0, indices.clamp(min=0)
-    gaps = group.take(saved.gaps)  # (K - 1, G, n)
-    arriving = torch.where(there[..., None], grad[group.at].to(norms.dtype), 0)  # (G, K, C)
-    directions = x.pick((each[:, None], picks))  # (G, K, C)
-    pick_norms = norms[each[:, None], picks][..., None]
+    arriving = grad[group.at].to(norms.dtype, copy=True)  # (G, K, C)
+    if int(indices[:, -1].min()) < 0:
+        arriving.masked_fill_((indices < 0)[..., None], 0)
+        indices = indices.clamp(min=0)
+    places = indices + (torch.arange(len(indices), device=indices.device) * norms.shape[1])[:, None]
+    x = Rows(raw)
+    picked = x.take(places).to(norms.dtype)  # (G, K, C)
+
+    coefficient = _coefficient(p, quality, norms)
+    to_mix = (-coefficient).expand_as(gaps)
     if not p.normalized:
-        directions = directions / pick_norms
-
-    dcos = torch.zeros_like(gaps)
+        pick_norms = norms.take(places[:, :-1].T)[..., None]  # (K - 1, G, 1)
+        to_mix = to_mix / pick_norms
+        onto_pick = (norms - gaps) / pick_norms  # x_n . u_j / |x_j|: x_n projected on x_j is so many times x_j
+    shares = _shares(gaps)
+    ddistances = torch.empty_like(gaps)  # dd_j(n)
+    mix = torch.empty_like(gaps)  # dcos_j(n) / (|x_n| |x_j|)
     chain = torch.zeros_like(norms)  # gradient that the running minimum carries down from the later steps
-    dquality = torch.zeros_like(norms)
-    steps = range(p.k - 1, -1 if p.start is None else 0, -1)  # a given first pick was not chosen: no softmax
-    for step, noise in zip(steps, _noise(p, group, steps), strict=True):
-        logits = gaps[step - 1].abs() * scale if step else quality
-        perturbed = logits if noise is None else logits + noise
-        open_to = pickable.scatter(-1, picks[:, :step], False) if p.distinct else pickable
-        # Not from a saved normalizer: small taus make its rounding large, and then the softmax does not sum to 1.
-        soft = torch.softmax((perturbed / p.tau).masked_fill_(~open_to, -torch.inf), -1)
-        soft = torch.where(there[:, step, None], soft, 0)
-        along = x.products(arriving[:, step])
-        dlogits = soft * (along - (soft * along).sum(-1, keepdim=True)) / p.tau
-        if step == 0:
-            dquality = dlogits
-            break
-        chain = chain + dlogits
-        to_this = chain * _share(gaps, step - 1)
-        chain = chain - to_this
-        dcos[step - 1] = to_this * -scale
-        pull = x.weighted_sum(dcos[step - 1] if p.normalized else dcos[step - 1] / norms)
+    for step in range(p.k - 1, 0, -1):
+        chain = chain + _softmax_gradient(p, x, arriving[:, step], softmax[step])
+        this = step - 1
+        if this > 0:
+            torch.mul(chain, shares[this - 1], out=ddistances[this])
+            chain = chain - ddistances[this]
+        else:
+            ddistances[0] = chain
+        torch.mul(ddistances[this], to_mix[this], out=mix[this])
+        arriving[:, this] += x.weighted_sum(mix[this])
         if not p.normalized:
-            u = directions[:, step - 1]
-            pull = (pull - (pull * u).sum(-1, keepdim=True) * u) / pick_norms[:, step - 1]
-        arriving[:, step - 1] += pull
+            projected = (mix[this] * onto_pick[this]).sum(-1, keepdim=True)
+            arriving[:, this].addcmul_(picked[:, this], projected, value=-1)
 
-    # every d_j is proportional to w = q^gamma, so w dw is one sum; where dcos_j is not 0, cos_j = 1 - gap_j
-    weight_term = -(gaps.abs() * dcos).sum(0)
-    dquality = dquality + p.gamma.to(norms) * weight_term / quality
+    weight_term = (ddistances * gaps).sum(0).mul_(coefficient)  # w dw, as every d_j is proportional to w = q^gamma
+    dquality = float(p.gamma) * weight_term / quality
+    if p.start is None:  # a given first pick was not chosen: no softmax
+        dquality += _softmax_gradient(p, x, arriving[:, 0], softmax[0])
     radial = torch.zeros_like(norms)  # dx_n has radial(n) x_n
     if not p.normalized:
-        radial = -(dcos.sum(0) + weight_term) / norms.square()
-        dcos = dcos / norms
+        radial = (ddistances.sum(0) * coefficient * norms - weight_term) / norms.square()
     if p.quality is None:
-        radial = radial + dquality / norms
+        radial += dquality / norms
+    in_place = isinstance(group.where, slice) and dx.dtype == norms.dtype
+    out = dx.view(-1, p.dim)[group.where].view(group.raw.shape) if in_place else None
     for where, rows in x.blocks():
-        part = rows * radial[:, where, None]
+        part = torch.mul(rows, radial[:, where, None], out=None if out is None else out[:, where])
         if p.k > 1:
-            part.baddbmm_(dcos[:, :, where].permute(1, 2, 0), directions[:, :-1])
-        _add_picks(part, arriving, picks - where.start, each)
-        _write_rows(dx, part, group.where, where)
+            part.baddbmm_(mix[:, :, where].permute(1, 2, 0), picked[:, :-1])
+        _add_picks(part, arriving, places, where)
+        if out is None:
+            _write_rows(dx, part, group.where, where)
     group.put(dquality, dq)
     return (weight_term * quality.log()).sum()
 
 
-def _take_rows(rows: Tensor, each: Tensor, pick: Tensor) -> Tensor:
-    """Row pick(b) of each set, (G, C). index_select costs a third of an advanced index, where sets are adjacent."""
-    if rows.stride(0) == rows.shape[1] * rows.stride(1):
-        return rows.flatten(0, 1).index_select(0, each * rows.shape[1] + pick)
-    return rows[each, pick]
+def _softmax_gradient(p: Problem, x: Rows, arriving: Tensor, softmax: Tensor) -> Tensor:
+    """dz(n) = y(n) (x_n . c - sum_m y(m) x_m . c) / tau for the gradient c (G, C) at the pick, (G, n)."""
+    along = x.products(arriving)
+    dz: Tensor = torch.ops.aten._softmax_backward_data(along, softmax, -1, along.dtype)
+    return dz if p.tau == 1 else dz / p.tau
 
 
-def _add_picks(part: Tensor, arriving: Tensor, picks: Tensor, each: Tensor) -> None:
-    """Add each pick's gradient to its row, where that row is in this part. One pick at a time: rows may repeat."""
-    for step in range(picks.shape[1]):
-        pick = picks[:, step]
-        inside = (pick >= 0) & (pick < part.shape[1])
-        part[each, torch.where(inside, pick, 0)] += torch.where(inside[:, None], arriving[:, step], 0)
+def _shares(gaps: Tensor) -> Tensor:
+    """The part of d(running minimum) that goes to each distance but the first: 1, 0, or 1/2 at an exact tie."""
+    if len(gaps) < 2:
+        return gaps[1:]
+    nearest = gaps.cummin(0).values[:-1]
+    return torch.heaviside(nearest - gaps[1:], gaps.new_full((), 0.5))
+
+
+def _add_picks(part: Tensor, arriving: Tensor, places: Tensor, where: slice) -> None:
+    """Add the picks' gradients (G, K, C) to their rows, where these are in this part of the rows."""
+    if part.shape[0] == 1:
+        here = ((places >= where.start) & (places < where.stop))[0]
+        places, arriving = places[:, here] - where.start, arriving[:, here]
+    part.view(-1, part.shape[-1]).index_add_(0, places.flatten(), arriving.flatten(0, 1))
 
 
 def _write_rows(dx: Tensor, part: Tensor, rows: slice | Tensor, where: slice) -> None:
@@ -358,12 +356,27 @@ def _write_rows(dx: Tensor, part: Tensor, rows: slice | Tensor, where: slice) ->
         flat[rows[:, where][real]] = part[real].to(dx.dtype)
 
 
-def _share(gaps: Tensor, step: int) -> Tensor | float:
-    """The part of d(running minimum) that goes to this step's distance: 1, 0, or 1/2 at an exact tie."""
-    if step == 0:
-        return 1.0
-    nearer = (gaps[step].abs() < gaps[step - 1].abs()).to(gaps.dtype)
-    return nearer.masked_fill_(gaps[step].signbit(), 0.5)
+def _coefficient(p: Problem, quality: Tensor, norms: Tensor) -> Tensor:
+    """What |x_n| (1 - cos) is multiplied by to give a distance."""
+    weight = quality ** float(p.gamma)
+    if p.distance_scale != 1:
+        weight *= p.distance_scale
+    return weight if p.normalized else weight.div_(norms)
+
+
+def _pickable(p: Problem, group: _Group, norms: Tensor, quality: Tensor) -> Tensor | None:
+    """(G, n) bool: rows that take part and are usable; None for all of them."""
+    takes_part = _takes_part(p, group)
+    if takes_part is None and _all_usable(norms) and (p.quality is None or _all_usable(quality)):
+        return None
+    usable = _usable(norms, quality)
+    return usable if takes_part is None else usable & takes_part
+
+
+def _all_usable(values: Tensor) -> bool:
+    """Whether all are finite and above 0: NaN, which is neither, goes through to the least and the greatest."""
+    least, greatest = values.aminmax()
+    return float(least) > 0 and float(greatest) < math.inf
 
 
 def _usable(norms: Tensor, quality: Tensor) -> Tensor:
@@ -395,34 +408,3 @@ def _noise(p: Problem, group: _Group, steps: range) -> Iterator[Tensor | None]:
                 block = step // STEPS_PER_DRAW
                 drawn = gumbel_noise(int(p.seed), group.sets, group.raw.shape[1], block)
             yield drawn[step % STEPS_PER_DRAW]
-
-
-def _weight(quality: Tensor, gamma: Tensor) -> Tensor:
-    return quality ** gamma.to(quality)
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which rows of ``dtype`` are summed."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _products(x: Tensor, vectors: Tensor) -> Tensor:
-    """(G, n, C), (G, C) -> (G, n). One set is split between the threads, as PyTorch's products run a set on one."""
-    sets, n = x.shape[:2]
-    threads = torch.get_num_threads()
-    if sets > 1 or n < 2 * threads:
-        return torch.bmm(vectors[:, None], x.transpose(1, 2))[:, 0]
-    even = n - n % threads
-    shared = torch.bmm(vectors[:, None].expand(threads, -1, -1), x[0, :even].unflatten(0, (threads, -1)).mT)
-    return torch.cat((shared.flatten(), x[0, even:] @ vectors[0]))[None]
-
-
-def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
-    """(G, n, C), (G, n) -> (G, C), split between the threads likewise."""
-    sets, n = x.shape[:2]
-    threads = torch.get_num_threads()
-    if sets > 1 or n < 2 * threads:
-        return torch.bmm(weights[:, None], x)[:, 0]
-    even = n - n % threads
-    shared = torch.bmm(weights[0, :even].view(threads, 1, -1), x[0, :even].unflatten(0, (threads, -1)))
-    return (shared.sum(0) + weights[0, even:] @ x[0, even:]).view(1, -1)

@@ -23,7 +23,7 @@ from oracle import (
 from problems import STRIDED, Case, cases, pack, random_case, spoil
 from torch import Tensor
 
-from fcn_kernels import coreset_select, torch_backend
+from fcn_kernels import bounds, coreset_select, rows, torch_backend
 from reference.listing import coreset_listing
 
 F64 = torch.float64
@@ -113,12 +113,58 @@ def test_gradcheck(options: dict[str, Any]) -> None:
 def test_groups_and_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch, group_bytes: int, layout: str) -> None:
     """One row at a time, some rows of a set at a time, and several sets at a time."""
     monkeypatch.setattr(torch_backend, "GROUP_BYTES", group_bytes)
+    monkeypatch.setattr(rows, "GROUP_BYTES", group_bytes)
     case = spoil(random_case(7, 11, 40, 4, dtype=F64, duplicates=True), share=0.2)
     if layout == "packed":
         case = pack(case, torch.tensor([11, 3, 0, 10, 5, 11, 1]))
     assert_equal_in_float64(case)
     half = case.cast(torch.bfloat16)
     assert_as_accurate_as_eager(half, "torch")
+
+
+@pytest.mark.parametrize("first", [1, 3, 64])
+@pytest.mark.parametrize("k", [2, 3, 9, 70])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"duplicates": True, "distinct": True},
+        {"quality": "flat", "gamma": 0.0},
+        {"gamma": 2.0, "distance_scale": 0.5},
+        {"unit": True},
+        {"spoiled": True},
+    ],
+)
+def test_comparing_only_the_rows_that_may_be_farthest(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], k: int, first: int
+) -> None:
+    """One large set is not compared with every pick, and the picks are those of the walk that does."""
+    monkeypatch.setattr(bounds, "FIRST", first)
+    for seed in range(3):
+        options = {"noise": None, "spoiled": False, **options}
+        spoiled = options.pop("spoiled")
+        case = random_case(1, 400, 6, k, seed=seed, dtype=F64, **options)
+        case = spoil(case, share=0.5) if spoiled else case
+        args = (case.features, case.k, case.quality, case.gamma)
+        monkeypatch.setattr(bounds, "pay", lambda rows, dim: False)
+        every = coreset_select(*args, backend="torch", **case.options)
+        monkeypatch.setattr(bounds, "pay", lambda rows, dim: True)
+        lazy = coreset_select(*args, backend="torch", **case.options)
+        assert torch.equal(lazy.counts, every.counts)
+        # Rows that coincide are equally far but for the last bit.
+        torch.testing.assert_close(lazy.features, every.features, rtol=0, atol=0)
+        torch.testing.assert_close(lazy.distances, every.distances, rtol=1e-12, atol=1e-15)
+
+
+def test_few_rows_meet_every_pick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The point of the bounds: 32 picks of 17,000 rows, and fewer row reads than two passes beside the first."""
+    met = []
+    take, blocks = rows.Rows.take, rows.Rows.blocks
+    monkeypatch.setattr(rows.Rows, "take", lambda self, places: met.append(places.numel()) or take(self, places))
+    monkeypatch.setattr(rows.Rows, "blocks", lambda self: met.append(self.rows.shape[1]) or blocks(self))
+    features = torch.randn(1, 17000, 128, generator=torch.Generator().manual_seed(0))
+    coreset_select(features, 32, backend="torch")
+    assert sum(met) < 2 * 17000
 
 
 def test_threads_change_nothing() -> None:
