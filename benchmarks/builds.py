@@ -198,7 +198,7 @@ def selection_specs() -> Iterator[Spec]:
         name: str, sets: int, rows: int | None, dim: int, dtype: torch.dtype, k: int = 3, **changes: Any
     ) -> list[Spec]:
         packed = rows is None
-        features = torch.empty((sets * 2, dim) if packed else (sets, rows, dim), dtype=dtype)
+        features = torch.empty((sets * 2, dim) if rows is None else (sets, rows, dim), dtype=dtype)
         total = features.shape[:-1].numel()
         problem = Problem(
             features=features,
@@ -257,6 +257,39 @@ def selection_specs() -> Iterator[Spec]:
         launch.INTERPRETER = original
 
 
+def attention_specs() -> Iterator[Spec]:
+    """Set attention for the head's 24 queries, in training and inference, and for the most that it is planned for."""
+    import torch
+
+    from fcn_kernels.attention_inputs import Arriving, Inputs
+    from fcn_kernels.kernels import attention_launch as launch
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for queries, dropout in ((24, 0.1), (24, 0.0), (64, 0.1)):
+            empty = torch.empty
+            inputs = Inputs(
+                queries=empty(4, queries, 512),
+                features=empty(4000, 512, dtype=dtype),
+                quality=empty(4000),
+                encoding_weight=empty(512),
+                offsets=empty(5, dtype=torch.int64),
+                lengths=empty(4, dtype=torch.int64),
+                seed=torch.tensor(2**40 + 1) if dropout else None,
+                dropout=dropout,
+                encoding_eps=1e-5,
+            )
+            of_set = empty(4, queries)
+            arriving = Arriving(of_set, inputs.queries, of_set, of_set)
+
+            def both(inputs: Inputs = inputs, arriving: Arriving = arriving) -> None:
+                launch.forward(inputs)
+                launch.backward(inputs, arriving)
+
+            kind = str(dtype).removeprefix("torch.")
+            label = f"{kind} attention (4, 1000, 512) H={queries} dropout {dropout}"
+            yield from record(label, launch, ("attention_forward", "attention_backward"), both)
+
+
 def build_all(specs: list[Spec], targets: list[str], workers: int = 2) -> list[Build]:
     """Every launch for every target, in processes of their own."""
     jobs = [(spec, target) for spec in specs for target in targets]
@@ -271,11 +304,16 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="launches whose label has one of these")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    specs = [s for s in selection_specs() if any(text in s.label for text in args.only)]
+    every = (*selection_specs(), *attention_specs())
+    specs = [s for s in every if any(text in s.label for text in args.only)]
     builds = build_all(specs, args.targets)
     if args.json:
         json.dump([b._asdict() for b in builds], sys.stdout)
         return 0
+    import torch
+    import triton
+
+    print(f"Triton {triton.__version__}, PyTorch {torch.__version__.partition('+')[0]}; launches for 132 SMs.\n")
     print("| launch | kernel | target | warps | registers | spilled bytes | shared bytes | loads by width |")
     print("|---|---|---|---|---|---|---|---|")
     for b in builds:

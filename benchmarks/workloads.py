@@ -230,21 +230,23 @@ def moved_bytes(case: Case, i: Inputs, work: str) -> int:
         return case.row_bytes * (reads[0] if work == FORWARD else sum(reads) + 1)
     from fcn_kernels.kernels import launch
 
-    plans = launch.plans(problem(case, i))
-    read = [sum(length * _reads(plan, length, case.k) for length in _lengths(case, i)) for plan in plans]
-    row = case.dim * case.dtype.itemsize
-    return row * (read[0] if work == FORWARD else sum(read) + case.all_rows)
+    forward, backward = launch.plans(problem(case, i))
+    lengths = _lengths(case, i)
+    # a streamed set's first pick is made from the given qualities, before its rows are seen
+    read = sum(length * _reads(forward, length, 1, max(1, case.k - 1)) for length in lengths)
+    if work != FORWARD:
+        read += sum(length * _reads(backward, length, 2, case.k) for length in lengths) + case.all_rows
+    return case.dim * case.dtype.itemsize * read
 
 
 def _lengths(case: Case, i: Inputs) -> tuple[int, ...]:
     return i.lengths or (case.all_rows // max(1, case.sets),) * case.sets
 
 
-def _reads(plan: Any, length: int, k: int) -> int:
-    """How often a launch reads the rows of a set: once if they stay on the chip, else once a step."""
+def _reads(plan: Any, length: int, held: int, streamed: int) -> int:
+    """How often a launch loads the rows of a set, by whether it keeps them; benchmarks.reads counts the same."""
     tier = plan.name.partition(",")[0]
-    held = tier == "resident" or (tier == "ragged" and length <= plan.block_n)
-    return 1 if held else k
+    return held if tier == "resident" or (tier == "ragged" and length <= plan.block_n) else streamed
 
 
 class CountedBytes(TorchDispatchMode):

@@ -1,10 +1,4 @@
-"""The Triton kernels of set attention: against float64, interpreted where there is no GPU, and built for GPUs."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The Triton kernels of set attention: against float64, interpreted where there is no GPU."""
 
 import pytest
 import torch
@@ -15,7 +9,6 @@ from fcn_kernels import attention_blocks
 from fcn_kernels.attention_inputs import Arriving, Inputs, RowSets
 from fcn_kernels.kernels import attention_launch
 
-ROOT = Path(__file__).parents[1]
 # Beside twice eager's loss: what float32 sums, and the cosine's 2e-7, may lose where eager happens to lose nothing.
 SLACK = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
@@ -168,50 +161,3 @@ def test_no_sets_and_no_rows(device):
     assert out.abs().max() == mass.abs().max() == grads[0].abs().max() == grads[3].abs().max() == 0
     p, arriving = _call([], 16, 5, torch.float32, device)
     assert _run(attention_launch, p, arriving)[0].shape == (0, 5, 16)
-
-
-BUILD = """
-import json, sys
-import torch
-from benchmarks.builds import build_all, record
-from fcn_kernels.attention_inputs import Arriving, Inputs
-from fcn_kernels.kernels import attention_launch as launch
-
-cases, targets = json.loads(sys.argv[1]), sys.argv[2:]
-specs = []
-for dtype in (torch.bfloat16, torch.float32):
-    for queries, dropout in cases:
-        empty = torch.empty
-        p = Inputs(
-            empty(4, queries, 512), empty(4000, 512, dtype=dtype), empty(4000), empty(512),
-            empty(5, dtype=torch.int64), empty(4, dtype=torch.int64),
-            torch.tensor(2**40 + 1) if dropout else None, dropout, 1e-5,
-        )
-        of_set = empty(4, queries)
-        arriving = Arriving(of_set, p.queries, of_set, of_set)
-        def both():
-            launch.forward(p)
-            launch.backward(p, arriving)
-        label = f"{dtype} {queries} queries, dropout {dropout}"
-        specs += record(label, launch, ("attention_forward", "attention_backward"), both)
-json.dump([b._asdict() for b in build_all(specs, targets)], sys.stdout)
-"""
-
-
-@pytest.mark.parametrize(
-    ("cases", "targets"),
-    [([(24, 0.1)], ["sm_80", "sm_90", "sm_100"]), ([(24, 0.0), (64, 0.1)], ["sm_90"])],
-    ids=["training", "inference and more queries"],
-)
-def test_builds_spill_nothing_and_load_16_bytes(cases, targets):
-    # the interpreter would stand in for the compiler in this process
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", BUILD, json.dumps(cases), *targets]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    builds = json.loads(done.stdout)
-    assert len(builds) == 2 * 2 * len(cases) * len(targets)  # dtypes, directions
-    for b in builds:
-        print(f"{b['label']:40} {b['kernel']:20} {b['target']:7} {b['registers']:4} {b['spills']:4} {b['row_loads']}")
-    assert [b for b in builds if b["spills"]] == []
-    assert [b for b in builds if not b["row_loads"].get("128")] == []

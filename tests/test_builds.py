@@ -21,6 +21,8 @@ LAUNCHES = [
     "bfloat16 one set (1, 4000, 512) K=3",
     "float32 ragged (256, packed, 512) K=3",
     "bfloat16 one set, launches (1, 8000, 512) K=3",
+    "bfloat16 attention (4, 1000, 512) H=24 dropout 0.1",
+    "float32 attention (4, 1000, 512) H=64 dropout 0.1",
 ]
 
 
@@ -41,7 +43,7 @@ def builds() -> list[dict]:
 def test_every_launch_was_built(builds):
     built = {(b["label"], b["kernel"], b["target"]) for b in builds}
     assert built == {
-        (label, f"select_{direction}", target)
+        (label, f"{'attention' if 'attention' in label else 'select'}_{direction}", target)
         for label in LAUNCHES
         for direction in ("forward", "backward")
         for target in NVIDIA
@@ -65,6 +67,7 @@ def test_programs_fit_an_sm(builds):
 
 
 def test_amd_builds():
-    built = _builds("--targets", "gfx942", "--only", LAUNCHES[0])
-    assert {b["kernel"] for b in built} == {"select_forward", "select_backward"}
+    built = _builds("--targets", "gfx942", "--only", LAUNCHES[0], LAUNCHES[-2])
+    kernels = {f"{op}_{direction}" for op in ("select", "attention") for direction in ("forward", "backward")}
+    assert {b["kernel"] for b in built} == kernels
     assert all(b["registers"] > 0 for b in built)

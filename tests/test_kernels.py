@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from typing import Any
 
@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 from oracle import Outcome, assert_as_accurate_as_eager, outcome, select_on, weights_for
 from problems import STRIDED, Case, cases, pack, random_case, spoil
+from side_by_side import side_by_side
 
 from fcn_kernels import coreset_select, op
 from fcn_kernels.kernels import launch
@@ -25,6 +26,14 @@ from fcn_kernels.kernels.common import COOPERATIVE, LAUNCHES, RAGGED, RESIDENT_T
 from fcn_kernels.problem import Problem
 
 TIERS = ("resident", "streaming", "ragged", "split")
+# What the barriers carry: the softmax sums, the first pick made early or not, counts of few rows, and one step alone.
+BARRIER_CASES: tuple[dict[str, Any], ...] = (
+    {},
+    {"quality": "norms"},
+    {"noise": None, "spoiled": True},
+    {"distinct": True, "noise": 3.0, "duplicates": True},
+    {"k": 1},
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GUARD = 64  # elements before and after what a launcher allocates
 
@@ -38,6 +47,8 @@ def plan_of(tier: str, dim: int, rows: int) -> launch.Plan:
         "streaming": launch.Plan(STREAMING_TIER.value, 4, block_c, 1),
         "ragged": launch.Plan(RAGGED.value, 4, block_c, 1),
         "split": launch.Plan(STREAMING_TIER.value, 4, block_c, 1, 3, LAUNCHES.value),
+        "split at barriers": launch.Plan(STREAMING_TIER.value, 4, block_c, 1, 3, COOPERATIVE.value),
+        "parts held": launch.Plan(RESIDENT_TIER.value, max(2, whole // 2), block_c, 1, 3, COOPERATIVE.value),
     }[tier]
 
 
@@ -178,6 +189,42 @@ def test_a_row_picked_twice(tier: str, device: torch.device) -> None:
     assert run(case.to(device), tier).coreset.indices[0, :2].tolist() == [1, 1]
     with forced(tier), poisoned():
         assert assert_as_accurate_as_eager(case.to(device), "triton") == 1
+
+
+@pytest.mark.parametrize("options", BARRIER_CASES, ids=str)
+def test_parts_that_meet_at_barriers(options: dict[str, Any], device: torch.device) -> None:
+    """Bit for bit what parts that meet between launches give; and parts that hold their rows, as accurate as eager."""
+    options = dict(options)
+    spoiled, k = options.pop("spoiled", False), options.pop("k", 3)
+    case = random_case(2, 13, 9, k, seed=4, **options)
+    case = (spoil(case) if spoiled else case).to(device)
+    together = nullcontext() if device.type == "cuda" else side_by_side()
+    with together:
+        met = run(case, "split at barriers")
+        with forced("parts held", "split at barriers", rows=13), poisoned():
+            assert_as_accurate_as_eager(case, "triton")
+    between = run(case, "split")
+    assert same_bits(met, between)
+
+
+@pytest.mark.parametrize("tier", [tier for tier in TIERS if tier != "resident"])
+@pytest.mark.parametrize("noise", [None, 0.5])
+def test_favourites_that_turn_out_unpickable(noise: float | None, tier: str, device: torch.device) -> None:
+    """Streamed sets choose the first pick by quality, before a row is seen; the best may not be finite, or be zero."""
+    case = random_case(3, 14, 7, 3, noise=noise)
+    features, quality = case.features.clone(), case.quality.clone()
+    features[0, 9], features[0, 2], features[0, 11] = math.nan, 0.0, math.inf
+    quality[0, 9] = quality[0, 2] = quality[0, 11] = 50.0  # tied, so the search goes on from row to row
+    quality[0, 5] = 49.0
+    features[1] = math.nan  # no row is left
+    quality[2, 3] = quality[2, 8] = 50.0
+    features[2, 3, 0] = -math.inf
+    case = Case(features, 3, quality, case.gamma, case.options).to(device)
+    with forced(tier), poisoned():
+        picked = coreset_select(case.features, 3, case.quality, case.gamma, backend="triton", **case.options)
+        assert picked.indices[:, 0].tolist() == [5, -1, 8]
+        assert picked.counts.tolist() == [3, 0, 3]
+        assert_as_accurate_as_eager(case, "triton")
 
 
 def test_many_picks(device: torch.device) -> None:
@@ -368,19 +415,19 @@ def test_kernels_stay_inside_whatever_lengths_say(wrong: dict[str, list[int]], t
 
 # --- launch geometry ------------------------------------------------------------
 
-SIZES = list(product((1, 7, 200), (1, 20, 64, 300, 8000, None), (1, 100, 512, 4096), (False, True)))
+SIZES = list(product((1, 7, 200), (1, 20, 64, 300, 8000, None), (1, 100, 512, 4096), (2, 4), (False, True)))
 GPU = launch.Device(processors=132, cooperative=True)
 
 
 @pytest.mark.parametrize("device_kind", [GPU, launch.INTERPRETER], ids=["gpu", "interpreter"])
 def test_plans_fit_and_cover(device_kind: launch.Device) -> None:
-    for (sets, rows, dim, ragged), plan_for in product(SIZES, (launch.forward_plan, launch.backward_plan)):
-        plan = plan_for(sets, rows, dim, ragged, device_kind)
+    for (sets, rows, dim, itemsize, ragged), plan_for in product(SIZES, (launch.forward_plan, launch.backward_plan)):
+        plan = plan_for(sets, rows, dim, itemsize, ragged, device_kind)
         for size in (plan.block_n, plan.block_c, plan.warps):
             assert size & (size - 1) == 0
             assert size >= 1
         assert plan.block_c >= dim
-        assert plan.block_n * plan.block_c <= 64 * 32 * plan.warps  # elements of a tile that registers hold
+        assert plan.block_n * plan.block_c * itemsize <= 256 * 32 * plan.warps  # bytes of a tile that registers hold
         if plan.tier == RESIDENT_TIER.value:
             assert rows is not None
             assert plan.parts * plan.block_n >= rows
@@ -394,8 +441,9 @@ def test_plans_fit_and_cover(device_kind: launch.Device) -> None:
 
 def test_small_sets_are_resident_and_large_ones_split() -> None:
     """The paper's sizes: 20 photos stay in registers, 8,000 photos of one person are shared by the whole GPU."""
-    assert launch.forward_plan(256, 20, 512, False, GPU).tier == RESIDENT_TIER.value
-    assert launch.backward_plan(256, 16, 512, False, GPU).tier == RESIDENT_TIER.value
-    large = launch.forward_plan(1, 8000, 512, False, GPU)
+    assert launch.forward_plan(256, 20, 512, 2, False, GPU).tier == RESIDENT_TIER.value
+    assert launch.backward_plan(256, 20, 512, 2, False, GPU).tier == RESIDENT_TIER.value
+    large = launch.forward_plan(1, 8000, 512, 2, False, GPU)
+    assert large.tier == RESIDENT_TIER.value
     assert large.parts > 100
-    assert launch.forward_plan(256, None, 512, True, GPU).tier == RAGGED.value
+    assert launch.forward_plan(256, None, 512, 2, True, GPU).tier == RAGGED.value

@@ -100,7 +100,7 @@ def test_memory_rows_count_what_is_known_exactly(quick: Path) -> None:
         assert theirs is not None
         features = n * 512 * 4
         assert ours["input_bytes"] == features
-        # the unit rows at least; for each row's 512 numbers ours keeps two gaps and a norm, and on a CPU three softmaxes
+        # the unit rows at least; of a row ours keeps two gaps and its norm, and on a CPU three softmaxes
         assert theirs["kept_bytes"] >= features
         assert n * 12 <= ours["kept_bytes"] < n * 24 + 200
         assert features <= ours["peak_bytes"] < theirs["peak_bytes"]  # the gradient is part of every peak

@@ -26,6 +26,8 @@ from fcn_kernels.kernels.common import (
     locate,
     perturb,
     power,
+    products,
+    scalar,
 )
 
 
@@ -177,11 +179,11 @@ def load_pull(totals_ptr, set_id, mean, cols, C):
 
 @triton.jit
 def assemble(
-    tile, rows, inside, open_to, norm, rows_ptr, gaps_ptr, norms_ptr, indices_ptr, pulls_ptr, dcos_ptr,
-    base, first, stride_row, cols, C, R, picks, NORMALIZED: tl.constexpr,
+    rows, inside, open_to, norm, rows_ptr, gaps_ptr, norms_ptr, indices_ptr, pulls_ptr, dcos_ptr,
+    base, first, stride_row, cols, C, R, picks, NORMALIZED: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The rows' gradient [n, c] but for the part along the row itself, d log w [n] and sum_j dcos_j [n]."""
-    gradient = tl.zeros_like(tile)
+    gradient = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     dlogweight = tl.zeros_like(norm)
     total = tl.zeros_like(norm)
     for step in range(picks):
@@ -276,7 +278,7 @@ def backward_set(
                 normalizer, tau, SEEDED,
             )  # fmt: skip
             tile = held.to(tl.float32)
-            along = tl.sum(tile * arriving[None, :], axis=1) - centre
+            along = products(tile, arriving) - centre
             chain += soft * (along - tl.sum(soft * along, axis=0)) / tau
             dcos = -weight * share * chain
             chain -= share * chain
@@ -299,7 +301,7 @@ def backward_set(
                     gap * weight, rows, inside, open_to & in_softmax, step, set_id, first, R, noise_ptr, seed,
                     normalizer, tau, SEEDED,
                 )  # fmt: skip
-                along = tl.sum(tile * arriving[None, :], axis=1) - centre
+                along = products(tile, arriving) - centre
                 mean += tl.sum(soft * along, axis=0)
                 chain = tl.load(chain_ptr + first + rows, mask=inside & (back > 0), other=0.0)
                 chain += soft * along / tau
@@ -372,7 +374,7 @@ def backward_set(
     mean = 0.0
     if CHOSEN and quality_ptr is None:
         if RESIDENT:
-            along = tl.sum(held.to(tl.float32) * arriving[None, :], axis=1) - centre
+            along = products(held.to(tl.float32), arriving) - centre
             soft = softmax_of(
                 quality, lane, inside, open_to & there, 0, set_id, first, R, noise_ptr, seed, normalizer, tau, SEEDED
             )
@@ -383,7 +385,7 @@ def backward_set(
                 inside = rows < high
                 open_to, norm, quality = load_marks(norms_ptr, quality_ptr, first, rows, inside)
                 tile = load_rows(rows_ptr, rows, open_to, stride_row, cols, C).to(tl.float32)
-                along = tl.sum(tile * arriving[None, :], axis=1) - centre
+                along = products(tile, arriving) - centre
                 soft = softmax_of(
                     quality, rows, inside, open_to & there, 0, set_id, first, R, noise_ptr, seed, normalizer, tau,
                     SEEDED,
@@ -402,13 +404,13 @@ def backward_set(
         can, length, q = load_marks(norms_ptr, quality_ptr, first, at, member)
         rows_tile = load_rows(rows_ptr, at, can, stride_row, cols, C).to(tl.float32)
         gradient, dlogweight, total = assemble(
-            rows_tile, at, member, can, length, rows_ptr, gaps_ptr, norms_ptr, indices_ptr, pulls_ptr, dcos_ptr,
-            base, first, stride_row, cols, C, R, picks, NORMALIZED,
+            at, member, can, length, rows_ptr, gaps_ptr, norms_ptr, indices_ptr, pulls_ptr, dcos_ptr,
+            base, first, stride_row, cols, C, R, picks, NORMALIZED, BLOCK_W, BLOCK_C,
         )  # fmt: skip
         dgamma += tl.sum(dlogweight * tl.log(q), axis=0)
         dquality = gamma * dlogweight / q
         if CHOSEN:
-            product = tl.sum(rows_tile * arriving[None, :], axis=1) - centre
+            product = products(rows_tile, arriving) - centre
             chosen = softmax_of(
                 q, at, member, can & there, 0, set_id, first, R, noise_ptr, seed, normalizer, tau, SEEDED
             )
@@ -497,12 +499,8 @@ def select_backward(
         set_id = set_id // parts
     first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     extent = count if cu_seqlens_ptr is not None else N
-    gamma = gamma_value
-    if gamma_ptr is not None:
-        gamma = tl.load(gamma_ptr).to(tl.float32)
-    seed = seed_value
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
+    gamma = tl.cast(scalar(gamma_ptr, gamma_value), tl.float32)
+    seed = scalar(seed_ptr, seed_value)
     if TIER == RAGGED:
         resident = count <= BLOCK_N
     else:

@@ -24,6 +24,14 @@ TAKEN = tl.constexpr(-4.0)
 
 
 @triton.jit
+def scalar(pointer, value):
+    """A number of the call: given by value, or read on the device, where the host need not wait for it."""
+    if pointer is not None:
+        value = tl.load(pointer)
+    return value
+
+
+@triton.jit
 def locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R):
     """Where a set's rows are: (first among the R rows, how many, offset into the features).
 
@@ -66,9 +74,24 @@ def load_row(rows_ptr, row, there, stride_row, cols, C):
 
 
 @triton.jit
+def per_row(sums):
+    """Sums over the columns of a tile, [n], one to a thread instead of every thread of a row's having them all.
+
+    What is computed from them, noise above all, is then computed once, and in a few registers.
+    """
+    return tl.gather(sums, tl.arange(0, sums.shape[0]), 0)
+
+
+@triton.jit
+def products(tile, vector):
+    """x_n . v [n] for a float32 tile [n, c] and a vector [c]."""
+    return per_row(tl.sum(tile * vector[None, :], axis=1))
+
+
+@triton.jit
 def norm_of(tile):
     """|x_n| of a float32 tile [n, c]."""
-    return tl.sqrt_rn(tl.sum(tile * tile, axis=1))
+    return tl.sqrt_rn(per_row(tl.sum(tile * tile, axis=1)))
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 Three tiers in one body. *Resident*: a program's tile [n, c] stays in registers from the first step to the last, so
 its rows are read once. *Streaming*: tiles are read again for each step, from L1 or L2 while the set fits there, and
-what a row carries from step to step, its norm and its gap, stands in global memory. Either can be *split*: a set's
-rows are divided between programs, which agree on each pick.
+what a row carries from step to step, its norm and its gap, stands in global memory; with a quality given the rows are
+read K - 1 times, else K. Either can be *split*: a set's rows are divided between programs, which agree on each pick.
 
 A step ends one pick and makes the logits of the next. All that it needs of the set is a ballot: the best noisy logit,
 its row, that row's logit without the noise, and the denominator of the softmax. Splitting a set is exchanging those.
@@ -27,7 +27,18 @@ from fcn_kernels.kernels.common import (
     norm_of,
     perturb,
     power,
+    products,
+    scalar,
 )
+
+
+@triton.jit
+def may_be_picked(quality, mask_ptr, first, rows, inside):
+    """Whether rows [n] take part and are of usable quality; their features are another matter."""
+    good = inside & (quality > 0) & (quality < float("inf"))
+    if mask_ptr is not None:
+        good = good & tl.load(mask_ptr + first + rows, mask=inside, other=0).to(tl.int1)
+    return good
 
 
 @triton.jit
@@ -42,9 +53,7 @@ def admit(tile, rows, inside, first, quality_ptr, mask_ptr):
         quality = tl.load(quality_ptr + first + rows, mask=inside, other=-1.0)
     else:
         quality = norm
-    good = inside & (quality > 0) & (quality < float("inf"))
-    if mask_ptr is not None:
-        good = good & tl.load(mask_ptr + first + rows, mask=inside, other=0).to(tl.int1)
+    good = may_be_picked(quality, mask_ptr, first, rows, inside)
     sound = (norm < float("inf")) & (norm > 0)
     mark = tl.where(sound, tl.where(good, norm, -1.0), float("nan"))
     return tl.where(good & sound, quality, 1.0), mark
@@ -53,7 +62,7 @@ def admit(tile, rows, inside, first, quality_ptr, mask_ptr):
 @triton.jit
 def approach(tile, direction, norm, gap, rows, row, NORMALIZED: tl.constexpr, DISTINCT: tl.constexpr):
     """The gap [n] once `row`, of unit vector `direction`, is picked too; and whether it tied with the gap before."""
-    along = tl.sum(tile * direction[None, :], axis=1)
+    along = products(tile, direction)
     if not NORMALIZED:
         along = along / norm
     # rounding can take 1 - cos below the 0 that a picked row has to itself
@@ -76,6 +85,49 @@ def challenge(best, row, logit, denominator, noisy, logits, rows, tau, KEEP: tl.
     won = tile_best > best  # tiles come in order of rows, so the lowest row keeps a tie
     here = tl.sum(tl.where(rows == at, logits, 0.0), axis=0)
     return peak, tl.where(won, at, row), tl.where(won, here, logit), denominator
+
+
+@triton.jit
+def favourite(
+    quality_ptr, noise_ptr, seed, mask_ptr, set_id, first, low, high, R, above, above_row,
+    SEEDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first pick among rows [low, high) by their qualities alone: the best that comes after (above, above_row)."""
+    best, row = float("-inf"), 0
+    for begin in range(low, high, BLOCK):
+        rows = begin + tl.arange(0, BLOCK)
+        inside = rows < high
+        quality = tl.load(quality_ptr + first + rows, mask=inside, other=-1.0)
+        open_to = may_be_picked(quality, mask_ptr, first, rows, inside)
+        noisy = perturb(quality, rows, inside, 0, set_id, first, R, noise_ptr, seed, SEEDED)
+        open_to = open_to & ((noisy < above) | ((noisy == above) & (rows > above_row)))
+        noisy = tl.where(open_to, noisy, float("-inf"))
+        best, row, _, _ = challenge(best, row, 0.0, 0.0, noisy, quality, rows, 1.0, False)
+    return best, row
+
+
+@triton.jit
+def is_sound(rows_ptr, row, there, stride_row, cols, C):
+    """Whether one row is finite and has a direction."""
+    values = load_row(rows_ptr, row, there, stride_row, cols, C).to(tl.float32)
+    norm = tl.sqrt_rn(tl.sum(values * values, axis=0))
+    return (norm < float("inf")) & (norm > 0)
+
+
+@triton.jit
+def log(denominator):
+    """The logarithm of a softmax's denominator; 0 for that of no rows."""
+    return tl.log(tl.where(denominator > 0, denominator, 1.0))
+
+
+@triton.jit
+def add_normalizers(openings_ptr, slot, parts, BLOCK_P: tl.constexpr):
+    """log sum exp of a set from those of its parts."""
+    part = tl.arange(0, BLOCK_P)
+    each = tl.load(openings_ptr + slot + part, mask=part < parts, other=float("-inf"), cache_modifier=".cg")
+    most = tl.max(each, axis=0)
+    shift = tl.where(most == float("-inf"), 0.0, most)
+    return shift + log(tl.sum(tl.exp(each - shift), axis=0))
 
 
 @triton.jit
@@ -123,12 +175,18 @@ def count_ballots(
 @triton.jit
 def forward_set(
     rows_ptr, quality_ptr, gamma, noise_ptr, seed, start_ptr, mask_ptr, picked_ptr, distances_ptr, indices_ptr,
-    counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, ballots_ptr, winners_ptr, admitted_ptr, barrier_ptr,
-    set_id, part, parts, sets, turn, first, count, stride_row, C, K, R, tau, scale,
-    SEEDED: tl.constexpr, NORMALIZED: tl.constexpr, DISTINCT: tl.constexpr, KEEP: tl.constexpr,
+    counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, ballots_ptr, winners_ptr, admitted_ptr, openings_ptr,
+    barrier_ptr, set_id, part, parts, sets, turn, first, count, stride_row, C, K, R, tau, scale,
+    SEEDED: tl.constexpr, NORMALIZED: tl.constexpr, DISTINCT: tl.constexpr, KEEP: tl.constexpr, EARLY: tl.constexpr,
     RESIDENT: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One part of one set, all of it where it is not split."""
+    """One part of one set, all of it where it is not split.
+
+    Where rows are streamed, the pass that first sees them makes the first pick, whose softmax and pickable rows it
+    also counts. EARLY, with a quality given, the pick is made before, from the qualities alone, and that pass is
+    spared: the first to see the rows compares them with the pick already.
+    """
     cols = tl.arange(0, BLOCK_C)
     lane = tl.arange(0, BLOCK_N)
     slot = set_id * parts
@@ -158,6 +216,10 @@ def forward_set(
         noisy = perturb(quality, mine, inside, 0, set_id, first, R, noise_ptr, seed, SEEDED)
         noisy = tl.where(open_to, noisy, float("-inf"))
         best, row, logit, denominator = challenge(best, row, logit, denominator, noisy, quality, mine, tau, KEEP)
+    elif EARLY:
+        best, row = favourite(
+            quality_ptr, noise_ptr, seed, mask_ptr, set_id, first, low, admit_to, R, float("inf"), -1, SEEDED, BLOCK_R
+        )
     else:
         for begin in range(low, admit_to, BLOCK_N):
             rows = begin + lane
@@ -184,6 +246,18 @@ def forward_set(
                 ballots_ptr, winners_ptr, admitted_ptr, step, slot, slots, parts, tau, KEEP, BLOCK_P
             )
         opening = tl.full((), step, tl.int32) == 0
+        if EARLY and not RESIDENT:
+            if opening:
+                while (best > float("-inf")) & (is_sound(rows_ptr, row, True, stride_row, cols, C) == 0):
+                    best, row = favourite(
+                        quality_ptr, noise_ptr, seed, mask_ptr, set_id, first, 0, count, R, best, row, SEEDED, BLOCK_R
+                    )
+                pickable = tl.where(best > float("-inf"), 1, 0)  # as far as is known
+            if KEEP and SPLIT != WHOLE:
+                if (step == 1) & (part == 0):
+                    tl.store(
+                        normalizers_ptr + set_id.to(tl.int64) * K, add_normalizers(openings_ptr, slot, parts, BLOCK_P)
+                    )
         if start_ptr is not None:
             start = tl.load(start_ptr + set_id).to(tl.int32)
             if RESIDENT and SPLIT == WHOLE:
@@ -203,7 +277,7 @@ def forward_set(
             tl.store(distances_ptr + out, tl.where(there, distance, 0.0))
             if KEEP:
                 empty = best == float("-inf")
-                normalizer = tl.where(empty, 0.0, best) / tau + tl.log(tl.where(empty, 1.0, denominator))
+                normalizer = tl.where(empty, 0.0, best) / tau + log(denominator)
                 tl.store(normalizers_ptr + out, normalizer)
         if step + 1 < K:
             direction = picked.to(tl.float32)
@@ -211,6 +285,7 @@ def forward_set(
                 length = tl.sqrt_rn(tl.sum(direction * direction, axis=0))
                 direction = direction / tl.where(there, length, 1.0)
             pick = row
+            opened, openings = best, 0.0
             best, row, logit, denominator = float("-inf"), 0, 0.0, 0.0
             if RESIDENT:
                 gap, tied = approach(held.to(tl.float32), direction, norm, gap, mine, pick, NORMALIZED, DISTINCT)
@@ -221,11 +296,24 @@ def forward_set(
                 noisy = tl.where(open_to & (gap >= 0), noisy, float("-inf"))
                 best, row, logit, denominator = challenge(best, row, logit, denominator, noisy, logits, mine, tau, KEEP)
             else:
+                admitted = 0
                 for begin in range(low, high, BLOCK_N):
                     rows = begin + lane
                     inside = rows < high
                     tile = load_rows(rows_ptr, rows, inside, stride_row, cols, C).to(tl.float32)
-                    mark = tl.load(norms_ptr + first + rows, mask=inside, other=-1.0)
+                    if EARLY:
+                        if opening:
+                            quality, mark = admit(tile, rows, inside, first, quality_ptr, mask_ptr)
+                            tl.store(norms_ptr + first + rows, mark, mask=inside)
+                            admitted += tl.sum((mark > 0).to(tl.int32), axis=0)
+                            if KEEP:
+                                noisy = perturb(quality, rows, inside, 0, set_id, first, R, noise_ptr, seed, SEEDED)
+                                shares = tl.exp((noisy - opened) / tau)
+                                openings += tl.sum(tl.where(mark > 0, shares, 0.0), axis=0)
+                        else:
+                            mark = tl.load(norms_ptr + first + rows, mask=inside, other=-1.0)
+                    else:
+                        mark = tl.load(norms_ptr + first + rows, mask=inside, other=-1.0)
                     open_to = mark > 0
                     norm = tl.where(open_to, mark, 1.0)
                     quality = norm
@@ -244,6 +332,16 @@ def forward_set(
                         best, row, logit, denominator, noisy, logits, rows, tau, KEEP
                     )
                 tl.debug_barrier()
+                if EARLY:
+                    if opening:
+                        normalizer = tl.where(openings > 0, opened / tau + log(openings), float("-inf"))
+                        if SPLIT == WHOLE:
+                            pickable = admitted
+                            if KEEP:
+                                tl.store(normalizers_ptr + set_id.to(tl.int64) * K, normalizer)
+                        else:
+                            tl.store(admitted_ptr + slot + part, admitted)
+                            tl.store(openings_ptr + slot + part, normalizer)
             if SPLIT != WHOLE:
                 cast_ballot(ballots_ptr, winners_ptr, step + 1, slot + part, slots, best, row, logit, denominator)
 
@@ -272,6 +370,7 @@ def select_forward(
     ballots_ptr,  # scratch [2, B, parts, 3] float32 (split)
     winners_ptr,  # scratch [2, B, parts] int32 (split)
     admitted_ptr,  # scratch [B, parts] int32, pickable rows (split)
+    openings_ptr,  # scratch [B, parts] float32, log-normalizers of step 0 (split, EARLY)
     barrier_ptr,  # [B] int32, zero: parts that arrived (split, cooperative)
     parts,
     turn,
@@ -287,11 +386,13 @@ def select_forward(
     NORMALIZED: tl.constexpr,
     DISTINCT: tl.constexpr,
     KEEP: tl.constexpr,
+    EARLY: tl.constexpr,  # the first pick needs no pass over the rows: K > 1, a quality is given, and no start
     TIER: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # rows at a time where only their qualities are read
 ):
     sets = tl.num_programs(0)
     part = 0
@@ -301,12 +402,8 @@ def select_forward(
         part = set_id % parts
         set_id = set_id // parts
     first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
-    gamma = gamma_value
-    if gamma_ptr is not None:
-        gamma = tl.load(gamma_ptr).to(tl.float32)
-    seed = seed_value
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
+    gamma = tl.cast(scalar(gamma_ptr, gamma_value), tl.float32)
+    seed = scalar(seed_ptr, seed_value)
     if TIER == RAGGED:
         resident = count <= BLOCK_N
     else:
@@ -315,13 +412,13 @@ def select_forward(
         forward_set(
             rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, start_ptr, mask_ptr, picked_ptr, distances_ptr,
             indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, ballots_ptr, winners_ptr,
-            admitted_ptr, barrier_ptr, set_id, part, parts, sets, turn, first, count, stride_row, C, K, R, tau, scale,
-            SEEDED, NORMALIZED, DISTINCT, KEEP, True, SPLIT, BLOCK_N, BLOCK_C, BLOCK_P,
+            admitted_ptr, openings_ptr, barrier_ptr, set_id, part, parts, sets, turn, first, count, stride_row, C, K, R,
+            tau, scale, SEEDED, NORMALIZED, DISTINCT, KEEP, EARLY, True, SPLIT, BLOCK_N, BLOCK_C, BLOCK_P, BLOCK_R,
         )  # fmt: skip
     else:
         forward_set(
             rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, start_ptr, mask_ptr, picked_ptr, distances_ptr,
             indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, ballots_ptr, winners_ptr,
-            admitted_ptr, barrier_ptr, set_id, part, parts, sets, turn, first, count, stride_row, C, K, R, tau, scale,
-            SEEDED, NORMALIZED, DISTINCT, KEEP, False, SPLIT, BLOCK_N, BLOCK_C, BLOCK_P,
+            admitted_ptr, openings_ptr, barrier_ptr, set_id, part, parts, sets, turn, first, count, stride_row, C, K, R,
+            tau, scale, SEEDED, NORMALIZED, DISTINCT, KEEP, EARLY, False, SPLIT, BLOCK_N, BLOCK_C, BLOCK_P, BLOCK_R,
         )  # fmt: skip

@@ -17,14 +17,14 @@ from fcn_kernels.problem import Gradients, Problem, Saved, Selected
 
 TIERS = {RESIDENT_TIER.value: "resident", STREAMING_TIER.value: "streaming", RAGGED.value: "ragged"}
 
-# Elements of a tile that a thread holds. Twice as many spilled (a forward tile at 16 warps, a backward one of float32
-# rows at 8); `python -m benchmarks.builds` prints what the compiler makes of every launch.
-FORWARD_ELEMENTS = 64
-BACKWARD_ELEMENTS = 32
+# Bytes of a tile's rows that a thread holds. Twice as many spill; `python -m benchmarks.builds` prints what the
+# compiler makes of every launch.
+FORWARD_BYTES = 256
+BACKWARD_BYTES = 128
+SPLIT_BACKWARD_ELEMENTS = 32  # what parts of a set exchange takes registers, too
 WRITE_ELEMENTS = 16  # of a tile of gradients, which stands beside its rows
-# 16 warps leave a thread 128 registers, and 64 elements beside what else a step holds want up to 255.
-FORWARD_WARPS = 8
-BACKWARD_WARPS = 8
+# 16 warps leave a thread 128 registers, and so many bytes beside what else a step holds want up to 255.
+MOST_WARPS = 8
 STREAMING_WARPS = 4  # several programs an SM keep more loads in flight than one large one
 STREAMING_ROWS = 256
 # Left alone, ptxas spills a few registers of the backward kernel to fit one more program on an SM.
@@ -77,37 +77,43 @@ def device_of(features: Tensor) -> Device:
     return Device(properties.multi_processor_count, torch.version.hip is None and properties.major >= 7)
 
 
-def forward_plan(sets: int, rows: int | None, dim: int, ragged: bool, device: Device) -> Plan:
+def forward_plan(sets: int, rows: int | None, dim: int, itemsize: int, ragged: bool, device: Device) -> Plan:
     """The forward launch for ``sets`` sets of up to ``rows`` rows (None: known on the device alone).
+
+    Rows are of ``dim`` numbers of ``itemsize`` bytes.
 
     A set that fits the registers of a program is resident. Sets that are too few to fill the device are split, if
     each part still gets SPLIT_ROWS rows. Where lengths are on the device (``ragged``) each set decides by its own.
     """
-    return _plan(sets, rows, dim, ragged, device, forward=True)
+    elements = FORWARD_BYTES // itemsize
+    return _plan(sets, rows, dim, ragged, device, elements, elements, hold_parts=True)
 
 
-def backward_plan(sets: int, rows: int | None, dim: int, ragged: bool, device: Device) -> Plan:
+def backward_plan(sets: int, rows: int | None, dim: int, itemsize: int, ragged: bool, device: Device) -> Plan:
     """As :func:`forward_plan`."""
-    return _plan(sets, rows, dim, ragged, device, forward=False)
+    elements = BACKWARD_BYTES // itemsize
+    return _plan(sets, rows, dim, ragged, device, elements, SPLIT_BACKWARD_ELEMENTS, hold_parts=False)
 
 
-def _plan(sets: int, rows: int | None, dim: int, ragged: bool, device: Device, forward: bool) -> Plan:
-    elements = FORWARD_ELEMENTS if forward else BACKWARD_ELEMENTS
-    most_warps = FORWARD_WARPS if forward else BACKWARD_WARPS
+def _plan(
+    sets: int, rows: int | None, dim: int, ragged: bool, device: Device, elements: int, split_elements: int,
+    hold_parts: bool,
+) -> Plan:  # fmt: skip
     block_c = max(16, triton.next_power_of_2(dim))
     warp = elements * 32
     parts, split = 1, WHOLE
     if rows is not None:
         block_n = max(2, triton.next_power_of_2(rows))
-        if block_n * block_c <= warp * most_warps:
+        if block_n * block_c <= warp * MOST_WARPS:
             return Plan(RESIDENT_TIER.value, block_n, block_c, max(1, block_n * block_c // warp))
         parts = min(device.processors // max(sets, 1), rows // SPLIT_ROWS)
         if parts > 1:
             split = COOPERATIVE if device.cooperative else LAUNCHES
             block_n = triton.next_power_of_2(triton.cdiv(rows, parts))
-            if forward and split == COOPERATIVE and block_n * block_c <= warp * most_warps:
-                return Plan(RESIDENT_TIER.value, block_n, block_c, most_warps, parts, split.value)
-    warps = max(STREAMING_WARPS, min(most_warps, 2 * block_c // warp))
+            if hold_parts and split == COOPERATIVE and block_n * block_c <= warp * MOST_WARPS:
+                return Plan(RESIDENT_TIER.value, block_n, block_c, MOST_WARPS, parts, split.value)
+            warp = split_elements * 32
+    warps = max(STREAMING_WARPS, min(MOST_WARPS, 2 * block_c // warp))
     if rows is not None and split != WHOLE:
         # 255 registers a thread, the most there can be, still let this many programs run on an SM at once
         parts = max(1, min(parts * (8 // warps), rows // SPLIT_ROWS))
@@ -120,7 +126,7 @@ def plans(p: Problem) -> tuple[Plan, Plan]:
     """The forward and the backward plan of a call."""
     packed = p.cu_seqlens is not None
     rows = p.rows if p.sets == 1 else None if packed else p.features.shape[1]
-    sizes = p.sets, rows, p.dim, packed or p.lengths is not None, device_of(p.features)
+    sizes = p.sets, rows, p.dim, p.features.itemsize, packed or p.lengths is not None, device_of(p.features)
     return forward_plan(*sizes), backward_plan(*sizes)
 
 
@@ -164,6 +170,7 @@ def forward(p: Problem, keep: bool) -> Selected:
             new(2, slots, 3, dtype=torch.float32) if divided else None,
             new(2, slots, dtype=torch.int32) if divided else None,
             new(slots, dtype=torch.int32) if divided else None,
+            new(slots, dtype=torch.float32) if divided else None,
             _barriers(p, plan),
             plan.parts,
         )
@@ -176,11 +183,13 @@ def forward(p: Problem, keep: bool) -> Selected:
                 NORMALIZED=p.normalized,
                 DISTINCT=p.distinct,
                 KEEP=keep,
+                EARLY=p.k > 1 and p.quality is not None and p.start is None,
                 TIER=plan.tier,
                 SPLIT=plan.split,
                 BLOCK_N=plan.block_n,
                 BLOCK_C=plan.block_c,
                 BLOCK_P=triton.next_power_of_2(plan.parts),
+                BLOCK_R=SCALAR_ROWS,
                 **plan.options,
             )
     return out
