@@ -447,3 +447,33 @@ def test_small_sets_are_resident_and_large_ones_split() -> None:
     assert large.tier == RESIDENT_TIER.value
     assert large.parts > 100
     assert launch.forward_plan(256, None, 512, 2, True, GPU).tier == RAGGED.value
+
+
+def test_tuning_keeps_the_fastest_plan(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Off unless asked for; asked for, each size is timed once, and what is picked stays the same."""
+    case = random_case(2, 40, 512, 3, dtype=torch.bfloat16, noise=None).to(device)
+    used: list[launch.Plan] = []
+    plain = launch._forward
+    monkeypatch.setattr(launch, "_forward", lambda p, keep, plan: used.append(plan) or plain(p, keep, plan))
+
+    def pick() -> Tensor:
+        return coreset_select(case.features, 3, case.quality, case.gamma, backend="triton").indices
+
+    expected = pick()
+    assert len(used) == 1
+    timed: list[float] = []
+
+    def measure(run: Callable[[], object]) -> float:
+        run()
+        timed.append(1 / (1 + len(timed)))  # each candidate is faster than the one before
+        return timed[-1]
+
+    monkeypatch.setattr(launch.tune, "ENABLED", True)
+    monkeypatch.setattr(launch.tune, "_fastest", {})
+    monkeypatch.setattr(launch.tune, "measure", measure)
+    assert torch.equal(pick(), expected)
+    assert len(timed) > 1
+    assert used[-1] == used[len(timed)] != used[0]
+    seen = len(timed)
+    assert torch.equal(pick(), expected)
+    assert len(timed) == seen

@@ -4,12 +4,14 @@
 a launch would use on a machine without a GPU.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
+from fcn_kernels.kernels import tune
 from fcn_kernels.kernels.backward import select_backward
 from fcn_kernels.kernels.common import COOPERATIVE, LAUNCHES, RAGGED, RESIDENT_TIER, STREAMING_TIER, WHOLE
 from fcn_kernels.kernels.forward import select_forward
@@ -33,6 +35,8 @@ SPLIT_ROWS = 32  # a part with less work than that costs more at the barrier tha
 MAX_DIM = 4096  # a row must fit a program
 SCALAR_ROWS = 1024
 SUM_COLUMNS = 16  # 64 bytes a part: C = 512 is 64 parts' work
+
+Result = TypeVar("Result")
 
 
 class Device(NamedTuple):
@@ -77,21 +81,25 @@ def device_of(features: Tensor) -> Device:
     return Device(properties.multi_processor_count, torch.version.hip is None and properties.major >= 7)
 
 
-def forward_plan(sets: int, rows: int | None, dim: int, itemsize: int, ragged: bool, device: Device) -> Plan:
+def forward_plan(
+    sets: int, rows: int | None, dim: int, itemsize: int, ragged: bool, device: Device, held: int = FORWARD_BYTES
+) -> Plan:
     """The forward launch for ``sets`` sets of up to ``rows`` rows (None: known on the device alone).
 
-    Rows are of ``dim`` numbers of ``itemsize`` bytes.
+    Rows are of ``dim`` numbers of ``itemsize`` bytes; a thread holds ``held`` bytes of them.
 
     A set that fits the registers of a program is resident. Sets that are too few to fill the device are split, if
     each part still gets SPLIT_ROWS rows. Where lengths are on the device (``ragged``) each set decides by its own.
     """
-    elements = FORWARD_BYTES // itemsize
+    elements = held // itemsize
     return _plan(sets, rows, dim, ragged, device, elements, elements, hold_parts=True)
 
 
-def backward_plan(sets: int, rows: int | None, dim: int, itemsize: int, ragged: bool, device: Device) -> Plan:
+def backward_plan(
+    sets: int, rows: int | None, dim: int, itemsize: int, ragged: bool, device: Device, held: int = BACKWARD_BYTES
+) -> Plan:
     """As :func:`forward_plan`."""
-    elements = BACKWARD_BYTES // itemsize
+    elements = held // itemsize
     return _plan(sets, rows, dim, ragged, device, elements, SPLIT_BACKWARD_ELEMENTS, hold_parts=False)
 
 
@@ -123,17 +131,40 @@ def _plan(
 
 
 def plans(p: Problem) -> tuple[Plan, Plan]:
-    """The forward and the backward plan of a call."""
+    """The forward and the backward plan of a call, by rule."""
+    sizes = _plan_sizes(p)
+    return forward_plan(*sizes), backward_plan(*sizes)
+
+
+def _plan_sizes(p: Problem) -> tuple[int, int | None, int, int, bool, Device]:
     packed = p.cu_seqlens is not None
     rows = p.rows if p.sets == 1 else None if packed else p.features.shape[1]
-    sizes = p.sets, rows, p.dim, p.features.itemsize, packed or p.lengths is not None, device_of(p.features)
-    return forward_plan(*sizes), backward_plan(*sizes)
+    return p.sets, rows, p.dim, p.features.itemsize, packed or p.lengths is not None, device_of(p.features)
 
 
 def forward(p: Problem, keep: bool) -> Selected:
     """One launch, or K + 1 where parts of a set meet between them; ``keep`` also saves what :func:`backward` reads."""
     _check(p)
-    plan = plans(p)[0]
+    return _planned(p, forward_plan, FORWARD_BYTES, keep, lambda plan: _forward(p, keep, plan))
+
+
+def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
+    """One launch, or 2 K + 1 where parts of a set meet between them, and the sum of gamma's gradient over the sets."""
+    return _planned(p, backward_plan, BACKWARD_BYTES, True, lambda plan: _backward(p, grad, saved, plan))
+
+
+def _planned(p: Problem, plan_for: Callable[..., Plan], held: int, keep: bool, run: Callable[[Plan], Result]) -> Result:
+    """Run with the plan that the rule gives, or with the fastest if tuning is on."""
+    sizes = _plan_sizes(p)
+    plan = plan_for(*sizes)
+    if tune.ENABLED and p.sets:
+        candidates = list(dict.fromkeys((plan, plan_for(*sizes, held // 2), plan_for(*sizes, held // 4))))
+        key = (plan_for.__name__, *sizes, p.k, keep, p.features.dtype, p.features.device)
+        plan = tune.fastest(key, candidates, run)
+    return run(plan)
+
+
+def _forward(p: Problem, keep: bool, plan: Plan) -> Selected:
     streams, divided = plan.tier != RESIDENT_TIER.value, plan.split != WHOLE.value
     new, sets, slots = p.features.new_empty, p.sets, p.sets * plan.parts
     saved_rows = p.rows if keep else 0
@@ -195,9 +226,7 @@ def forward(p: Problem, keep: bool) -> Selected:
     return out
 
 
-def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
-    """One launch, or 2 K + 1 where parts of a set meet between them, and the sum of gamma's gradient over the sets."""
-    plan = plans(p)[1]
+def _backward(p: Problem, grad: Tensor, saved: Saved, plan: Plan) -> Gradients:
     streams, divided = plan.tier != RESIDENT_TIER.value, plan.split != WHOLE.value
     empty, sets, slots = saved.norms.new_empty, p.sets, p.sets * plan.parts
     drows = torch.empty_like(p.features, memory_format=torch.contiguous_format)
