@@ -240,17 +240,19 @@ def selection_specs() -> Iterator[Spec]:
                 yield from specs("tiny sets", 256, 20, dim, dtype)
                 yield from specs("sets", 256, 300, dim, dtype)
                 yield from specs("one set", 1, 4000, dim, dtype)
-                yield from specs("ragged", 256, None, dim, dtype)
+                yield from specs("ragged", 1000, None, dim, dtype)
         yield from specs("tiny sets", 256, 20, 512, fp16)
         yield from specs("tiny sets", 256, 20, 512, bf16, k=1)
         yield from specs("tiny sets", 256, 20, 512, bf16, k=64)
-        yield from specs("ragged", 256, None, 768, bf16)
+        yield from specs("ragged", 1000, None, 768, bf16)
         yield from specs("one set", 1, 100000, 512, bf16)
         given = torch.empty(256, dtype=torch.int64)
         yield from specs("norms, given start", 256, 20, 512, bf16, quality=None, start=given)
-        yield from specs("norms", 256, None, 512, bf16, quality=None)
+        yield from specs("norms", 1000, None, 512, bf16, quality=None)
         yield from specs("norms", 1, 8000, 512, bf16, quality=None)
-        yield from specs("unit rows, distinct, argmax", 256, None, 512, bf16, normalized=True, distinct=True, seed=None)
+        yield from specs(
+            "unit rows, distinct, argmax", 1000, None, 512, bf16, normalized=True, distinct=True, seed=None
+        )
         launch.INTERPRETER = launch.Device(processors=132, cooperative=False)
         yield from specs("one set, launches", 1, 8000, 512, bf16)
     finally:

@@ -453,6 +453,7 @@ def select_backward(
     seed_value: "i64",
     lengths_ptr,  # [B], or None
     cu_seqlens_ptr,  # [B + 1], or None
+    order_ptr,  # [B], the sets in the order to start them in, or None
     grad_ptr,  # [B, K, C]
     indices_ptr,  # [B, K] int64
     counts_ptr,  # [B] int64
@@ -497,6 +498,8 @@ def select_backward(
     if SPLIT != WHOLE:
         part = set_id % parts
         set_id = set_id // parts
+    if order_ptr is not None:
+        set_id = tl.load(order_ptr + set_id).to(tl.int32)
     first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     extent = count if cu_seqlens_ptr is not None else N
     gamma = tl.cast(scalar(gamma_ptr, gamma_value), tl.float32)

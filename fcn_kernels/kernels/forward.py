@@ -359,6 +359,7 @@ def select_forward(
     mask_ptr,  # [R] bool, or None
     lengths_ptr,  # [B], or None
     cu_seqlens_ptr,  # [B + 1], or None
+    order_ptr,  # [B], the sets in the order to start them in, or None
     picked_ptr,  # out [B, K, C]
     distances_ptr,  # out [B, K] float32
     indices_ptr,  # out [B, K] int64
@@ -401,6 +402,8 @@ def select_forward(
         sets = sets // parts
         part = set_id % parts
         set_id = set_id // parts
+    if order_ptr is not None:
+        set_id = tl.load(order_ptr + set_id).to(tl.int32)
     first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     gamma = tl.cast(scalar(gamma_ptr, gamma_value), tl.float32)
     seed = scalar(seed_ptr, seed_value)
