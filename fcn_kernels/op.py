@@ -136,7 +136,7 @@ torch.library.register_vmap("fcn_kernels::select_backward", _no_vmap, lib=_libra
 
 @register_flop_formula(torch.ops.fcn_kernels.select)
 def select_flops(features: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """2 R C for each of the K - 1 distance passes, and for the norms."""
+    """2 R C for each of the K - 1 distance passes, and for the norms: the most that a backend does."""
     k, normalized = args[8], args[11]
     return 2 * int(torch.Size(features).numel()) * (int(k) - 1 + (not normalized))
 

@@ -7,13 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fcn_kernels import coreset_select
+from fcn_kernels import coreset_select, noise
 from fcn_kernels.kernels.noise import gumbel_noise as device_noise
 from fcn_kernels.noise import gumbel, gumbel_noise, philox
 
 # Known answers of Philox4x32-10 that its authors publish with Random123: counter, key, output.
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
     (
         (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
         (0xA4093822, 0x299F31D0),
@@ -22,8 +23,10 @@ KNOWN = [
 ]
 
 
+@pytest.mark.parametrize("most_in_numpy", [0, 32768], ids=["torch", "numpy"])
 @pytest.mark.parametrize(("counter", "key", "output"), KNOWN)
-def test_philox_gives_the_published_answers(counter, key, output):
+def test_philox_gives_the_published_answers(monkeypatch, counter, key, output, most_in_numpy):
+    monkeypatch.setattr(noise, "NUMPY_COUNTERS", most_in_numpy)
     row, block, sets, stream = counter
     words = philox(key[0] | key[1] << 32, torch.tensor([row]), block, torch.tensor([sets]), stream)
     assert words.flatten().tolist() == list(output)
