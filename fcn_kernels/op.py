@@ -20,6 +20,7 @@ _PROBLEM = (
     "Tensor? lengths, Tensor? cu_seqlens, int k, float tau, float distance_scale, bool normalized, bool distinct"
 )
 _FIELDS = len(Problem._fields)
+_TENSORS = Problem._fields.index("k")  # what comes before it
 
 # A Library, not custom_op: the latter's wrappers cost more on the host than a call on small sets takes.
 _library = torch.library.Library("fcn_kernels", "DEF")
@@ -87,11 +88,9 @@ def _select_backward_fake(*args: Any) -> Gradients:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Selected) -> None:
-    *fields, _, ctx.backend = inputs
-    problem, saved = Problem(*fields), Selected(*output)
-    ctx.save_for_backward(*problem[: Problem._fields.index("k")], *saved[2:])
-    ctx.constants = problem[Problem._fields.index("k") :]
-    ctx.mark_non_differentiable(*saved[1:])
+    ctx.save_for_backward(*inputs[:_TENSORS], *output[2:])
+    ctx.constants, ctx.backend = inputs[_TENSORS:_FIELDS], inputs[-1]
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
@@ -99,8 +98,8 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     nothing = (None,) * (_FIELDS + 2)
     if grad is None:
         return nothing
-    tensors = Problem._fields.index("k")
-    fields, kept = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:]
+    tensors = ctx.saved_tensors
+    fields, kept = tensors[:_TENSORS], tensors[_TENSORS:]
     dx, dq, dgamma = torch.ops.fcn_kernels.select_backward.default(*fields, *ctx.constants, grad, *kept, ctx.backend)
     wanted = ctx.needs_input_grad
     gamma = fields[2]

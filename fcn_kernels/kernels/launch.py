@@ -23,7 +23,9 @@ TIERS = {RESIDENT_TIER.value: "resident", STREAMING_TIER.value: "streaming", RAG
 # compiler makes of every launch.
 FORWARD_BYTES = 256
 BACKWARD_BYTES = 128
-SPLIT_BACKWARD_ELEMENTS = 32  # what parts of a set exchange takes registers, too
+# Elements of one where registers go elsewhere: to what parts of a set exchange, or to vectors of over WIDE columns.
+TIGHT_BACKWARD_ELEMENTS = 32
+WIDE = 2048
 WRITE_ELEMENTS = 16  # of a tile of gradients, which stands beside its rows
 # 16 warps leave a thread 128 registers, and so many bytes beside what else a step holds want up to 255.
 MOST_WARPS = 8
@@ -36,6 +38,7 @@ SPLIT_ROWS = 32  # a part with less work than that costs more at the barrier tha
 MAX_DIM = 4096  # a row must fit a program
 SCALAR_ROWS = 1024
 SUM_COLUMNS = 16  # 64 bytes a part: C = 512 is 64 parts' work
+SUM_ELEMENTS = 32  # of a tile of the parts' sums that a thread holds
 
 Result = TypeVar("Result")
 
@@ -100,8 +103,8 @@ def backward_plan(
     sets: int, rows: int | None, dim: int, itemsize: int, ragged: bool, device: Device, held: int = BACKWARD_BYTES
 ) -> Plan:
     """As :func:`forward_plan`."""
-    elements = held // itemsize
-    return _plan(sets, rows, dim, ragged, device, elements, SPLIT_BACKWARD_ELEMENTS, hold_parts=False)
+    elements = held // itemsize if dim <= WIDE else TIGHT_BACKWARD_ELEMENTS
+    return _plan(sets, rows, dim, ragged, device, elements, TIGHT_BACKWARD_ELEMENTS, hold_parts=False)
 
 
 def _plan(
@@ -280,7 +283,7 @@ def _backward(p: Problem, grad: Tensor, saved: Saved, plan: Plan) -> Gradients:
                 BLOCK_C=plan.block_c,
                 BLOCK_R=SCALAR_ROWS,
                 BLOCK_P=triton.next_power_of_2(plan.parts),
-                BLOCK_S=SUM_COLUMNS,
+                BLOCK_S=max(1, min(SUM_COLUMNS, SUM_ELEMENTS * 32 * plan.warps // triton.next_power_of_2(plan.parts))),
                 **plan.options,
             )
     return Gradients(drows, dquality, dgamma.sum())
