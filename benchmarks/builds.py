@@ -26,6 +26,9 @@ TARGETS = {
 }
 
 
+# Multiprocessors of an A100, an H100, a B200 and an MI300X, by which the launchers divide large sets.
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_cooperative_grid")
 POINTERS: dict[Any, str] = {}
 
@@ -185,8 +188,8 @@ def _load_widths(ptx: str) -> dict[str, int]:
     return widths
 
 
-def selection_specs() -> Iterator[Spec]:
-    """The selection's launches on an H100, over the sizes, dtypes and options that change what is built."""
+def selection_specs(target: str) -> Iterator[Spec]:
+    """The selection's launches on a device, over the sizes, dtypes and options that change what is built."""
     import torch
 
     from fcn_kernels.kernels import launch
@@ -233,7 +236,7 @@ def selection_specs() -> Iterator[Spec]:
         return record(label, launch, ("select_forward", "select_backward"), both)
 
     original = launch.INTERPRETER
-    launch.INTERPRETER = launch.Device(processors=132, cooperative=True)
+    launch.INTERPRETER = launch.Device(PROCESSORS[target], cooperative=target.startswith("sm"))
     try:
         for dtype in (bf16, fp32):
             for dim in (128, 512, 1024, 2048, 4096):
@@ -253,7 +256,7 @@ def selection_specs() -> Iterator[Spec]:
         yield from specs(
             "unit rows, distinct, argmax", 1000, None, 512, bf16, normalized=True, distinct=True, seed=None
         )
-        launch.INTERPRETER = launch.Device(processors=132, cooperative=False)
+        launch.INTERPRETER = launch.Device(PROCESSORS[target], cooperative=False)
         yield from specs("one set, launches", 1, 8000, 512, bf16)
     finally:
         launch.INTERPRETER = original
@@ -292,9 +295,8 @@ def attention_specs() -> Iterator[Spec]:
             yield from record(label, launch, ("attention_forward", "attention_backward"), both)
 
 
-def build_all(specs: list[Spec], targets: list[str], workers: int = 2) -> list[Build]:
-    """Every launch for every target, in processes of their own."""
-    jobs = [(spec, target) for spec in specs for target in targets]
+def build_all(jobs: list[tuple[Spec, str]], workers: int = 2) -> list[Build]:
+    """Launches for targets, in processes of their own."""
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(build, *zip(*jobs, strict=True), chunksize=4))
 
@@ -306,16 +308,21 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="launches whose label has one of these")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    every = (*selection_specs(), *attention_specs())
-    specs = [s for s in every if any(text in s.label for text in args.only)]
-    builds = build_all(specs, args.targets)
+    jobs = [
+        (spec, target)
+        for target in args.targets
+        for spec in (*selection_specs(target), *attention_specs())
+        if any(text in spec.label for text in args.only)
+    ]
+    builds = build_all(jobs)
     if args.json:
         json.dump([b._asdict() for b in builds], sys.stdout)
         return 0
     import torch
     import triton
 
-    print(f"Triton {triton.__version__}, PyTorch {torch.__version__.partition('+')[0]}; launches for 132 SMs.\n")
+    print(f"Triton {triton.__version__}, PyTorch {torch.__version__.partition('+')[0]}; multiprocessors:", PROCESSORS)
+    print()
     print("| launch | kernel | target | warps | registers | spilled bytes | shared bytes | loads by width |")
     print("|---|---|---|---|---|---|---|---|")
     for b in builds:

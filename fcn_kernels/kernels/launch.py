@@ -23,10 +23,12 @@ TIERS = {RESIDENT_TIER.value: "resident", STREAMING_TIER.value: "streaming", RAG
 # compiler makes of every launch.
 FORWARD_BYTES = 256
 BACKWARD_BYTES = 128
-# Elements of one where registers go elsewhere: to what parts of a set exchange, or to vectors of over WIDE columns.
+# Elements of one where registers go elsewhere: to what a streamed set carries along and its parts exchange, or to
+# vectors of over WIDE columns.
 TIGHT_BACKWARD_ELEMENTS = 32
+SPLIT_ELEMENTS = 64
 WIDE = 2048
-WRITE_ELEMENTS = 16  # of a tile of gradients, which stands beside its rows
+WRITE_ELEMENTS = 8  # of a tile of gradients, which stands beside its rows
 # 16 warps leave a thread 128 registers, and so many bytes beside what else a step holds want up to 255.
 MOST_WARPS = 8
 STREAMING_WARPS = 4  # several programs an SM keep more loads in flight than one large one
@@ -108,7 +110,7 @@ def backward_plan(
 
 
 def _plan(
-    sets: int, rows: int | None, dim: int, ragged: bool, device: Device, elements: int, split_elements: int,
+    sets: int, rows: int | None, dim: int, ragged: bool, device: Device, elements: int, streamed_elements: int,
     hold_parts: bool,
 ) -> Plan:  # fmt: skip
     block_c = max(16, triton.next_power_of_2(dim))
@@ -124,7 +126,7 @@ def _plan(
             block_n = triton.next_power_of_2(triton.cdiv(rows, parts))
             if hold_parts and split == COOPERATIVE and block_n * block_c <= warp * MOST_WARPS:
                 return Plan(RESIDENT_TIER.value, block_n, block_c, MOST_WARPS, parts, split.value)
-            warp = split_elements * 32
+    warp = min(streamed_elements, streamed_elements if split == WHOLE else SPLIT_ELEMENTS) * 32
     warps = max(STREAMING_WARPS, min(MOST_WARPS, 2 * block_c // warp))
     if rows is not None and split != WHOLE:
         # 255 registers a thread, the most there can be, still let this many programs run on an SM at once
