@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report, targets
+from benchmarks import picture, report, targets
 from benchmarks.results import Results, exponent, load
+from fcn_kernels import coreset_select
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("matplotlib")
@@ -213,3 +214,13 @@ def test_results_round_trip(tmp_path: Path) -> None:
     assert found.rows == [row("fused", 1.0, 7)]
     assert found.one("scaling", rows=7) == found.rows[0]
     assert found.one("scaling", rows=8) is None
+
+
+def test_the_picture_of_how_it_works_is_drawn(tmp_path: Path) -> None:
+    """From a call: quality first, and then picks that are far apart."""
+    rows, quality = picture.photos()
+    picks = coreset_select(rows, picture.K, quality, 0.5, normalized=True).indices
+    assert picks[0] == quality.argmax()
+    assert (rows[picks] @ rows[picks].T).triu(1).max() < 0.5
+    picture.draw(str(tmp_path / "picture.png"))
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
