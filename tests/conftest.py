@@ -4,10 +4,12 @@ import os
 import signal
 
 # Workers that each take all cores make each other wait at every operation. Programs that the tests start are no
-# workers, and can be interrupted even where the shell made its background jobs deaf to that.
+# workers, and can be interrupted even where a shell or nohup made its jobs deaf to that.
 if os.environ.pop("PYTEST_XDIST_WORKER", None):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
