@@ -43,16 +43,17 @@ class Bounds:
         count = self.first
         self.first = FIRST
         while count * 4 <= len(logits) and len(self.pending) < MOST_PENDING:
-            highest, rows = logits.topk(count + 1)
-            rows = rows[:-1]
-            self._meet(rows, self.x.take(rows).to(self.gap.dtype))
-            logits[rows] = self._logits(rows, barred)
-            if logits[rows].max() > highest[-1]:
+            highest, places = logits.topk(count + 1)
+            places = places[:-1]
+            self._meet(places, self.x.take(places).to(self.gap.dtype))
+            exact = self._logits(places, barred)
+            logits[places] = exact
+            if exact.max() > highest[-1]:
                 self.first = max(FIRST, count // 4)
                 return logits[None]
             count *= 4
-        for where, rows_ in self.x.blocks():
-            self._meet(where, rows_[0])
+        for where, rows in self.x.blocks():
+            self._meet(where, rows[0])
         self.pending.clear()
         return self._logits(slice(None), barred)[None]
 

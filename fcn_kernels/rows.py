@@ -30,8 +30,7 @@ class Rows:
         if self.flat is None:
             n = self.rows.shape[1]
             return self.rows[places // n, places % n]
-        taken = self.flat.index_select(0, places if places.ndim == 1 else places.flatten())
-        return taken if places.ndim == 1 else taken.view(*places.shape, -1)
+        return self.flat.index_select(0, places.flatten()).view(*places.shape, self.flat.shape[1])
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of rows that fit the cache, converted."""

@@ -130,10 +130,6 @@ def _groups(p: Problem) -> Iterator[_Group]:
     if p.cu_seqlens is None:
         sets, n = p.features.shape[:2]
         step = max(1, GROUP_BYTES // max(1, n * row_bytes))
-        if 0 < sets <= step and n:
-            numbers = torch.arange(sets, device=p.features.device)
-            yield _Group(numbers, slice(0, sets), slice(0, sets * n), p.features)
-            return
         for first in range(0, sets if n else 0, step):
             last = min(first + step, sets)
             numbers = torch.arange(first, last, device=p.features.device)

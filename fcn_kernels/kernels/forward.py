@@ -33,6 +33,12 @@ from fcn_kernels.kernels.common import (
 
 
 @triton.jit
+def is_sound(norm):
+    """Whether rows of these norms are finite and have a direction."""
+    return (norm < float("inf")) & (norm > 0)
+
+
+@triton.jit
 def may_be_picked(quality, mask_ptr, first, rows, inside):
     """Whether rows [n] take part and are of usable quality; their features are another matter."""
     good = inside & (quality > 0) & (quality < float("inf"))
@@ -54,7 +60,7 @@ def admit(tile, rows, inside, first, quality_ptr, mask_ptr):
     else:
         quality = norm
     good = may_be_picked(quality, mask_ptr, first, rows, inside)
-    sound = (norm < float("inf")) & (norm > 0)
+    sound = is_sound(norm)
     mark = tl.where(sound, tl.where(good, norm, -1.0), float("nan"))
     return tl.where(good & sound, quality, 1.0), mark
 
@@ -107,11 +113,10 @@ def favourite(
 
 
 @triton.jit
-def is_sound(rows_ptr, row, there, stride_row, cols, C):
-    """Whether one row is finite and has a direction."""
-    values = load_row(rows_ptr, row, there, stride_row, cols, C).to(tl.float32)
-    norm = tl.sqrt_rn(tl.sum(values * values, axis=0))
-    return (norm < float("inf")) & (norm > 0)
+def is_sound_row(rows_ptr, row, stride_row, cols, C):
+    """The same of one row, not seen yet."""
+    values = load_row(rows_ptr, row, True, stride_row, cols, C).to(tl.float32)
+    return is_sound(tl.sqrt_rn(tl.sum(values * values, axis=0)))
 
 
 @triton.jit
@@ -195,7 +200,7 @@ def forward_set(
     if SPLIT != WHOLE:
         low, high = divide(count, part, parts, BLOCK_N)
         admit_to = high
-        if SPLIT == LAUNCHES:  # launch 0 admits the rows, launch t makes pick t - 1
+        if SPLIT == LAUNCHES:  # launch 0 looks for the first pick, launch t makes pick t - 1
             admit_to = high if turn == 0 else low
             begin_step = turn - 1 if turn > 0 else 0
             end_step = turn
@@ -248,7 +253,7 @@ def forward_set(
         opening = tl.full((), step, tl.int32) == 0
         if EARLY and not RESIDENT:
             if opening:
-                while (best > float("-inf")) & (is_sound(rows_ptr, row, True, stride_row, cols, C) == 0):
+                while (best > float("-inf")) & (is_sound_row(rows_ptr, row, stride_row, cols, C) == 0):
                     best, row = favourite(
                         quality_ptr, noise_ptr, seed, mask_ptr, set_id, first, 0, count, R, best, row, SEEDED, BLOCK_R
                     )

@@ -73,6 +73,11 @@ class Plan(NamedTuple):
         return TIERS[self.tier] + (f", split into {self.parts} parts that meet {meeting}" if meeting else "")
 
     @property
+    def block_p(self) -> int:
+        """Places for one number of each part."""
+        return int(triton.next_power_of_2(self.parts))
+
+    @property
     def options(self) -> dict[str, Any]:
         """What Triton is told beside the kernel's own constants."""
         cooperative = {"launch_cooperative_grid": True} if self.split == COOPERATIVE.value else {}
@@ -226,7 +231,7 @@ def _forward(p: Problem, keep: bool, plan: Plan) -> Selected:
                 SPLIT=plan.split,
                 BLOCK_N=plan.block_n,
                 BLOCK_C=plan.block_c,
-                BLOCK_P=triton.next_power_of_2(plan.parts),
+                BLOCK_P=plan.block_p,
                 BLOCK_R=SCALAR_ROWS,
                 **plan.options,
             )
@@ -284,8 +289,8 @@ def _backward(p: Problem, grad: Tensor, saved: Saved, plan: Plan) -> Gradients:
                 BLOCK_W=min(plan.block_n, max(1, WRITE_ELEMENTS * 32 * plan.warps // plan.block_c)),
                 BLOCK_C=plan.block_c,
                 BLOCK_R=SCALAR_ROWS,
-                BLOCK_P=triton.next_power_of_2(plan.parts),
-                BLOCK_S=max(1, min(SUM_COLUMNS, SUM_ELEMENTS * 32 * plan.warps // triton.next_power_of_2(plan.parts))),
+                BLOCK_P=plan.block_p,
+                BLOCK_S=max(1, min(SUM_COLUMNS, SUM_ELEMENTS * 32 * plan.warps // plan.block_p)),
                 **plan.options,
             )
     return Gradients(drows, dquality, dgamma.sum())
