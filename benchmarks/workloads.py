@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness import CACHE_BYTES, Contender
-from fcn_kernels import bounds, coreset_select
+from fcn_kernels import coreset_select, cpp_backend
 from fcn_kernels.problem import Problem
 from fcn_kernels.rows import GROUP_BYTES, accumulator
 from reference.listing import coreset_listing
@@ -207,7 +207,8 @@ def least_bytes(case: Case, work: str) -> int:
 def tiers(case: Case, i: Inputs) -> tuple[str, str]:
     """The tiers of the forward and the backward pass."""
     if i.features.device.type == "cpu":
-        return "torch", "torch"
+        name = "torch" if cpp_backend.unavailable(case.dtype) else "cpp"
+        return name, name
     from fcn_kernels.kernels import launch
 
     forward, backward = launch.plans(problem(case, i))
@@ -224,9 +225,10 @@ def moved_bytes(case: Case, i: Inputs, work: str) -> int:
         group = GROUP_BYTES // accumulator(case.dtype).itemsize * case.dtype.itemsize
         longest = max(i.lengths) if i.lengths else case.all_rows // max(1, case.sets)
         held = longest * case.dim * case.dtype.itemsize <= group
-        reads = (1, 1) if held else (case.k, 2 * case.k)  # norms and K - 1 products; a product and a sum each step
-        if work == FORWARD and not held and case.sets == 1 and bounds.pay(case.all_rows, case.dim):
-            reads = (min(case.k, 2), 0)  # norms and the first product; few rows meet a later pick
+        if tiers(case, i)[0] == "cpp":  # in inference few rows meet a later pick than the first
+            reads = (1, 1) if held or work == FORWARD else (max(1, case.k - 1), case.k)
+        else:  # norms and K - 1 products; a product and a sum each step
+            reads = (1, 1) if held else (case.k, 2 * case.k)
         return case.row_bytes * (reads[0] if work == FORWARD else sum(reads) + 1)
     from fcn_kernels.kernels import launch
 

@@ -83,11 +83,11 @@ _library.define(
 
 
 def _backend(features: Tensor) -> ModuleType:
-    if resolve_backend(None, features) == "torch":
-        return attention_blocks
-    from fcn_kernels.kernels import attention_launch  # triton is imported only where it is used
+    if resolve_backend(None, features) == "triton":
+        from fcn_kernels.kernels import attention_launch  # triton is imported only where it is used
 
-    return attention_launch
+        return attention_launch
+    return attention_blocks
 
 
 def _forward(*args: Any) -> Outputs:

@@ -6,6 +6,7 @@ import platform
 
 import torch
 
+from fcn_kernels import cpp_backend
 from fcn_kernels._version import __version__
 from fcn_kernels.problem import Problem
 from fcn_kernels.select import HAS_TRITON, resolve_backend
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--packed", action="store_true", help="sets packed with cu_seqlens")
     parser.add_argument("--device", help='"cuda" or "cpu"; by default cuda where there is one')
-    parser.add_argument("--backend", choices=("triton", "torch"), help="by default chosen by device")
+    parser.add_argument("--backend", choices=("triton", "cpp", "torch"), help="by default chosen by device")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,8 +58,12 @@ def describe(args: argparse.Namespace, device: str) -> list[str]:
         backend = resolve_backend(args.backend, torch.empty(0, dtype=DTYPES[args.dtype], device=device))
     except (RuntimeError, TypeError) as error:
         return [str(error)]
-    if backend == "torch":
-        return ["backend torch: one pass over cache-sized groups of sets"]
+    lacking = cpp_backend.unavailable(DTYPES[args.dtype]) if backend == "cpu" else ""
+    if backend == "torch" or lacking:
+        why = [f"not cpp: {lacking}"] if lacking else []
+        return ["backend torch: cache-sized groups of sets, operation by operation", *why]
+    if backend in ("cpp", "cpu"):
+        return ["backend cpp: sets spread over the threads, large ones by blocks of rows"]
     from fcn_kernels.kernels import launch
 
     problem = Problem(

@@ -2,11 +2,8 @@
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), keyed by the 64-bit seed,
 with the counter (row within the set, step // 4, set, stream); the four words it gives serve four steps.
-``fcn_kernels.kernels.noise`` is the same in Triton.
+``fcn_kernels.kernels.noise`` is the same in Triton, and ``cpp_backend.cpp`` has it in C++.
 """
-
-from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +13,6 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 STEPS_PER_DRAW = 4
-# Counters up to which NumPy, where it is installed, is the faster on a CPU: an operation costs it a third as much, but
-# it has one thread. PyTorch's own take a second one from here on.
-NUMPY_COUNTERS = 32768
 
 
 def philox(seed: int, row: Tensor, block: int, sets: Tensor, stream: int = 0) -> Tensor:
@@ -26,20 +20,12 @@ def philox(seed: int, row: Tensor, block: int, sets: Tensor, stream: int = 0) ->
     # Counter words 0 and 2, which are multiplied, and 1 and 3. There is no unsigned 32-bit arithmetic; int64 products
     # wrap to the right bits, so what is multiplied has to be cut to 32, and the rest at the end. The first two rounds
     # are of a row or a set alone.
-    (c0, c2), c1, c3 = _for_arithmetic(row[None, :], sets[:, None]), block, stream
+    c0, c1, c2, c3 = row[None, :], torch.tensor(block), sets[:, None], torch.tensor(stream)
     for r in range(_ROUNDS):
         keys = (seed + r * _KEY_STEPS[0]) & _MASK, ((seed >> 32) + r * _KEY_STEPS[1]) & _MASK
         p0, p2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (p2 >> 32 ^ c1 ^ keys[0]) & _MASK, p2, (p0 >> 32 ^ c3 ^ keys[1]) & _MASK, p0
-    return torch.stack([torch.as_tensor(word) for word in (c0, c1 & _MASK, c2, c3 & _MASK)])
-
-
-def _for_arithmetic(row: Tensor, sets: Tensor) -> tuple[Any, Any]:
-    """The counters as NumPy's arrays, where that is faster and possible."""
-    if row.device.type == "cpu" and row.numel() * sets.numel() <= NUMPY_COUNTERS:
-        with suppress(RuntimeError):  # PyTorch's, where there is no NumPy
-            return row.numpy(), sets.numpy()
-    return row, sets
+    return torch.stack((c0, c1 & _MASK, c2, c3 & _MASK))
 
 
 def gumbel(words: Tensor) -> Tensor:

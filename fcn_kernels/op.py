@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fcn_kernels import torch_backend
+from fcn_kernels import cpp_backend, torch_backend
 from fcn_kernels.problem import Gradients, Problem, Saved, Selected
 from fcn_kernels.rows import accumulator
 
@@ -40,22 +40,26 @@ def select(problem: Problem, keep: bool, backend: str) -> Selected:
     return Selected(*torch.ops.fcn_kernels.select.default(*problem, keep, backend))
 
 
-def _backend(name: str) -> ModuleType:
-    if name == "torch":
-        return torch_backend
-    from fcn_kernels.kernels import launch  # triton is imported only where it is used
+def _backend(name: str, features: Tensor) -> ModuleType:
+    if name == "triton":
+        from fcn_kernels.kernels import launch  # triton is imported only where it is used
 
-    return launch
+        return launch
+    if name == "cpp" or (name == "cpu" and not cpp_backend.unavailable(features.dtype)):
+        return cpp_backend
+    return torch_backend
 
 
 def _select(*args: Any) -> Selected:
     *fields, keep, backend = args
-    return _backend(backend).forward(Problem(*fields), keep)  # type: ignore[no-any-return]
+    p = Problem(*fields)
+    return _backend(backend, p.features).forward(p, keep)  # type: ignore[no-any-return]
 
 
 def _select_backward(*args: Any) -> Gradients:
+    p = Problem(*args[:_FIELDS])
     grad, *saved, backend = args[_FIELDS:]
-    return _backend(backend).backward(Problem(*args[:_FIELDS]), grad, Saved(*saved))  # type: ignore[no-any-return]
+    return _backend(backend, p.features).backward(p, grad, Saved(*saved))  # type: ignore[no-any-return]
 
 
 _library.impl("select", _select, "CompositeExplicitAutograd")
@@ -87,28 +91,51 @@ def _select_backward_fake(*args: Any) -> Gradients:
     return Gradients(p.features.new_empty(p.features.shape), norms.new_empty(p.rows), norms.new_empty(()))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Selected) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS], *output[2:])
-    ctx.constants, ctx.backend = inputs[_TENSORS:_FIELDS], inputs[-1]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+class _Select(torch.autograd.Function):
+    """The operator with its gradient. torch.library.register_autograd does the same and looks the schema's arguments
+    up one by one, which costs each call more than a hundred microseconds."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Selected:
+        output = _below_autograd(keyset, *args)
+        ctx.save_for_backward(*args[:_TENSORS], *output[2:])
+        ctx.constants, ctx.backend = args[_TENSORS:_FIELDS], args[-1]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * (1 + _FIELDS + 2)
+        if grad is None:
+            return nothing
+        tensors = ctx.saved_tensors
+        fields, kept = tensors[:_TENSORS], tensors[_TENSORS:]
+        gradients = torch.ops.fcn_kernels.select_backward.default(*fields, *ctx.constants, grad, *kept, ctx.backend)
+        dx, dq, dgamma = gradients
+        wanted = ctx.needs_input_grad[1:]
+        gamma = fields[2]
+        return (
+            None,
+            dx if wanted[0] else None,
+            dq.to(fields[1].dtype) if wanted[1] else None,
+            dgamma.to(gamma) if wanted[2] else None,
+            *nothing[4:],
+        )
 
 
-def _gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * (_FIELDS + 2)
-    if grad is None:
-        return nothing
-    tensors = ctx.saved_tensors
-    fields, kept = tensors[:_TENSORS], tensors[_TENSORS:]
-    dx, dq, dgamma = torch.ops.fcn_kernels.select_backward.default(*fields, *ctx.constants, grad, *kept, ctx.backend)
-    wanted = ctx.needs_input_grad
-    gamma = fields[2]
-    return (
-        dx if wanted[0] else None,
-        dq.to(fields[1].dtype) if wanted[1] else None,
-        dgamma.to(gamma) if wanted[2] else None,
-        *nothing[3:],
-    )
+def _below_autograd(keyset: Any, *args: Any) -> Selected:
+    below = keyset & torch._C._after_autograd_keyset
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fcn_kernels.select.default.redispatch(below, *args)  # type: ignore[no-any-return]
+
+
+def _select_autograd(keyset: Any, *args: Any) -> Selected:
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:_TENSORS])
+    return (_Select.apply if differentiable else _below_autograd)(keyset, *args)
+
+
+_library.impl("select", _select_autograd, "Autograd", with_keyset=True)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
@@ -118,7 +145,6 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     )
 
 
-torch.library.register_autograd("fcn_kernels::select", _gradient, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd("fcn_kernels::select_backward", _no_second_derivative, lib=_library)
 
 

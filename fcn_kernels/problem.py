@@ -1,4 +1,4 @@
-"""One selection call, validated and flattened: what the op, both backends and every tier agree on."""
+"""One selection call, validated and flattened: what the op, the backends and every tier agree on."""
 
 import math
 from typing import NamedTuple
@@ -11,7 +11,7 @@ class Problem(NamedTuple):
 
     "R rows" counts the rows of all sets: R = B * N for padded sets, T for packed ones, and a tensor of row values is
     flat over it. Rows whose saved norm is not > 0 can never be picked: -1 for padding, masked rows and rows of
-    unusable quality, NaN for rows whose features are not finite or all zero.
+    unusable quality, NaN for rows whose features are not finite or all zero (-1 for these, too, in C++).
     """
 
     features: Tensor  # (B, N, C) padded, or (T, C) packed
@@ -50,9 +50,9 @@ class Saved(NamedTuple):
 
     indices: Tensor  # (B, K) int64, -1 where there is no pick
     counts: Tensor  # (B,) int64
-    softmax: Tensor  # triton: (B, K) log sum_n exp(z_k(n) / tau); torch: (K, R) the softmaxes themselves
+    softmax: Tensor  # triton: (B, K) log sum_n exp(z_k(n) / tau); others: (K, R) the softmaxes themselves
     # (K - 1, R). triton: 1 - max cosine to the picks so far; sign bit: this step tied with those before it.
-    # torch: |x_n| (1 - cosine to this step's pick)
+    # others: |x_n| (1 - cosine to this step's pick)
     gaps: Tensor
     norms: Tensor  # (R,), the rows' norms and the marks above
 

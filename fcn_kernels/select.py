@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from fcn_kernels import op
+from fcn_kernels import cpp_backend, op
 from fcn_kernels.problem import Problem
 from fcn_kernels.rows import accumulator
 from fcn_kernels.torch_backend import unpickable_row
@@ -69,7 +69,7 @@ def coreset_select(
 
     Args:
         features: ``(B, N, C)`` sets of rows, ``(N, C)`` one set, or ``(T, C)`` packed sets with ``cu_seqlens``.
-            float32, bfloat16 or float16, summed in float32; float64 on the torch backend.
+            float32, bfloat16 or float16, summed in float32; float64, but not on the Triton backend.
         k: picks a set, at least 1. A set with fewer rows to pick gives those, and ``counts`` says so.
         quality: ``(B, N)``, ``(N,)`` or ``(T,)``, above 0. None: the rows' own norms, with their gradient.
         gamma: exponent of the quality in the distance, a number or a 0-d tensor (which may be learned). 0 makes it
@@ -91,7 +91,8 @@ def coreset_select(
             cu_seqlens is given. On a CUDA device the values of these, and of ``start``, are read by the kernels
             alone, which stay inside the tensors whatever they say; ``strict=True`` checks them first.
         strict: raise if a row that takes part cannot be picked, naming set and row. Waits for the device.
-        backend: "triton", "torch", or None: Triton on CUDA devices, else torch.
+        backend: "triton" (CUDA devices), "cpp" (CPUs; compiled on a machine's first call), "torch" (PyTorch's
+            operations, any device), or None: Triton on CUDA devices, C++ on CPUs where there is a compiler, else torch.
 
     Rows whose features are not finite or all zero, or whose quality is not finite or not above 0, are never picked,
     take no gradient and change nothing for the other rows.
@@ -102,7 +103,7 @@ def coreset_select(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: an argument has the wrong shape, value or device; with ``strict``, a row cannot be picked.
-        RuntimeError: the Triton backend is asked for where it cannot run.
+        RuntimeError: the Triton or the C++ backend is asked for where it cannot run.
 
     Source: Shapira and Keller, "FaceCoresetNet: Differentiable Coresets for Face Set Recognition", AAAI 2024,
     section 3 and Listing 1.
@@ -175,22 +176,33 @@ def coreset_select(
 
 
 def resolve_backend(backend: str | None, features: Tensor) -> str:
-    """The backend, "triton" or "torch", that a call with these features goes to."""
-    if backend not in (None, "triton", "torch"):
-        raise ValueError(f'expected backend "triton", "torch" or None, got {backend!r}')
-    cuda = features.device.type == "cuda"
+    """The backend that a call with these features goes to: "triton", "cpp", "torch" or "cpu".
+
+    "cpu" is "cpp" where that can be compiled, else "torch". It is decided when the call runs, so that one that was
+    traced or exported asks the machine that it runs on.
+    """
+    if backend not in (None, "triton", "cpp", "torch"):
+        raise ValueError(f'expected backend "triton", "cpp", "torch" or None, got {backend!r}')
+    device = features.device.type
     if backend is None:
-        return "triton" if cuda and HAS_TRITON and features.dtype != torch.float64 else "torch"
+        if device == "cpu":
+            return "cpu"
+        return "triton" if device == "cuda" and HAS_TRITON and features.dtype != torch.float64 else "torch"
     if backend == "triton":
         if not HAS_TRITON:
             raise RuntimeError('expected triton to be installed for backend="triton", and it is not')
-        if not (cuda or INTERPRETED):
+        if not (device == "cuda" or INTERPRETED):
             raise RuntimeError(
                 f'expected features on a CUDA device for backend="triton" (or TRITON_INTERPRET=1 set before '
                 f"fcn_kernels is imported), got {features.device}"
             )
         if features.dtype == torch.float64:
             raise TypeError('expected float32, bfloat16 or float16 features for backend="triton", got float64')
+    if backend == "cpp":
+        if device != "cpu":
+            raise RuntimeError(f'expected features on the CPU for backend="cpp", got {features.device}')
+        if not torch.compiler.is_compiling() and (reason := cpp_backend.unavailable(features.dtype)):
+            raise RuntimeError(f'expected backend="cpp" to be possible here: {reason}')
     return backend
 
 

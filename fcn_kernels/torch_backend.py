@@ -1,8 +1,7 @@
-"""Coreset selection in PyTorch operations: the backend of CPUs, float64 and any device without Triton.
+"""Coreset selection in PyTorch operations: the backend of whatever has neither Triton nor a C++ compiler.
 
 What makes it fast is what makes the kernels fast: no one-hot products, no unit rows, and memory order. A group of
-sets that fits the cache goes through all K steps before the next group starts; a larger set is walked in blocks, or,
-where only the picks are wanted, compared with few of them (:mod:`fcn_kernels.bounds`).
+sets that fits the cache goes through all K steps before the next group starts; a larger set is walked in blocks.
 With gap(n) = |x_n| (1 - max_j cos_j(n)) a step is one product, one minimum and one maximum over the set.
 """
 
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fcn_kernels import bounds
 from fcn_kernels.noise import STEPS_PER_DRAW, gumbel_noise
 from fcn_kernels.problem import Gradients, Problem, Saved, Selected
 from fcn_kernels.rows import GROUP_BYTES, Rows, accumulator
@@ -183,8 +181,6 @@ def _select(p: Problem, group: _Group, keep: bool) -> Selected:
     steps_kept, n_kept = (p.k, n) if keep else (0, 0)
     gaps = norms.new_empty(max(0, steps_kept - 1), sets, n_kept)
     softmax = norms.new_empty(steps_kept, sets, n_kept)
-    lazy = sets == 1 and not keep and p.noise is None and p.seed is None and bounds.pay(n, p.dim)
-    bound = None
     gap, logits = norms, quality
     picks, distances = [], []
     steps = range(p.k)
@@ -205,9 +201,6 @@ def _select(p: Problem, group: _Group, keep: bool) -> Selected:
         direction = x.take(place).to(norms.dtype)
         if fewest <= step:  # there is no pick, and the row in its place may not be finite
             direction = torch.where((step < counts)[:, None], direction, 0)
-        if bound is not None:
-            logits = bound.lowered_by(direction if p.normalized else direction / norms.take(place), barred)
-            continue
         products = x.products(direction)
         if p.normalized:
             fresh = torch.rsub(products, 1.0)
@@ -218,8 +211,6 @@ def _select(p: Problem, group: _Group, keep: bool) -> Selected:
             gaps[step] = fresh
         gap = fresh if step == 0 else torch.minimum(gap, fresh)
         logits = gap * coefficient
-        if lazy:
-            bound = bounds.Bounds(x, torch.ones_like(norms) if p.normalized else norms, gap, coefficient)
 
     indices, distance = torch.stack(picks, 1), torch.stack(distances, 1)
     features = x.take(torch.add(indices, each[:, None], alpha=n)).to(p.features.dtype)

@@ -33,8 +33,8 @@ class Outcome(NamedTuple):
         return {name: grad for name, grad in named.items() if grad is not None}
 
 
-def select_on(backend: str) -> Select:
-    """coreset_select on one backend."""
+def select_on(backend: str | None) -> Select:
+    """coreset_select on one backend; None: the one that the device gets."""
 
     def call(*args: Any, **options: Any) -> Coreset:
         return coreset_select(*args, backend=backend, **options)
@@ -144,9 +144,9 @@ def weights_for(case: Case, seed: int = 1) -> Tensor:
 
 
 def assert_equal_in_float64(case: Case) -> None:
-    """The torch backend gives what the reference gives; gradients within 1e-10 of their size."""
+    """The device's backend gives what the reference gives; gradients within 1e-10 of their size."""
     weights = weights_for(case)
-    expected, got = outcome(listing, case, weights), outcome(select_on("torch"), case, weights)
+    expected, got = outcome(listing, case, weights), outcome(coreset_select, case, weights)
     assert torch.equal(got.coreset.indices, expected.coreset.indices)
     assert torch.equal(got.coreset.counts, expected.coreset.counts)
     # The reference's one-hot products round, as hard - soft + soft is 1 only within a bit.
@@ -164,7 +164,7 @@ def largest(values: Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0
 
 
-def assert_as_accurate_as_eager(case: Case, backend: str) -> int:
+def assert_as_accurate_as_eager(case: Case, backend: str | None = None) -> int:
     """A backend picks what the float64 listing picks, and loses at most twice what the listing loses in its dtype.
 
     Beside that, it may lose the rounding of the result to its dtype, and four float32 roundings of the largest logit,

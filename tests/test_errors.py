@@ -113,7 +113,7 @@ WRONG = {
     "start's shape": (ValueError, r"start of shape \(2,\) .*, got \(3,\)", X, 1, {"start": torch.zeros(3).long()}),
     "start's dtype": (TypeError, "start of dtype int32, int64, got torch.float32", X, 1, {"start": torch.zeros(2)}),
     "start a float": (TypeError, "start to be an int or a Tensor of integers, got float", X, 1, {"start": 1.0}),
-    "backend": (ValueError, 'backend "triton", "torch" or None, got \'cuda\'', X, 1, {"backend": "cuda"}),
+    "backend": (ValueError, 'backend "triton", "cpp", "torch" or None, got \'cuda\'', X, 1, {"backend": "cuda"}),
     "triton in float64": (
         TypeError,
         "float16 features for backend=.*got float64",

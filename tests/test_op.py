@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fcn_kernels import CoresetSelect, coreset_select
+from fcn_kernels.cpp_backend import unavailable
 from fcn_kernels.op import select
 from fcn_kernels.problem import Problem
 
@@ -44,10 +45,15 @@ def _moved(problem, device):
     )
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request, monkeypatch):
+@pytest.fixture(params=["torch", "cpp", "triton"])
+def backend(request, monkeypatch, device):
+    if request.param == "cpp" and (reason := unavailable(torch.float32)):
+        pytest.skip(reason)
+    if request.param == "cpp" and device.type != "cpu":
+        pytest.skip("the tensors are on a GPU")
     if request.param == "triton":
         pytest.importorskip("triton")
+    if request.param != "torch":
         # what is saved of padding is not written, nor read: opcheck, which compares it, should find the same there
         plain = torch.Tensor.new_empty
         monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **options: plain(*args, **options).zero_())

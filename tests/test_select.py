@@ -1,7 +1,8 @@
-"""The torch backend against the reference listing, in float64, and what a call takes, keeps and gives."""
+"""The backends of a CPU against the reference listing, in float64, and what a call takes, keeps and gives."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -16,17 +17,27 @@ from oracle import (
     decided,
     listing_of,
     outcome,
-    select_on,
     smooth_counterpart,
     weights_for,
 )
 from problems import STRIDED, Case, cases, pack, random_case, spoil
 from torch import Tensor
 
-from fcn_kernels import bounds, coreset_select, rows, torch_backend
+from fcn_kernels import coreset_select, cpp_backend, rows, torch_backend
 from reference.listing import coreset_listing
 
 F64 = torch.float64
+
+
+@pytest.fixture(autouse=True, scope="module", params=["torch", "cpp"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """All of this on either backend that a CPU may have."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(cpp_backend, "unavailable", lambda dtype: "not in this test")
+        elif reason := cpp_backend.unavailable(torch.float32):
+            pytest.skip(reason)
+        yield request.param
 
 
 # --- equal to the reference ---------------------------------------------------------------------------------------
@@ -70,7 +81,7 @@ def test_equals_the_listing_whatever_the_call(case: Case) -> None:
 @given(cases(torch.float32))
 @settings(max_examples=100)
 def test_float32_is_as_accurate_as_the_listing(case: Case) -> None:
-    assert_as_accurate_as_eager(case, "torch")
+    assert_as_accurate_as_eager(case)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -79,7 +90,7 @@ def test_half_precision_is_as_accurate_as_the_listing(dtype: torch.dtype) -> Non
     for seed in range(12):
         quality = ("random", "norms")[seed % 2]
         case = random_case(3, 20, 24, 3, seed=seed, dtype=dtype, quality=quality)
-        compared += assert_as_accurate_as_eager(case, "torch")
+        compared += assert_as_accurate_as_eager(case)
     assert compared > 18  # of 36; in the others the listing's own rounding picks another row
 
 
@@ -87,8 +98,8 @@ def test_gradient_of_a_sharp_softmax_is_accurate() -> None:
     """At tau = 0.01 and qualities of 20, logits / tau are in the thousands, where a float32 ends at 2^-13."""
     case = random_case(4, 10, 8, 3, noise=1.0, tau=0.01)
     case = Case(case.features, case.k, 20 * case.quality, case.gamma, case.options)
-    assert assert_as_accurate_as_eager(case, "torch") == 4
-    vanishing = outcome(select_on("torch"), case.with_options(tau=1e-10), weights_for(case))
+    assert assert_as_accurate_as_eager(case) == 4
+    vanishing = outcome(coreset_select, case.with_options(tau=1e-10), weights_for(case))
     assert torch.equal(vanishing.quality, torch.zeros_like(case.quality))  # the listing's tau at inference
 
 
@@ -119,52 +130,7 @@ def test_groups_and_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch, group_by
         case = pack(case, torch.tensor([11, 3, 0, 10, 5, 11, 1]))
     assert_equal_in_float64(case)
     half = case.cast(torch.bfloat16)
-    assert_as_accurate_as_eager(half, "torch")
-
-
-@pytest.mark.parametrize("first", [1, 3, 64])
-@pytest.mark.parametrize("k", [2, 3, 9, 70])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"duplicates": True, "distinct": True},
-        {"quality": "flat", "gamma": 0.0},
-        {"gamma": 2.0, "distance_scale": 0.5},
-        {"unit": True},
-        {"spoiled": True},
-    ],
-)
-def test_comparing_only_the_rows_that_may_be_farthest(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], k: int, first: int
-) -> None:
-    """One large set is not compared with every pick, and the picks are those of the walk that does."""
-    monkeypatch.setattr(bounds, "FIRST", first)
-    for seed in range(3):
-        options = {"noise": None, "spoiled": False, **options}
-        spoiled = options.pop("spoiled")
-        case = random_case(1, 400, 6, k, seed=seed, dtype=F64, **options)
-        case = spoil(case, share=0.5) if spoiled else case
-        args = (case.features, case.k, case.quality, case.gamma)
-        monkeypatch.setattr(bounds, "pay", lambda rows, dim: False)
-        every = coreset_select(*args, backend="torch", **case.options)
-        monkeypatch.setattr(bounds, "pay", lambda rows, dim: True)
-        lazy = coreset_select(*args, backend="torch", **case.options)
-        assert torch.equal(lazy.counts, every.counts)
-        # Rows that coincide are equally far but for the last bit.
-        torch.testing.assert_close(lazy.features, every.features, rtol=0, atol=0)
-        torch.testing.assert_close(lazy.distances, every.distances, rtol=1e-12, atol=1e-15)
-
-
-def test_few_rows_meet_every_pick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The point of the bounds: 32 picks of 17,000 rows, and fewer row reads than two passes beside the first."""
-    met = []
-    take, blocks = rows.Rows.take, rows.Rows.blocks
-    monkeypatch.setattr(rows.Rows, "take", lambda self, places: met.append(places.numel()) or take(self, places))
-    monkeypatch.setattr(rows.Rows, "blocks", lambda self: met.append(self.rows.shape[1]) or blocks(self))
-    features = torch.randn(1, 17000, 128, generator=torch.Generator().manual_seed(0))
-    coreset_select(features, 32, backend="torch")
-    assert sum(met) < 2 * 17000
+    assert_as_accurate_as_eager(half)
 
 
 def test_threads_change_nothing() -> None:
@@ -256,11 +222,11 @@ def test_an_unpickable_row_changes_nothing_for_the_others(normalized: bool, bad:
         features[0, 2] = 0
         features[0, 2, 1] = 0.0 if bad == "zero" else bad
     case = Case(features, 3, quality, clean.gamma, clean.options)
-    got = outcome(select_on("torch"), case, weights_for(case))
+    got = outcome(coreset_select, case, weights_for(case))
     keep = torch.arange(6) != 2
     options = {**clean.options, "noise": clean.options["noise"][..., keep]}
     others = Case(clean.features[:, keep], 3, clean.quality[:, keep], clean.gamma, options)
-    expected = outcome(select_on("torch"), others, weights_for(case))
+    expected = outcome(coreset_select, others, weights_for(case))
     assert torch.equal(got.coreset.features, expected.coreset.features)
     assert (got.coreset.indices != 2).all()
     for name, grad in got.gradients().items():
@@ -281,7 +247,7 @@ def test_start_that_cannot_be_picked_gives_none() -> None:
 def test_start_takes_the_first_pick_out_of_the_gradient() -> None:
     """A given first pick was not chosen, so no gradient reaches the quality through it."""
     case = random_case(2, 6, 4, 1, start=1)
-    assert torch.equal(outcome(select_on("torch"), case, weights_for(case)).quality, torch.zeros(2, 6))
+    assert torch.equal(outcome(coreset_select, case, weights_for(case)).quality, torch.zeros(2, 6))
 
 
 def test_tau_does_not_change_the_picks() -> None:
@@ -328,7 +294,7 @@ def test_gradients_come_in_the_dtypes_of_what_they_belong_to() -> None:
 def test_each_gradient_alone(wanted: int) -> None:
     case = random_case(2, 12, 6, 4, dtype=F64)
     weights = weights_for(case)
-    every = outcome(select_on("torch"), case, weights)
+    every = outcome(coreset_select, case, weights)
     leaves = [case.features.clone(), case.quality.clone(), case.gamma.clone()]
     leaves[wanted].requires_grad_()
     coreset = coreset_select(leaves[0], 4, *leaves[1:], **case.options)
@@ -351,8 +317,7 @@ def test_strides_change_nothing(how: str) -> None:
         plain = strided.contiguous()
     weights = weights_for(case)
     results = [
-        outcome(select_on("torch"), Case(x, 3, case.quality, case.gamma, case.options), weights)
-        for x in (plain, strided)
+        outcome(coreset_select, Case(x, 3, case.quality, case.gamma, case.options), weights) for x in (plain, strided)
     ]
     before = strided.clone()
     for a, b in zip(results[0].coreset, results[1].coreset, strict=True):
@@ -364,7 +329,7 @@ def test_strides_change_nothing(how: str) -> None:
 def test_inputs_are_left_alone() -> None:
     case = spoil(random_case(2, 9, 5, 3))
     before = [case.features.clone(), case.quality.clone(), case.options["noise"].clone()]
-    outcome(select_on("torch"), case, weights_for(case))
+    outcome(coreset_select, case, weights_for(case))
     for left, right in zip(before, [case.features, case.quality, case.options["noise"]], strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
 

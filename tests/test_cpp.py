@@ -1,0 +1,234 @@
+"""What is the C++ backend's own: its columns, threads and bounds, and how it is compiled."""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import Outcome, assert_as_accurate_as_eager, assert_equal_in_float64, outcome, select_on, weights_for
+from problems import Case, pack, random_case, spoil
+
+from fcn_kernels import compiler, coreset_select, cpp_backend, op, torch_backend
+from fcn_kernels.info import DTYPES
+from fcn_kernels.problem import Problem
+
+F64 = torch.float64
+needs_compiler = pytest.mark.skipif(bool(cpp_backend.unavailable(torch.float32)), reason="no C++ compiler")
+
+
+@pytest.fixture
+def threads() -> Iterator[Any]:
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def sampled(case: Case, backend: str | None = "cpp") -> Outcome:
+    return outcome(select_on(backend), case, weights_for(case), generator=torch.Generator().manual_seed(3))
+
+
+def assert_same_bits(one: Outcome, other: Outcome) -> None:
+    for a, b in zip((*one.coreset, *one.gradients().values()), (*other.coreset, *other.gradients().values())):  # noqa: B905
+        assert torch.equal(a, b)
+
+
+# --- columns --------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 64, 71, 130])
+def test_any_number_of_columns(dim: int) -> None:
+    """Whole and part registers of them, in every type of row."""
+    assert_equal_in_float64(random_case(2, 9, dim, 4, dtype=F64, seed=dim))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert_as_accurate_as_eager(random_case(2, 9, dim, 3, dtype=dtype, seed=dim), "cpp")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+    case = random_case(3, 20, 21, 4, dtype=dtype)
+    exact = Case(
+        case.features.float(),
+        case.k,
+        case.quality.float(),
+        case.gamma.float(),
+        {"noise": case.options["noise"].float()},
+    )
+    weights = weights_for(case)
+    half, single = outcome(select_on("cpp"), case, weights), outcome(select_on("cpp"), exact, weights)
+    assert torch.equal(half.coreset.indices, single.coreset.indices)
+    assert torch.equal(half.features, single.features.to(dtype))
+
+
+# --- threads and bounds change nothing --------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("quality", ["random", "norms"])
+@pytest.mark.parametrize("shape", [(1, 1500, 64), (3, 700, 96), (40, 30, 64), (2, 5, 8)])
+def test_the_same_bits_on_any_number_of_threads(threads: Any, shape: tuple[int, int, int], quality: str) -> None:
+    """One large set in blocks, a few, and whole sets a thread."""
+    case = random_case(*shape, 5, noise=None, quality=quality, sample=True)
+    case = spoil(case, share=0.1)
+    threads(1)
+    alone = sampled(case)
+    for count in (2, 3, 7):
+        threads(count)
+        assert_same_bits(sampled(case), alone)
+
+
+@needs_compiler
+def test_a_large_set_among_small_ones(threads: Any) -> None:
+    """It is shared by the threads, the small ones are not; the same as one after another, and as the torch backend."""
+    lengths = torch.tensor([3, 0, 1300, 7, 1, 5])
+    case = pack(random_case(6, 1300, 64, 4, noise=None, sample=True), lengths)
+    threads(3)
+    shared = sampled(case)
+    threads(1)
+    assert_same_bits(sampled(case), shared)
+    reference = sampled(case, "torch")
+    assert torch.equal(shared.coreset.indices, reference.coreset.indices)
+    torch.testing.assert_close(shared.features, reference.features, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("k", [2, 3, 9, 70])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"noise": 0.3},
+        {"duplicates": True, "distinct": True},
+        {"duplicates": True, "quality": "flat", "gamma": 0.0},
+        {"gamma": 2.0, "distance_scale": 0.5},
+        {"unit": True},
+    ],
+)
+def test_inference_compares_few_rows_and_picks_the_same(options: dict[str, Any], k: int, threads: Any) -> None:
+    """A call that will have a gradient compares every row with every pick; one that will not, few of them."""
+    threads(2)
+    for seed in range(3):
+        case = random_case(1, 900, 80, k, seed=seed, **{"noise": None, **options})
+        every = coreset_select(
+            case.features.requires_grad_(), k, case.quality, case.gamma, backend="cpp", **case.options
+        )
+        with torch.no_grad():
+            few = coreset_select(case.features, k, case.quality, case.gamma, backend="cpp", **case.options)
+        assert all(torch.equal(a, b) for a, b in zip(few, every, strict=True))
+
+
+@needs_compiler
+def test_many_unusable_rows_do_not_slow_the_first_pick() -> None:
+    """The search for the first pick looks at one row; if that cannot be picked, at all of them at once."""
+    features = torch.full((1, 50_000, 4), torch.nan)
+    features[0, 77] = 1
+    coreset = coreset_select(features, 2, torch.rand(1, 50_000) + 0.5, backend="cpp")
+    assert coreset.indices.tolist() == [[77, -1]]
+    assert coreset.counts.tolist() == [1]
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", [{"lengths": [99, -5]}, {"cu_seqlens": [-7, 5, 99]}, {"start": [99, -5]}], ids=str)
+def test_values_that_a_compiled_call_does_not_check_stay_inside(changes: dict[str, list[int]]) -> None:
+    case = random_case(2, 7, 5, 3)
+    (name, values), *_ = changes.items()
+    features = case.features.flatten(0, 1) if name == "cu_seqlens" else case.features
+    nothing = dict.fromkeys(("noise", "seed", "start", "mask", "lengths", "cu_seqlens"))
+    problem = Problem(
+        features, case.quality.flatten(), case.gamma, **nothing, k=3, tau=1.0, distance_scale=1.0, normalized=False,
+        distinct=False,
+    )._replace(**{name: torch.tensor(values)})  # fmt: skip
+    out = op.select(problem, keep=True, backend="cpp")
+    assert (out.indices < 14).all()
+    assert (out.counts <= 3).all()
+    gradients = torch.ops.fcn_kernels.select_backward.default(*problem, torch.ones(2, 3, 5), *out[2:], "cpp")
+    assert gradients[0].shape == features.shape
+
+
+# --- compiling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """As in a process that has compiled nothing, on a machine where nothing was compiled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for cached in (compiler.load, compiler._folder, cpp_backend.unavailable, cpp_backend._function):
+        monkeypatch.setattr(cached.__module__ + "." + cached.__name__, functools.cache(cached.__wrapped__))
+    return monkeypatch
+
+
+def picks(**options: Any) -> list[list[int]]:
+    case = random_case(2, 9, 5, 3)
+    with torch.no_grad():
+        return coreset_select(case.features, 3, case.quality, case.gamma, **case.options, **options).indices.tolist()
+
+
+def refused(message: str) -> None:
+    """The call that names C++ raises, the one that does not runs on PyTorch's operations."""
+    ran = []
+    with pytest.MonkeyPatch.context() as patch:
+        forward = torch_backend.forward
+        patch.setattr(torch_backend, "forward", lambda *args: ran.append(1) or forward(*args))
+        assert picks() == picks(backend="torch")
+    assert len(ran) == 2
+    with pytest.raises(RuntimeError, match=f"(?s)expected backend.*{message}"):
+        picks(backend="cpp")
+
+
+def test_without_a_compiler(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.delenv("CXX", raising=False)
+    fresh.setenv("PATH", str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused("no C\\+\\+ compiler")
+
+
+def test_with_a_compiler_that_fails(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho no such thing >&2\nexit 1\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    fresh.setenv("CXX", str(broken))
+    with pytest.warns(UserWarning, match=r"slower PyTorch operations(.|\n)*no such thing") as warned:
+        refused("no such thing")
+    assert len(warned) == 1
+
+
+def test_switched_off(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("FCN_KERNELS_CPP", "0")
+    refused("FCN_KERNELS_CPP=0")
+
+
+@needs_compiler
+def test_compiles_once_for_a_machine(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert picks(backend="cpp") == picks(backend="torch")
+    (library,) = (tmp_path / "fcn_kernels").iterdir()
+    made = library.stat().st_mtime_ns
+    code = "import torch, fcn_kernels; fcn_kernels.coreset_select(torch.randn(5, 4), 2, backend='cpp')"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
+    assert [p.stat().st_mtime_ns for p in (tmp_path / "fcn_kernels").iterdir()] == [made]
+
+
+@needs_compiler
+def test_with_nowhere_to_keep_it(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    fresh.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert picks(backend="cpp") == picks(backend="torch")
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", DTYPES)
+def test_compiles_without_a_warning(name: str, tmp_path: Path) -> None:
+    defined = [f"-D{d}" for d in cpp_backend._ROWS[DTYPES[name]]]
+    command = [*compiler._compiler(), *compiler._FLAGS, "-Wall", "-Wextra", "-Werror", *defined]
+    subprocess.run([*command, str(cpp_backend._SOURCE), "-o", str(tmp_path / "library.so")], check=True)
