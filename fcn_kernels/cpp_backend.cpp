@@ -482,8 +482,8 @@ class Selection {
         met[i] = pick + 1;
     }
 
-    // The pick of a later step. In inference, the row of the highest bound meets the picks that it has not met yet, and
-    // then those rows whose bounds are above the best so far.
+    // The pick of a later step. In inference, each block's row of the highest bound meets the picks that it has not met
+    // yet, and then the rows whose bounds are above the best of those.
     int64_t farthest(int64_t step) {
         // fma, lest the compiler round differently here and there, and equal rows not be equal
         const auto noisy = [&](int64_t i) { return std::fma(gap[i], coefficient[i], noise.at(i)); };
@@ -492,14 +492,15 @@ class Selection {
         };
         Best so_far;
         if (!keep && step > 1) {
-            const Best highest = best_of_blocks([&](int64_t begin, int64_t end) {
-                Best best;
+            so_far = best_of_blocks([&](int64_t begin, int64_t end) {
+                Best highest, best;
                 for (int64_t i = begin; i < end; ++i)
-                    if (!barred[i]) best.meet(noisy(i), i);
+                    if (!barred[i]) highest.meet(noisy(i), i);
+                if (highest.row < 0) return best;
+                meet_all(highest.row);
+                best.meet(noisy(highest.row), highest.row);
                 return best;
             });
-            meet_all(highest.row);
-            so_far.meet(noisy(highest.row), highest.row);
         }
         return best_of_blocks([&](int64_t begin, int64_t end) {
                    Best best = so_far;
@@ -654,12 +655,12 @@ class Backpropagation {
         double mean = 0, onto_pick = 0;
         for (const Part& part : parts) mean += part.mean;
         for (const Part& part : parts) onto_pick += part.onto_pick - mean * part.onto_pick_by_mean;
-        for (int64_t c = 0; c < call.dim; ++c) {
-            double total = -onto_pick * picked[pick * width + c];
-            for (int64_t b = 0; b < blocks; ++b)
-                total += sums[2 * b * width + c] - mean * sums[(2 * b + 1) * width + c];
-            arriving[pick * width + c] += Acc(total);
-        }
+        std::vector<double> total(width);
+        for (int64_t b = 0; b < blocks; ++b)
+            for (int64_t c = 0; c < call.dim; ++c)
+                total[c] += sums[2 * b * width + c] - mean * sums[(2 * b + 1) * width + c];
+        for (int64_t c = 0; c < call.dim; ++c)
+            arriving[pick * width + c] += Acc(total[c] - onto_pick * picked[pick * width + c]);
         set.for_blocks([&](int64_t, int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
                 if (!usable(i)) continue;

@@ -37,7 +37,11 @@ _library.define(
 
 def select(problem: Problem, keep: bool, backend: str) -> Selected:
     """Run the forward operator; ``keep`` saves what the gradient needs."""
-    return Selected(*torch.ops.fcn_kernels.select.default(*problem, keep, backend))
+    run = torch.ops.fcn_kernels.select.default
+    if keep or torch.compiler.is_compiling():
+        return Selected(*run(*problem, keep, backend))
+    with torch._C._AutoDispatchBelowAutograd():  # past its hook in Python, a sixth of a call on a tiny set
+        return Selected(*run(*problem, keep, backend))
 
 
 def _backend(name: str, features: Tensor) -> ModuleType:
@@ -131,8 +135,9 @@ def _below_autograd(keyset: Any, *args: Any) -> Selected:
 
 
 def _select_autograd(keyset: Any, *args: Any) -> Selected:
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:_TENSORS])
-    return (_Select.apply if differentiable else _below_autograd)(keyset, *args)
+    features, quality, gamma = args[:3]
+    wanted = features.requires_grad or gamma.requires_grad or (quality is not None and quality.requires_grad)
+    return (_Select.apply if wanted and torch.is_grad_enabled() else _below_autograd)(keyset, *args)
 
 
 _library.impl("select", _select_autograd, "Autograd", with_keyset=True)
