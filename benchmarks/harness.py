@@ -2,7 +2,9 @@
 
 On a GPU a sample is the time between two device events around some calls, with the queue held back by a spinning
 kernel while the host fills it, so that what is timed is the device and not the launches. On a CPU it is wall-clock
-time. Contenders take turns, and each turn takes the next of several inputs, together larger than the last-level cache.
+time, after an untimed call on other inputs: there the contender before would leave its traces, in caches and in what
+the allocator holds. Contenders take turns, and each turn takes the next of several inputs, together larger than the
+last-level cache.
 """
 
 import gc
@@ -28,6 +30,7 @@ COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 SAMPLE_SECONDS = 2e-4  # a sample of short calls holds several: device events tell times apart by about a microsecond
 MOST_CALLS = 20
 LEAST_ROUNDS, MOST_ROUNDS = 3, 200
+LONGEST_LED = 0.05  # seconds; a longer call does not notice what was before it
 MOST_LEAD = 0.02  # seconds that the queue is held back: longer than the host takes for all but loops over sets
 
 
@@ -55,9 +58,11 @@ class Clock:
         if device.type == "cuda":
             self.cycles = self._cycles_per_second()
 
-    def sample(self, contender: Contender, turn: int, calls: int = 1, host: float = 0.0) -> float:
-        """Seconds a call; ``host`` is what the host needs to queue one."""
+    def sample(self, contender: Contender, turn: int, calls: int = 1, host: float = 0.0, led: bool = False) -> float:
+        """Seconds a call; ``host`` is what the host needs to queue one; ``led``: after an untimed one, on a CPU."""
         if self.device.type == "cpu":
+            if led:
+                contender(turn * calls - 1)
             begin = time.perf_counter()
             for call in range(calls):
                 contender(turn * calls + call)
@@ -105,9 +110,8 @@ def interleave(
     Returns the timings, and for each contender that raised in its warm-up the error: a baseline that cannot run
     here is missing from the results, with the reason, and the others are timed.
     """
-    plans: dict[str, tuple[Contender, int, float]] = {}
+    plans: dict[str, _Plan] = {}
     failures: dict[str, str] = {}
-    round_seconds = 0.0
     for name, contender in contenders.items():
         try:
             contender(0)
@@ -117,14 +121,25 @@ def interleave(
             failures[name] = reason(error)
             continue
         calls = max(1, min(MOST_CALLS, int(SAMPLE_SECONDS / estimate)))
-        plans[name] = contender, calls, host
-        round_seconds += calls * max(estimate, host)
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / max(round_seconds, 1e-9))))
+        led = clock.device.type == "cpu" and estimate < LONGEST_LED
+        plans[name] = _Plan(contender, calls, host, led, (calls + led) * max(estimate, host))
+    rounds = int(seconds / max(sum(plan.seconds for plan in plans.values()), 1e-9))
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, rounds))
     samples: dict[str, list[float]] = {name: [] for name in plans}
     for turn in range(rounds):
-        for name, (contender, calls, host) in plans.items():
-            samples[name].append(clock.sample(contender, turn, calls, host))
+        for name, plan in plans.items():
+            if plan.led:
+                plan.contender(turn * plan.calls - 1)
+            samples[name].append(clock.sample(plan.contender, turn, plan.calls, plan.host))
     return {name: Timing.of(s) for name, s in samples.items()}, failures
+
+
+class _Plan(NamedTuple):
+    contender: Contender
+    calls: int  # in a sample
+    host: float  # seconds that the host needs to queue one
+    led: bool  # by an untimed call
+    seconds: float  # of a round
 
 
 def reason(error: BaseException) -> str:

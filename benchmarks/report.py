@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.plots import draw
-from benchmarks.results import Results, Row, exponent, fixed_cost, load
+from benchmarks.results import Results, Row, exponent, load
 from benchmarks.targets import FITTED_FROM, judge, time_of
 from benchmarks.workloads import BOTH, COMPILED, EAGER, FORWARD, FUSED, LOOP
 
@@ -117,20 +117,13 @@ def _scaling(results: Results) -> Iterator[str]:
     for work in (FORWARD, BOTH):
         for name in (FUSED, EAGER):
             rows = results.of("scaling", work=work, implementation=name)
+            found = exponent(rows, FITTED_FROM)
             times = {r["all_rows"]: r for r in rows}
-            fixed = fixed_cost(rows)
-            found = (exponent(rows, FITTED_FROM), exponent(rows, FITTED_FROM, fixed))
-            slopes = ("" if slope is None else f"{slope:.3f}" for slope in found)
-            lines.append((work, name, *(_time(times.get(n)) for n in lengths), *slopes, time_of(fixed)))
+            lines.append((work, name, *(_time(times.get(n)) for n in lengths), "" if found is None else f"{found:.3f}"))
     yield from table(
-        (
-            *("work", "", *(f"N = {n:,}" for n in lengths), f"exponent from {FITTED_FROM:,} rows"),
-            *("beyond the fixed cost", "fixed cost of a call"),
-        ),
+        ("work", "", *(f"N = {n:,}" for n in lengths), f"exponent from {FITTED_FROM:,} rows"),
         lines,
     )
-    yield "The fixed cost is where the line through the two shortest lengths meets N = 0."
-    yield ""
 
 
 def _kcenter(results: Results) -> Iterator[str]:

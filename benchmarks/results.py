@@ -39,18 +39,9 @@ def load(path: Path) -> Results:
     return Results(rows, found.get("missing", {}), found["datetime"])
 
 
-def exponent(rows: list[Row], least_rows: int, fixed: float = 0.0) -> float | None:
-    """b of time = fixed + a N^b, by least squares of the logarithms over the medians from ``least_rows`` rows on."""
-    points = [(math.log(r["all_rows"]), math.log(r["median_s"] - fixed)) for r in rows if r["all_rows"] >= least_rows]
+def exponent(rows: list[Row], least_rows: int) -> float | None:
+    """b of time = a N^b, by least squares of the logarithms over the medians from ``least_rows`` rows on."""
+    points = [(math.log(r["all_rows"]), math.log(r["median_s"])) for r in rows if r["all_rows"] >= least_rows]
     if len({x for x, _ in points}) < 2:
         return None
     return statistics.linear_regression(*zip(*points, strict=True)).slope
-
-
-def fixed_cost(rows: list[Row]) -> float:
-    """Seconds of a call that its rows have no part in: the line through the two shortest lengths, at no rows."""
-    times = sorted((r["all_rows"], r["median_s"]) for r in rows)[:2]
-    if len(times) < 2:
-        return 0.0
-    (few, shorter), (more, longer) = times
-    return max(0.0, shorter - (longer - shorter) / (more - few) * few)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from benchmarks.results import Results, Row, exponent, fixed_cost
+from benchmarks.results import Results, Row, exponent
 from benchmarks.workloads import BOTH, COMPILED, EAGER, FORWARD, FUSED, IJBC_ROWS, IJBC_SETS
 
 WORKS = (FORWARD, BOTH)
@@ -47,7 +47,7 @@ def _gpu(results: Results) -> Iterator[Target]:
             "{:.0%}",
         )
     yield from _ratios(results, ((256, 20), (1, 8000)), {EAGER: 30.0, COMPILED: 4.0}, "bfloat16")
-    yield from _exponents(results, 0.03, LARGEST, beyond_fixed=False)
+    yield from _exponents(results, 0.03, LARGEST)
 
 
 def _cpu(results: Results) -> Iterator[Target]:
@@ -56,9 +56,7 @@ def _cpu(results: Results) -> Iterator[Target]:
     kept = [results.one("memory", rows=4000, implementation=name) for name in (FUSED, EAGER)]
     ratio = None if kept[0] is None or kept[1] is None else kept[1]["kept_bytes"] / kept[0]["kept_bytes"]
     yield _at_least("bytes kept for backward at N = 4,000, times fewer than the listing", ratio, 40.0, "{:.0f}x")
-    # a CPU's clock has the host's part of a call in it, which a GPU's events leave out
-    for beyond_fixed in (False, True):
-        yield from _exponents(results, 0.05, 100_000, beyond_fixed)
+    yield from _exponents(results, 0.05, 100_000)
 
 
 def _ratios(
@@ -73,13 +71,11 @@ def _ratios(
                 yield _at_least(f"B = {sets}, N = {n:,}, {work}: against the {other}", ratio, least, "{:.1f}x")
 
 
-def _exponents(results: Results, tolerance: float, most: int, beyond_fixed: bool) -> Iterator[Target]:
+def _exponents(results: Results, tolerance: float, most: int) -> Iterator[Target]:
     for work in WORKS:
         rows = results.of("scaling", work=work, implementation=FUSED)
-        fixed = fixed_cost(rows) if beyond_fixed else 0.0
-        found = exponent(rows, FITTED_FROM, fixed) if any(r["all_rows"] == most for r in rows) else None
-        what = "time beyond a call's fixed cost" if beyond_fixed else "time"
-        name = f"exponent of {what} against N, {FITTED_FROM:,} to {most:,}, {work}"
+        found = exponent(rows, FITTED_FROM) if any(r["all_rows"] == most for r in rows) else None
+        name = f"exponent of time against N, {FITTED_FROM:,} to {most:,}, {work}"
         reached = None if found is None else abs(found - 1) <= tolerance
         yield Target(name, f"1.00 +- {tolerance:.2f}", "" if found is None else f"{found:.3f}", reached)
 

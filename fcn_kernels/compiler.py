@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def load(source: Path, *definitions: str) -> ctypes.CDLL:
 
 
 def _compiler() -> tuple[str, ...]:
+    if sys.platform != "linux":
+        raise NoCompilerError("it is compiled on Linux alone")
     named = os.environ.get("CXX")
     if named:
         return tuple(named.split())

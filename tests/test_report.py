@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import picture, report, targets
-from benchmarks.results import Results, exponent, fixed_cost, load
+from benchmarks.results import Results, exponent, load
 from fcn_kernels import coreset_select
 
 pytest.importorskip("pytest_benchmark")
@@ -126,17 +126,6 @@ def test_exponent_is_that_of_the_times_from_the_least_length_on() -> None:
     assert exponent(rows, 10_000) == pytest.approx(1.5)
     assert exponent([row("fused", 1.0, 10), *rows], 10_000) == pytest.approx(1.5)
     assert exponent(rows, 100_000) is None
-
-
-def test_exponent_beyond_the_fixed_cost_is_that_of_what_the_rows_add() -> None:
-    rows = [row("fused", 3e-4 + 1e-7 * n, n) for n in (100_000, 1000, 10_000, 3000)]
-    assert fixed_cost(rows) == pytest.approx(3e-4)
-    raw = exponent(rows, 10_000)
-    assert raw is not None
-    assert raw < 0.95
-    assert exponent(rows, 10_000, fixed_cost(rows)) == pytest.approx(1.0)
-    assert fixed_cost([row("fused", 1e-12 * n**2, n) for n in (10, 20)]) == 0.0  # no call costs less than nothing
-    assert fixed_cost(rows[:1]) == 0.0
 
 
 def test_targets_tell_reached_from_short_from_not_measured() -> None:
