@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness import CACHE_BYTES, Contender
-from fcn_kernels import coreset_select, cpp_backend
+from fcn_kernels import coreset_select
+from fcn_kernels.cpp import launch as cpp
 from fcn_kernels.problem import Problem
 from fcn_kernels.rows import GROUP_BYTES, accumulator
 from reference.listing import coreset_listing
@@ -207,7 +208,7 @@ def least_bytes(case: Case, work: str) -> int:
 def tiers(case: Case, i: Inputs) -> tuple[str, str]:
     """The tiers of the forward and the backward pass."""
     if i.features.device.type == "cpu":
-        name = "torch" if cpp_backend.unavailable(case.dtype) else "cpp"
+        name = "torch" if cpp.unavailable(case.dtype) else "cpp"
         return name, name
     from fcn_kernels.kernels import launch
 

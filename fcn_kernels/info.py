@@ -6,8 +6,8 @@ import platform
 
 import torch
 
-from fcn_kernels import cpp_backend
 from fcn_kernels._version import __version__
+from fcn_kernels.cpp import launch as cpp
 from fcn_kernels.problem import Problem
 from fcn_kernels.select import HAS_TRITON, resolve_backend
 
@@ -58,7 +58,7 @@ def describe(args: argparse.Namespace, device: str) -> list[str]:
         backend = resolve_backend(args.backend, torch.empty(0, dtype=DTYPES[args.dtype], device=device))
     except (RuntimeError, TypeError) as error:
         return [str(error)]
-    lacking = cpp_backend.unavailable(DTYPES[args.dtype]) if backend == "cpu" else ""
+    lacking = cpp.unavailable(DTYPES[args.dtype]) if backend == "cpu" else ""
     if backend == "torch" or lacking:
         why = [f"not cpp: {lacking}"] if lacking else []
         return ["backend torch: cache-sized groups of sets, operation by operation", *why]

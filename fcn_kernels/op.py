@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fcn_kernels import cpp_backend, torch_backend
+from fcn_kernels import torch_backend
+from fcn_kernels.cpp import launch as cpp
 from fcn_kernels.problem import Gradients, Problem, Saved, Selected
 from fcn_kernels.rows import accumulator
 
@@ -49,8 +50,8 @@ def _backend(name: str, features: Tensor) -> ModuleType:
         from fcn_kernels.kernels import launch  # triton is imported only where it is used
 
         return launch
-    if name == "cpp" or (name == "cpu" and not cpp_backend.unavailable(features.dtype)):
-        return cpp_backend
+    if name == "cpp" or (name == "cpu" and not cpp.unavailable(features.dtype)):
+        return cpp
     return torch_backend
 
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from fcn_kernels import cpp_backend, op
+from fcn_kernels import op
+from fcn_kernels.cpp import launch as cpp
 from fcn_kernels.problem import Problem
 from fcn_kernels.rows import accumulator
 from fcn_kernels.torch_backend import unpickable_row
@@ -201,7 +202,7 @@ def resolve_backend(backend: str | None, features: Tensor) -> str:
     if backend == "cpp":
         if device != "cpu":
             raise RuntimeError(f'expected features on the CPU for backend="cpp", got {features.device}')
-        if not torch.compiler.is_compiling() and (reason := cpp_backend.unavailable(features.dtype)):
+        if not torch.compiler.is_compiling() and (reason := cpp.unavailable(features.dtype)):
             raise RuntimeError(f'expected backend="cpp" to be possible here: {reason}')
     return backend
 

@@ -17,12 +17,14 @@ import torch
 from oracle import Outcome, assert_as_accurate_as_eager, assert_equal_in_float64, outcome, select_on, weights_for
 from problems import Case, pack, random_case, spoil
 
-from fcn_kernels import compiler, coreset_select, cpp_backend, op, torch_backend
+from fcn_kernels import coreset_select, op, torch_backend
+from fcn_kernels.cpp import compiler
+from fcn_kernels.cpp import launch as cpp
 from fcn_kernels.info import DTYPES
 from fcn_kernels.problem import Problem
 
 F64 = torch.float64
-needs_compiler = pytest.mark.skipif(bool(cpp_backend.unavailable(torch.float32)), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(bool(cpp.unavailable(torch.float32)), reason="no C++ compiler")
 
 
 @pytest.fixture
@@ -129,6 +131,19 @@ def test_inference_compares_few_rows_and_picks_the_same(options: dict[str, Any],
 
 
 @needs_compiler
+@pytest.mark.parametrize("options", [{}, {"start": 3}, {"distinct": True, "tau": 0.5}, {"quality": "norms"}], ids=str)
+def test_drawn_noise_is_that_of_the_torch_backend(options: dict[str, Any]) -> None:
+    """For more steps than one draw serves."""
+    case = random_case(3, 30, 12, 11, noise=None, sample=True, **options)
+    ours, theirs = sampled(case), sampled(case, "torch")
+    assert torch.equal(ours.coreset.indices, theirs.coreset.indices)
+    plain = outcome(select_on("cpp"), case.with_options(sample=False), weights_for(case))
+    assert not torch.equal(ours.coreset.indices, plain.coreset.indices)
+    for name, grad in ours.gradients().items():
+        torch.testing.assert_close(grad, theirs.gradients()[name], rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
 def test_many_unusable_rows_do_not_slow_the_first_pick() -> None:
     """The search for the first pick looks at one row; if that cannot be picked, at all of them at once."""
     features = torch.full((1, 50_000, 4), torch.nan)
@@ -163,7 +178,7 @@ def test_values_that_a_compiled_call_does_not_check_stay_inside(changes: dict[st
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """As in a process that has compiled nothing, on a machine where nothing was compiled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (compiler.load, compiler._folder, cpp_backend.unavailable, cpp_backend._function):
+    for cached in (compiler.load, compiler._folder, cpp.unavailable, cpp._function):
         monkeypatch.setattr(cached.__module__ + "." + cached.__name__, functools.cache(cached.__wrapped__))
     return monkeypatch
 
@@ -204,6 +219,12 @@ def test_with_a_compiler_that_fails(fresh: pytest.MonkeyPatch, tmp_path: Path) -
     assert len(warned) == 1
 
 
+def test_with_a_compiler_that_is_not_there(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setenv("CXX", str(tmp_path / "nothing"))
+    with pytest.warns(UserWarning, match="slower PyTorch operations.*nothing"):
+        refused("nothing")
+
+
 def test_switched_off(fresh: pytest.MonkeyPatch) -> None:
     fresh.setenv("FCN_KERNELS_CPP", "0")
     refused("FCN_KERNELS_CPP=0")
@@ -229,6 +250,6 @@ def test_with_nowhere_to_keep_it(fresh: pytest.MonkeyPatch, tmp_path: Path) -> N
 @needs_compiler
 @pytest.mark.parametrize("name", DTYPES)
 def test_compiles_without_a_warning(name: str, tmp_path: Path) -> None:
-    defined = [f"-D{d}" for d in cpp_backend._ROWS[DTYPES[name]]]
+    defined = [f"-D{d}" for d in cpp._ROWS[DTYPES[name]]]
     command = [*compiler._compiler(), *compiler._FLAGS, "-Wall", "-Wextra", "-Werror", *defined]
-    subprocess.run([*command, str(cpp_backend._SOURCE), "-o", str(tmp_path / "library.so")], check=True)
+    subprocess.run([*command, str(cpp._SOURCE), "-o", str(tmp_path / "library.so")], check=True)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fcn_kernels import CoresetSelect, coreset_select
-from fcn_kernels.cpp_backend import unavailable
+from fcn_kernels.cpp.launch import unavailable
 from fcn_kernels.op import select
 from fcn_kernels.problem import Problem
 

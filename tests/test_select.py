@@ -23,7 +23,8 @@ from oracle import (
 from problems import STRIDED, Case, cases, pack, random_case, spoil
 from torch import Tensor
 
-from fcn_kernels import coreset_select, cpp_backend, rows, torch_backend
+from fcn_kernels import coreset_select, rows, torch_backend
+from fcn_kernels.cpp import launch as cpp
 from reference.listing import coreset_listing
 
 F64 = torch.float64
@@ -34,8 +35,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """All of this on either backend that a CPU may have."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
-            patch.setattr(cpp_backend, "unavailable", lambda dtype: "not in this test")
-        elif reason := cpp_backend.unavailable(torch.float32):
+            patch.setattr(cpp, "unavailable", lambda dtype: "not in this test")
+        elif reason := cpp.unavailable(torch.float32):
             pytest.skip(reason)
         yield request.param
 

@@ -1,6 +1,6 @@
 """Coreset selection in C++: the backend of CPUs that have a compiler.
 
-It saves what the torch backend saves, in the same form; ``cpp_backend.cpp`` says how it works.
+It saves what the torch backend saves, in the same form; ``select.cpp`` says how it works.
 """
 
 import ctypes
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcn_kernels import compiler
+from fcn_kernels.cpp import compiler
 from fcn_kernels.problem import Gradients, Problem, Saved, Selected
 from fcn_kernels.rows import accumulator
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
+_SOURCE = Path(__file__).with_name("select.cpp")
 _ROWS = {
     torch.float32: ("ROW=float",),
     torch.float64: ("ROW=double",),

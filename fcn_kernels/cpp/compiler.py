@@ -18,7 +18,16 @@ from pathlib import Path
 import torch
 
 _log = logging.getLogger(__name__)
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+    "-fvisibility=hidden",
+)
 
 
 class CompilerError(RuntimeError):
@@ -34,14 +43,15 @@ def load(source: Path, *definitions: str) -> ctypes.CDLL:
     """The library that ``source`` makes with ``-D`` definitions: compiled, or taken from an earlier process.
 
     The compiler is ``$CXX``, or c++, g++ or clang++. Libraries are kept in ``fcn_kernels`` under ``$XDG_CACHE_HOME``
-    or ``~/.cache``, under a name that changes with the source, the compiler, the CPU and PyTorch's threads.
+    or ``~/.cache``, under a name that changes with the sources beside it, the compiler, the CPU and PyTorch's threads.
 
     Raises:
         CompilerError: no library can be made or loaded.
     """
     compiler, threads = _compiler(), _threads()
-    version = subprocess.run((*compiler, "--version"), capture_output=True, text=True).stdout
-    made_of = (source.read_bytes(), definitions, compiler, version, _FLAGS, [t.name for t in threads], _cpu())
+    version = _run([*compiler, "--version"])
+    sources = [path.read_bytes() for path in sorted(source.parent.glob("*.[ch]*"))]
+    made_of = (sources, definitions, compiler, version, _FLAGS, [t.name for t in threads], _cpu())
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:20]
     library = _folder() / f"{source.stem}-{key}.so"
     if not library.exists():
@@ -49,15 +59,23 @@ def load(source: Path, *definitions: str) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / library.name
             defined = (f"-D{d}" for d in definitions)
-            command = [str(part) for part in (*compiler, *_FLAGS, *defined, source, *threads, "-o", made)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise CompilerError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+            _run([str(part) for part in (*compiler, *_FLAGS, *defined, source, *threads, "-o", made)])
             made.replace(library)  # whole or not at all, whoever else does the same
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise CompilerError(str(error)) from error
+
+
+def _run(command: list[str]) -> str:
+    """What a command prints."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise CompilerError(str(error)) from error
+    if done.returncode:
+        raise CompilerError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
 
 
 def _compiler() -> tuple[str, ...]:
@@ -89,10 +107,10 @@ def _cpu() -> str:
 
 @functools.cache
 def _folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcn_kernels"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcn_kernels"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError:  # read-only: compile anew in each process
+    except (OSError, RuntimeError):  # read-only, or no home: compile anew in each process
         return Path(tempfile.mkdtemp(prefix="fcn_kernels-"))

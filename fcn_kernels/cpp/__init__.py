@@ -1,0 +1,1 @@
+"""Selection on a CPU, in C++."""

@@ -1,0 +1,210 @@
+// The gradient of a selection from one set.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "sets.h"
+
+namespace fcn_kernels {
+
+// One set's way back through the steps; the formulas are torch_backend.py's. The softmax's mean S of what arrives is
+// known only after a pass over the rows, but all that comes of it is linear in S, so that one pass is enough: it sums
+// what S is multiplied by, and what not.
+class Backpropagation {
+  public:
+    Backpropagation(const Set& set, const Selected& saved, const Acc* grad, Row* dx, Acc* dq)
+        : set(set),
+          call(set.call),
+          tau(Acc(call.tau)),
+          norm(saved.norms + set.at),
+          gaps(saved.gaps + set.at),
+          softmax(saved.softmax + set.at),
+          dx(dx + set.at * call.dim),
+          dq(dq + set.at),
+          width(padded(call.dim)),
+          count(saved.counts[set.number]),
+          earlier(std::max<int64_t>(count - 1, 0)),
+          indices(saved.indices + set.number * call.k),
+          arriving(count * width),
+          picked(count * width),
+          along(set.n),
+          coefficient(set.n),
+          chain(set.n),
+          slope(set.n),
+          weight_term(set.n),
+          picked_here(set.n),
+          nearest(earlier * set.n),
+          mix(earlier * set.n) {
+        for (int64_t step = 0; step < count; ++step) {
+            std::copy_n(grad + (set.number * call.k + step) * call.dim, call.dim, &arriving[step * width]);
+            copy_row(set.row(indices[step]), &picked[step * width], call.dim);
+            picked_here[indices[step]] = true;
+        }
+    }
+
+    // Writes dx and dq of the set; returns its part of dgamma.
+    double run() {
+        prepare();
+        for (int64_t step = count - 1; step > 0; --step) step_back(step);
+        return finish();
+    }
+
+  private:
+    const Set& set;
+    const Call& call;
+    const Acc tau;
+    const Acc *norm, *gaps, *softmax;
+    Row* const dx;
+    Acc* const dq;
+    const int64_t width, count, earlier;  // earlier: picks that have one after them
+    const int64_t* const indices;
+    std::vector<Acc> arriving, picked;  // gradients at the picks, and the picks; (count, width)
+    std::vector<Acc> along;             // x_n . gradient at the step's pick, less what the pick itself has
+    std::vector<Acc> coefficient;       // what a gap is multiplied by to give a distance
+    std::vector<Acc> chain;             // gradient that the running minimum carries down from the later steps
+    std::vector<Acc> slope;             // sum_j dd_j(n)
+    std::vector<Acc> weight_term;       // sum_j dd_j(n) gap_j(n); at last, times the coefficient
+    std::vector<uint8_t> picked_here;
+    std::vector<Acc> nearest;  // running minimum of the gaps, (earlier, n)
+    std::vector<Acc> mix;      // dcos_j(n) / (|x_n| |x_j|), (n, earlier)
+
+    bool usable(int64_t i) const { return norm[i] > 0; }
+    Acc gap(int64_t pick, int64_t i) const { return gaps[pick * call.all_rows + i]; }
+    Acc y(int64_t step, int64_t i) const { return softmax[step * call.all_rows + i]; }
+    Acc quality(int64_t i) const { return call.quality ? call.quality[set.at + i] : norm[i]; }
+
+    void prepare() {
+        const Acc gamma = Acc(call.gamma), scale = Acc(call.distance_scale);
+        set.for_blocks([&](int64_t, int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i)
+                coefficient[i] = std::pow(quality(i), gamma) * scale / (call.normalized ? 1 : norm[i]);
+            for (int64_t pick = 0; pick < earlier; ++pick)
+                for (int64_t i = begin; i < end; ++i) {
+                    const Acc before = pick ? nearest[(pick - 1) * set.n + i] : INFINITE;
+                    nearest[pick * set.n + i] = std::min(before, gap(pick, i));
+                }
+        });
+    }
+
+    // A row's part of the mean S of `along`. The mean is the same from any origin; from the pick, whose softmax is
+    // nearly 1 where tau is small, little is lost in the differences.
+    Acc part_of_mean(int64_t step, int64_t i, Acc origin) {
+        along[i] = product(set.row(i), &arriving[step * width], call.dim) - origin;
+        return y(step, i) * along[i];
+    }
+    Acc origin(int64_t step) const { return product(set.row(indices[step]), &arriving[step * width], call.dim); }
+    Acc through_softmax(int64_t step, int64_t i, Acc mean) const { return y(step, i) * (along[i] - mean) / tau; }
+
+    // From the gradient at a step's pick to the distances to the pick before, and so to that pick's gradient.
+    void step_back(int64_t step) {
+        const int64_t pick = step - 1, blocks = set.blocks();
+        const Acc pick_norm = call.normalized ? 1 : norm[indices[pick]], from = origin(step);
+        struct Part {
+            Acc mean, onto_pick, onto_pick_by_mean;
+        };
+        std::vector<Part> parts(blocks);
+        std::vector<Acc> sums(2 * blocks * width);
+        const auto weight_of = [&](int64_t i) { return -share_of(pick, i) * coefficient[i] / pick_norm; };
+        set.for_blocks([&](int64_t b, int64_t begin, int64_t end) {
+            WeightedSums sum(&sums[2 * b * width], &sums[(2 * b + 1) * width], call.dim);
+            Part part = {};
+            for (int64_t i = begin; i < end; ++i) {
+                if (!usable(i)) continue;
+                part.mean += part_of_mean(step, i, from);
+                const Acc weight = weight_of(i), by_mean = weight * y(step, i) / tau;
+                const Acc alone = weight * chain[i] + by_mean * along[i];
+                sum.add(set.row(i), alone, by_mean);
+                if (call.normalized) continue;
+                const Acc projection = (norm[i] - gap(pick, i)) / pick_norm;  // x_n is so many times x_j, and a rest
+                part.onto_pick += alone * projection;
+                part.onto_pick_by_mean += by_mean * projection;
+            }
+            sum.flush();
+            parts[b] = part;
+        });
+        double mean = 0, onto_pick = 0;
+        for (const Part& part : parts) mean += part.mean;
+        for (const Part& part : parts) onto_pick += part.onto_pick - mean * part.onto_pick_by_mean;
+        std::vector<double> total(width);
+        for (int64_t b = 0; b < blocks; ++b)
+            for (int64_t c = 0; c < call.dim; ++c)
+                total[c] += sums[2 * b * width + c] - mean * sums[(2 * b + 1) * width + c];
+        for (int64_t c = 0; c < call.dim; ++c)
+            arriving[pick * width + c] += Acc(total[c] - onto_pick * picked[pick * width + c]);
+        set.for_blocks([&](int64_t, int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                if (!usable(i)) continue;
+                const Acc all = chain[i] + through_softmax(step, i, Acc(mean)), ddistance = all * share_of(pick, i);
+                chain[i] = all - ddistance;
+                slope[i] += ddistance;
+                weight_term[i] += ddistance * gap(pick, i);
+                mix[i * earlier + pick] = -ddistance * coefficient[i] / pick_norm;
+            }
+        });
+    }
+
+    // The part of d(running minimum) that goes to this distance: 1, 0, or 1/2 at an exact tie, as torch.minimum has it.
+    Acc share_of(int64_t pick, int64_t i) const {
+        if (pick == 0) return 1;
+        const Acc before = nearest[(pick - 1) * set.n + i], fresh = gap(pick, i);
+        return before > fresh ? 1 : before == fresh ? Acc(0.5) : 0;
+    }
+
+    double finish() {
+        const bool by_softmax = !call.start && count > 0;  // a given first pick was not chosen
+        const bool by_norm = !call.quality;                // then dx waits for dq, which waits for the mean
+        const Acc from = by_softmax ? origin(0) : 0;
+        Acc mean = 0;
+        if (by_softmax && by_norm)
+            mean = Acc(set.sum([&](int64_t i) { return usable(i) ? part_of_mean(0, i, from) : 0; }));
+        const double late_mean = set.sum([&](int64_t i) -> Acc {
+            if (!usable(i)) {
+                std::fill_n(dx + i * call.dim, call.dim, Row{});
+                return 0;
+            }
+            const Acc term = weight_term[i] *= coefficient[i];
+            dq[i] = Acc(call.gamma) * term / quality(i);
+            Acc radial = 0;  // dx_n has so many x_n
+            if (!call.normalized) radial = (slope[i] * coefficient[i] * norm[i] - term) / (norm[i] * norm[i]);
+            if (by_norm) radial += (dq[i] + (by_softmax ? through_softmax(0, i, mean) : 0)) / norm[i];
+            const Acc part = by_softmax && !by_norm ? part_of_mean(0, i, from) : 0;
+            write_row(i, radial);
+            return part;
+        });
+        if (!by_norm) mean = Acc(late_mean);
+        const double dgamma = set.sum([&](int64_t i) -> Acc {
+            if (!usable(i)) return dq[i] = 0;
+            if (by_softmax) dq[i] += through_softmax(0, i, mean);
+            return weight_term[i] * std::log(quality(i));
+        });
+        std::fill_n(dq + set.n, set.padding(), Acc(0));
+        std::fill_n(dx + set.n * call.dim, set.padding() * call.dim, Row{});
+        return dgamma;
+    }
+
+    // dx_n = radial x_n + sum_j mix_j(n) x_j, and the gradient at the pick where this row is one.
+    void write_row(int64_t i, Acc radial) {
+        // Copies, which the compiler knows that the stores do not change.
+        const Acc *const weights = mix.data() + i * earlier, *const picks = picked.data();
+        const int64_t mixed = earlier, stride = width, dim = call.dim;
+        const bool is_pick = picked_here[i];
+        Row* const to = dx + i * dim;
+        for_columns(set.row(i), dim, [&](Vec x, int64_t c, int) {
+            Vec sum = radial * x;
+            for (int64_t pick = 0; pick < mixed; ++pick) sum += weights[pick] * load_work(picks + pick * stride + c);
+            if (is_pick)
+                for (int64_t pick = 0; pick < count; ++pick)
+                    if (indices[pick] == i) sum += load_work(&arriving[pick * width + c]);
+            if (c + LANES <= dim)
+                store(to + c, sum);
+            else
+                store_part(to + c, sum, dim - c);
+        });
+    }
+};
+
+}  // namespace fcn_kernels

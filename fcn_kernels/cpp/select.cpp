@@ -1,0 +1,31 @@
+// Coreset selection and its gradient on a CPU, for rows of one type: launch.py has this compiled with ROW naming it.
+//
+// The algorithm is torch_backend.py's, row by row instead of operation by operation, so that a row is read once a step
+// while it is in cache, and many rows not at all: the running minimum only falls, so in inference a row is compared
+// with a pick only when its distance to the picks before could still make it the farthest.
+//
+// Sets go to threads whole, or, where a set is a large part of all the work, in blocks of rows. Blocks depend on the
+// set's size alone, and so does every sum: the same input gives the same bits on any number of threads.
+
+#include <vector>
+
+#include "backward.h"
+#include "forward.h"
+
+#define EXPORTED extern "C" [[gnu::visibility("default")]]
+
+using namespace fcn_kernels;
+
+EXPORTED void forward(const Call* call, const Selected* out) {
+    for_sets(*call, [&](const Set& set) { Selection(set, *out).run(); });
+}
+
+// grad (B, K, C) -> dx (R, C), dq (R,), dgamma.
+EXPORTED void backward(const Call* call, const Selected* saved, const Acc* grad, Row* dx, Acc* dq, Acc* dgamma) {
+    std::vector<double> parts(call->sets);
+    ask_for_large_pages(dx, call->all_rows * call->dim * sizeof(Row));
+    for_sets(*call, [&](const Set& set) { parts[set.number] = Backpropagation(set, *saved, grad, dx, dq).run(); });
+    double total = 0;
+    for (const double part : parts) total += part;
+    *dgamma = Acc(total);
+}

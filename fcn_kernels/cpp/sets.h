@@ -1,0 +1,125 @@
+// A call, its sets, and how they are spread over threads.
+
+#pragma once
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "columns.h"
+
+namespace fcn_kernels {
+
+// What a thread takes of a large set: enough rows to be worth it, few enough blocks that a sum of C columns for each
+// costs little beside the rows.
+constexpr int64_t BLOCK_ROWS = 64, MOST_BLOCKS = 256;
+// Elements of a set below which waking the other threads for each of its passes, some 5 us, costs more than it gives.
+constexpr int64_t LEAST_SHARED = 64 << 10;
+// A set is shared where it is more than this part of what a thread gets of all the rows.
+constexpr int64_t PARTS_A_THREAD = 4;
+
+// Memory from which large pages can be asked for: with less, there may be no whole one in it.
+constexpr uintptr_t LARGE_BYTES = 4 << 20;
+
+// Pointers are null for what is not given. R counts the rows of all sets, padding too; see problem.py.
+struct Call {
+    const Row* features;                   // rows of C adjacent elements
+    const Acc* quality;                    // (R,)
+    const Acc* noise;                      // (K, R)
+    const int64_t* seed;                   // 0-d
+    const int64_t* start;                  // (B,)
+    const uint8_t* mask;                   // (R,)
+    const int64_t* lengths;                // (B,)
+    const int64_t* cu_seqlens;             // (B + 1,)
+    int64_t sets, rows, all_rows, dim, k;  // B, N (of padded sets), R, C, K
+    int64_t set_stride, row_stride;        // elements
+    int64_t normalized, distinct, threads;
+    double gamma, tau, distance_scale;
+};
+
+struct Selected {  // of problem.py; the last three are null where they are not kept
+    Row* features;
+    Acc* distances;
+    int64_t *indices, *counts;
+    Acc *softmax, *gaps, *norms;
+};
+
+struct Set {
+    const Call& call;
+    int64_t number, at, n, threads;  // at: its first row among all R; threads: how many share it
+    const Row* first;
+
+    Set(const Call& call, int64_t number, int64_t threads) : call(call), number(number), threads(threads) {
+        // Compiled calls do not look at these values; whatever they say, it stays inside the tensors.
+        const auto within = [](int64_t value, int64_t most) { return std::clamp<int64_t>(value, 0, most); };
+        if (call.cu_seqlens) {
+            at = within(call.cu_seqlens[number], call.all_rows);
+            n = within(call.cu_seqlens[number + 1] - at, call.all_rows - at);
+            first = call.features + at * call.row_stride;
+        } else {
+            at = number * call.rows;
+            n = call.lengths ? within(call.lengths[number], call.rows) : call.rows;
+            first = call.features + number * call.set_stride;
+        }
+    }
+
+    const Row* row(int64_t i) const { return first + i * call.row_stride; }
+    // Rows of its share of the R, beyond those that take part.
+    int64_t padding() const { return call.cu_seqlens ? 0 : call.rows - n; }
+    int64_t block_rows() const { return std::max(BLOCK_ROWS, (n + MOST_BLOCKS - 1) / MOST_BLOCKS); }
+    int64_t blocks() const { return (n + block_rows() - 1) / block_rows(); }
+
+    // work(block, its first row, its end) for all blocks.
+    template <class Work>
+    void for_blocks(Work work) const {
+        const int64_t size = block_rows(), count = blocks();
+        const auto one = [&](int64_t b) { work(b, b * size, std::min(n, (b + 1) * size)); };
+        if (threads == 1) {
+            for (int64_t b = 0; b < count; ++b) one(b);
+        } else {
+#pragma omp parallel for schedule(static) num_threads(threads)
+            for (int64_t b = 0; b < count; ++b) one(b);
+        }
+    }
+
+    // The sum of what part(row) is over the rows, by blocks.
+    template <class Part>
+    double sum(Part part) const {
+        std::vector<Acc> parts(blocks());
+        for_blocks([&](int64_t b, int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) parts[b] += part(i);
+        });
+        double total = 0;
+        for (const Acc p : parts) total += p;
+        return total;
+    }
+};
+
+template <class Work>
+void for_sets(const Call& call, Work work) {
+    const auto is_shared = [&](int64_t b) {
+        const int64_t n = Set(call, b, 1).n;
+        return call.threads > 1 && n * call.dim >= LEAST_SHARED && n * PARTS_A_THREAD * call.threads > call.all_rows;
+    };
+    int64_t shared = 0;
+    for (int64_t b = 0; b < call.sets; ++b)
+        if (is_shared(b)) work(Set(call, b, call.threads)), ++shared;
+    if (shared == call.sets) return;
+    const bool few = call.all_rows * call.dim < LEAST_SHARED || call.sets - shared == 1;
+#pragma omp parallel for schedule(dynamic) num_threads(few ? 1 : call.threads)
+    for (int64_t b = 0; b < call.sets; ++b)
+        if (!is_shared(b)) work(Set(call, b, 1));
+}
+
+// A gradient as large as its set is new memory, which the system hands out page by page as it is written: half of the
+// time of a backward pass over 100,000 rows, were the pages not asked for by the 2 MiB.
+inline void ask_for_large_pages(void* memory, int64_t bytes) {
+    const uintptr_t page = sysconf(_SC_PAGESIZE), from = reinterpret_cast<uintptr_t>(memory);
+    const uintptr_t begin = (from + page - 1) / page * page, end = (from + bytes) / page * page;
+    if (end > begin + LARGE_BYTES) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+}  // namespace fcn_kernels
