@@ -41,8 +41,13 @@ def select(problem: Problem, keep: bool, backend: str) -> Selected:
     run = torch.ops.fcn_kernels.select.default
     if keep or torch.compiler.is_compiling():
         return Selected(*run(*problem, keep, backend))
-    with torch._C._AutoDispatchBelowAutograd():  # past its hook in Python, a sixth of a call on a tiny set
-        return Selected(*run(*problem, keep, backend))
+    return Selected(*_without_gradient(run, *problem, keep, backend))
+
+
+def _without_gradient(run: Any, *args: Any) -> Any:
+    """Past the operator's hook for gradients, which is in Python: a sixth of a call on a tiny set."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return run(*args)
 
 
 def _backend(name: str, features: Tensor) -> ModuleType:
@@ -116,8 +121,8 @@ class _Select(torch.autograd.Function):
             return nothing
         tensors = ctx.saved_tensors
         fields, kept = tensors[:_TENSORS], tensors[_TENSORS:]
-        gradients = torch.ops.fcn_kernels.select_backward.default(*fields, *ctx.constants, grad, *kept, ctx.backend)
-        dx, dq, dgamma = gradients
+        run, args = torch.ops.fcn_kernels.select_backward.default, (*fields, *ctx.constants, grad, *kept, ctx.backend)
+        dx, dq, dgamma = run(*args) if torch.is_grad_enabled() else _without_gradient(run, *args)
         wanted = ctx.needs_input_grad[1:]
         gamma = fields[2]
         return (
