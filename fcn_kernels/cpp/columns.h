@@ -1,6 +1,11 @@
-// Rows, a vector register at a time. ROW is the type of their elements, BFLOAT16 is defined where that is bfloat16.
+// Rows, a vector register at a time. ROW is the type of their elements; BFLOAT16 or FLOAT16 is defined where it is
+// that.
 
 #pragma once
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #include <cmath>
 #include <cstdint>
@@ -46,6 +51,11 @@ inline void store(Row* to, Vec values) {  // to the nearest, ties to even
     const Words bits = reinterpret_cast<Words>(values);
     const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, not_a_number = (bits >> 16) | 0x40;
     *reinterpret_cast<RowVec*>(to) = __builtin_convertvector(values == values ? rounded : not_a_number, HalfWords);
+}
+#elif defined(FLOAT16) && defined(__F16C__) && !defined(__AVX512F__)  // GCC 12 converts vectors of these one by one
+inline Vec load(const Row* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
+inline void store(Row* to, Vec values) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 typedef Row RowVec __attribute__((vector_size(LANES * sizeof(Row)), aligned(sizeof(Row)), may_alias));

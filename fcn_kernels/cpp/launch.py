@@ -23,7 +23,7 @@ _ROWS = {
     torch.float32: ("ROW=float",),
     torch.float64: ("ROW=double",),
     torch.bfloat16: ("ROW=bfloat16", "BFLOAT16"),
-    torch.float16: ("ROW=_Float16",),
+    torch.float16: ("ROW=_Float16", "FLOAT16"),
 }
 
 
