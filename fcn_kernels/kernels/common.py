@@ -32,15 +32,6 @@ def scalar(pointer, value):
 
 
 @triton.jit
-def seed_of_call(pointer, value):
-    """The seed: given by value, or read on the device where the value is below 0, which no seed is.
-
-    One kernel for both: a CUDA graph that is captured draws its seed on the device, and has to find the kernel there.
-    """
-    return tl.load(pointer, mask=value < 0, other=value)
-
-
-@triton.jit
 def locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R):
     """Where a set's rows are: (first among the R rows, how many, offset into the features).
 

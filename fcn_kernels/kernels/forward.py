@@ -29,7 +29,6 @@ from fcn_kernels.kernels.common import (
     power,
     products,
     scalar,
-    seed_of_call,
 )
 
 
@@ -359,7 +358,7 @@ def select_forward(
     gamma_ptr,  # [1], or None for gamma_value
     gamma_value,
     noise_ptr,  # [K, R] float32, or None
-    seed_ptr,  # [1] int64, read where seed_value is below 0; or None
+    seed_ptr,  # [1] int64, or None for seed_value
     seed_value: "i64",
     start_ptr,  # [B], or None
     mask_ptr,  # [R] bool, or None
@@ -412,7 +411,7 @@ def select_forward(
         set_id = tl.load(order_ptr + set_id).to(tl.int32)
     first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     gamma = tl.cast(scalar(gamma_ptr, gamma_value), tl.float32)
-    seed = seed_of_call(seed_ptr, seed_value) if SEEDED else seed_value
+    seed = scalar(seed_ptr, seed_value)
     if TIER == RAGGED:
         resident = count <= BLOCK_N
     else:

@@ -194,9 +194,9 @@ def _forward(p: Problem, keep: bool, plan: Plan) -> Selected:
         arguments = (
             p.features,
             p.quality,
-            *gamma_argument(p.gamma),
+            *scalar_argument(p.gamma, float),
             p.noise,
-            *seed_argument(p.seed, out.counts),
+            *scalar_argument(p.seed, int),
             p.start,
             p.mask,
             p.lengths,
@@ -250,9 +250,9 @@ def _backward(p: Problem, grad: Tensor, saved: Saved, plan: Plan) -> Gradients:
         arguments = (
             p.features,
             p.quality,
-            *gamma_argument(p.gamma),
+            *scalar_argument(p.gamma, float),
             p.noise,
-            *seed_argument(p.seed, saved.counts),
+            *scalar_argument(p.seed, int),
             p.lengths,
             p.cu_seqlens,
             _order(p, plan),
@@ -325,16 +325,13 @@ def _sizes(p: Problem) -> tuple[Any, ...]:
     return stride_set, stride_row, n, p.dim, p.k, p.rows, p.tau, p.distance_scale
 
 
-def gamma_argument(gamma: Tensor) -> tuple[Tensor | None, float]:
-    """(pointer, value): on the host it is passed by value, on the device it is read there, without a wait."""
-    return (None, float(gamma)) if gamma.device.type == "cpu" else (gamma, 0.0)
-
-
-def seed_argument(seed: Tensor | None, other: Tensor) -> tuple[Tensor | None, int]:
-    """(pointer, value), likewise; where it is passed by value, the pointer is to another int64 on the device."""
-    if seed is None:
-        return None, 0
-    return (other, int(seed)) if seed.device.type == "cpu" else (seed, -1)
+def scalar_argument(value: Tensor | None, kind: type) -> tuple[Tensor | None, Any]:
+    """(pointer, value): a scalar on the host is passed by value, one on the device is read there, without a wait."""
+    if value is None:
+        return None, kind(0)
+    if value.device.type == "cpu":
+        return None, kind(value)
+    return value, kind(0)
 
 
 def _check(p: Problem) -> None:
