@@ -17,6 +17,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from oracle import Outcome, assert_as_accurate_as_eager, outcome, select_on, weights_for
+from poison import poisoned
 from problems import STRIDED, Case, cases, pack, random_case, spoil
 from side_by_side import side_by_side
 
@@ -35,7 +36,6 @@ BARRIER_CASES: tuple[dict[str, Any], ...] = (
     {"k": 1},
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GUARD = 64  # elements before and after what a launcher allocates
 
 
 def plan_of(tier: str, dim: int, rows: int) -> launch.Plan:
@@ -66,39 +66,6 @@ def forced(tier: str, backward: str | None = None, rows: int = 32) -> Iterator[N
         patch.setattr(launch, "SCALAR_ROWS", 8)
         patch.setattr(launch, "AT_ONCE", 0)  # ragged sets start longest first, however few
         yield
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Memory that launchers take comes full of NaN, and what lies around it must stay as it was."""
-    taken: list[Tensor] = []
-
-    def garbage(shape: tuple[int, ...], like: Tensor, **options: Any) -> Tensor:
-        dtype = options.get("dtype") or like.dtype
-        value = math.nan if dtype.is_floating_point else torch.iinfo(dtype).min // 3
-        size = math.prod(shape)
-        whole = torch.full((size + 2 * GUARD,), value, dtype=dtype, device=like.device)
-        taken.append(whole)
-        return whole[GUARD : GUARD + size].view(shape)
-
-    plain_new_empty = torch.Tensor.new_empty
-
-    def new_empty(self: Tensor, *shape: Any, **options: Any) -> Tensor:
-        shape = tuple(shape[0]) if shape and not isinstance(shape[0], int) else shape
-        if math.prod(shape) == 0:  # Triton's interpreter takes these for its own ends
-            return plain_new_empty(self, shape, **options)
-        return garbage(shape, self, **options)
-
-    def empty_like(like: Tensor, **options: Any) -> Tensor:
-        return garbage(like.shape, like, dtype=options.get("dtype"))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "new_empty", new_empty)
-        patch.setattr(torch, "empty_like", empty_like)
-        yield
-    for whole in taken:
-        around = torch.cat([whole[:GUARD], whole[-GUARD:]])
-        assert around.isnan().all() if whole.is_floating_point() else (around == around[0]).all()
 
 
 def run(case: Case, tier: str = "resident", rows: int = 32) -> Outcome:

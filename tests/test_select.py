@@ -20,6 +20,7 @@ from oracle import (
     smooth_counterpart,
     weights_for,
 )
+from poison import poisoned
 from problems import STRIDED, Case, cases, pack, random_case, spoil
 from torch import Tensor
 
@@ -39,6 +40,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         elif reason := cpp.unavailable(torch.float32):
             pytest.skip(reason)
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def bad_memory(backend: str) -> Iterator[None]:
+    """Whatever a backend allocates is full of NaN, and guarded."""
+    with poisoned():
+        yield
 
 
 # --- equal to the reference ---------------------------------------------------------------------------------------

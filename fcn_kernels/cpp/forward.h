@@ -57,7 +57,7 @@ class Selection {
                 forget(out.softmax);
         }
         for (; count < std::min(call.k, usable); ++count) {
-            if (call.distinct) barred[picks[count - 1]] = true;
+            if (call.distinct) take_out(count - 1);
             noise.advance(count);
             const int64_t pick = farthest(count);
             record(count, pick, gap[pick] * coefficient[pick]);
@@ -154,6 +154,13 @@ class Selection {
         if (keep && pick < call.k - 1) out.gaps[pick * call.all_rows + set.at + i] = positive;
         gap[i] = std::min(gap[i], positive);
         met[i] = pick + 1;
+    }
+
+    // Bars a picked row. It meets no further pick, and its gaps to them, which no gradient comes through, are 0.
+    void take_out(int64_t step) {
+        barred[picks[step]] = true;
+        for (int64_t pick = step; keep && pick < call.k - 1; ++pick)
+            out.gaps[pick * call.all_rows + set.at + picks[step]] = 0;
     }
 
     // The pick of a later step. In inference, each block's row of the highest bound meets the picks that it has not met
