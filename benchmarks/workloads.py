@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness import CACHE_BYTES, Contender
 from fcn_kernels import coreset_select
-from fcn_kernels.cpp import launch as cpp
+from fcn_kernels.op import runs_on
 from fcn_kernels.problem import Problem
 from fcn_kernels.rows import GROUP_BYTES, accumulator
 from reference.listing import coreset_listing
@@ -208,7 +208,7 @@ def least_bytes(case: Case, work: str) -> int:
 def tiers(case: Case, i: Inputs) -> tuple[str, str]:
     """The tiers of the forward and the backward pass."""
     if i.features.device.type == "cpu":
-        name = "torch" if cpp.unavailable(case.dtype) else "cpp"
+        name = runs_on("cpu", case.dtype)
         return name, name
     from fcn_kernels.kernels import launch
 

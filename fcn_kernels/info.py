@@ -8,6 +8,7 @@ import torch
 
 from fcn_kernels._version import __version__
 from fcn_kernels.cpp import launch as cpp
+from fcn_kernels.op import runs_on
 from fcn_kernels.problem import Problem
 from fcn_kernels.select import HAS_TRITON, resolve_backend
 
@@ -58,12 +59,12 @@ def describe(args: argparse.Namespace, device: str) -> list[str]:
         backend = resolve_backend(args.backend, torch.empty(0, dtype=DTYPES[args.dtype], device=device))
     except (RuntimeError, TypeError) as error:
         return [str(error)]
-    lacking = cpp.unavailable(DTYPES[args.dtype]) if backend == "cpu" else ""
-    if backend == "torch" or lacking:
-        why = [f"not cpp: {lacking}"] if lacking else []
-        return ["backend torch: cache-sized groups of sets, operation by operation", *why]
-    if backend in ("cpp", "cpu"):
+    found = runs_on(backend, DTYPES[args.dtype])
+    if found == "cpp":
         return ["backend cpp: sets spread over the threads, large ones by blocks of rows"]
+    if found == "torch":
+        why = [f"not cpp: {cpp.unavailable(DTYPES[args.dtype])}"] if backend == "cpu" else []
+        return ["backend torch: cache-sized groups of sets, operation by operation", *why]
     from fcn_kernels.kernels import launch
 
     problem = Problem(

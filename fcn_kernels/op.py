@@ -14,7 +14,6 @@ from torch.utils.flop_counter import register_flop_formula
 from fcn_kernels import torch_backend
 from fcn_kernels.cpp import launch as cpp
 from fcn_kernels.problem import Gradients, Problem, Saved, Selected
-from fcn_kernels.rows import accumulator
 
 _PROBLEM = (
     "Tensor features, Tensor? quality, Tensor gamma, Tensor? noise, Tensor? seed, Tensor? start, Tensor? mask, "
@@ -50,14 +49,19 @@ def _without_gradient(run: Any, *args: Any) -> Any:
         return run(*args)
 
 
+def runs_on(backend: str, dtype: torch.dtype) -> str:
+    """What a backend is for rows of this dtype: "cpu" is "cpp" where that can be compiled, else "torch"."""
+    if backend != "cpu":
+        return backend
+    return "torch" if cpp.unavailable(dtype) else "cpp"
+
+
 def _backend(name: str, features: Tensor) -> ModuleType:
     if name == "triton":
         from fcn_kernels.kernels import launch  # triton is imported only where it is used
 
         return launch
-    if name == "cpp" or (name == "cpu" and not cpp.unavailable(features.dtype)):
-        return cpp
-    return torch_backend
+    return cpp if runs_on(name, features.dtype) == "cpp" else torch_backend
 
 
 def _select(*args: Any) -> Selected:
@@ -79,19 +83,7 @@ _library.impl("select_backward", _select_backward, "CompositeExplicitAutograd")
 @torch.library.register_fake("fcn_kernels::select", lib=_library)
 def _select_fake(*args: Any) -> Selected:
     *fields, keep, backend = args
-    p = Problem(*fields)
-    accumulate = accumulator(p.features.dtype)
-    new = p.features.new_empty
-    steps, rows = (p.k, p.rows) if keep else (0, 0)
-    return Selected(
-        features=new(p.sets, p.k, p.dim),
-        distances=new(p.sets, p.k, dtype=accumulate),
-        indices=new(p.sets, p.k, dtype=torch.int64),
-        counts=new(p.sets, dtype=torch.int64),
-        softmax=new((p.sets, steps) if backend == "triton" else (steps, rows), dtype=accumulate),
-        gaps=new(max(steps - 1, 0), rows, dtype=accumulate),
-        norms=new(rows, dtype=accumulate),
-    )
+    return Selected.empty(Problem(*fields), keep, normalizers=backend == "triton")
 
 
 @torch.library.register_fake("fcn_kernels::select_backward", lib=_library)
@@ -106,47 +98,42 @@ class _Select(torch.autograd.Function):
     up one by one, which costs each call more than a hundred microseconds."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, *args: Any) -> Selected:
-        output = _below_autograd(keyset, *args)
+    def forward(ctx: Any, *args: Any) -> Selected:
+        output = _without_gradient(torch.ops.fcn_kernels.select.default, *args)
         ctx.save_for_backward(*args[:_TENSORS], *output[2:])
         ctx.constants, ctx.backend = args[_TENSORS:_FIELDS], args[-1]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        return output
+        return output  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * (1 + _FIELDS + 2)
+        nothing = (None,) * (_FIELDS + 2)
         if grad is None:
             return nothing
         tensors = ctx.saved_tensors
         fields, kept = tensors[:_TENSORS], tensors[_TENSORS:]
         run, args = torch.ops.fcn_kernels.select_backward.default, (*fields, *ctx.constants, grad, *kept, ctx.backend)
         dx, dq, dgamma = run(*args) if torch.is_grad_enabled() else _without_gradient(run, *args)
-        wanted = ctx.needs_input_grad[1:]
+        wanted = ctx.needs_input_grad
         gamma = fields[2]
         return (
-            None,
             dx if wanted[0] else None,
             dq.to(fields[1].dtype) if wanted[1] else None,
             dgamma.to(gamma) if wanted[2] else None,
-            *nothing[4:],
+            *nothing[3:],
         )
 
 
-def _below_autograd(keyset: Any, *args: Any) -> Selected:
-    below = keyset & torch._C._after_autograd_keyset
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fcn_kernels.select.default.redispatch(below, *args)  # type: ignore[no-any-return]
-
-
-def _select_autograd(keyset: Any, *args: Any) -> Selected:
+def _select_autograd(*args: Any) -> Selected:
     features, quality, gamma = args[:3]
     wanted = features.requires_grad or gamma.requires_grad or (quality is not None and quality.requires_grad)
-    return (_Select.apply if wanted and torch.is_grad_enabled() else _below_autograd)(keyset, *args)
+    if wanted and torch.is_grad_enabled():
+        return _Select.apply(*args)  # type: ignore[no-any-return]
+    return _without_gradient(torch.ops.fcn_kernels.select.default, *args)  # type: ignore[no-any-return]
 
 
-_library.impl("select", _select_autograd, "Autograd", with_keyset=True)
+_library.impl("select", _select_autograd, "Autograd")
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:

@@ -3,7 +3,10 @@
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from fcn_kernels.rows import accumulator
 
 
 class Problem(NamedTuple):
@@ -70,6 +73,21 @@ class Selected(NamedTuple):
     softmax: Tensor
     gaps: Tensor
     norms: Tensor
+
+    @classmethod
+    def empty(cls, p: Problem, keep: bool, normalizers: bool) -> "Selected":
+        """Not filled in yet; ``normalizers``: these are saved of the softmaxes, as triton does."""
+        new, accumulate = p.features.new_empty, accumulator(p.features.dtype)
+        steps, rows = (p.k, p.rows) if keep else (0, 0)
+        return cls(
+            features=new(p.sets, p.k, p.dim),
+            distances=new(p.sets, p.k, dtype=accumulate),
+            indices=new(p.sets, p.k, dtype=torch.int64),
+            counts=new(p.sets, dtype=torch.int64),
+            softmax=new((p.sets, steps) if normalizers else (steps, rows), dtype=accumulate),
+            gaps=new(max(steps - 1, 0), rows, dtype=accumulate),
+            norms=new(rows, dtype=accumulate),
+        )
 
 
 class Gradients(NamedTuple):

@@ -35,7 +35,7 @@ def threads() -> Iterator[Any]:
     torch.set_num_threads(before)
 
 
-def sampled(case: Case, backend: str | None = "cpp") -> Outcome:
+def sampled(case: Case, backend: str = "cpp") -> Outcome:
     return outcome(select_on(backend), case, weights_for(case), generator=torch.Generator().manual_seed(3))
 
 

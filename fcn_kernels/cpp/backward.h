@@ -108,14 +108,14 @@ class Backpropagation {
         };
         std::vector<Part> parts(blocks);
         std::vector<Acc> sums(2 * blocks * width);
-        const auto weight_of = [&](int64_t i) { return -share_of(pick, i) * coefficient[i] / pick_norm; };
         set.for_blocks([&](int64_t b, int64_t begin, int64_t end) {
             WeightedSums sum(&sums[2 * b * width], &sums[(2 * b + 1) * width], call.dim);
             Part part = {};
             for (int64_t i = begin; i < end; ++i) {
                 if (!usable(i)) continue;
                 part.mean += part_of_mean(step, i, from);
-                const Acc weight = weight_of(i), by_mean = weight * y(step, i) / tau;
+                const Acc weight = -share_of(pick, i) * coefficient[i] / pick_norm;
+                const Acc by_mean = weight * y(step, i) / tau;
                 const Acc alone = weight * chain[i] + by_mean * along[i];
                 sum.add(set.row(i), alone, by_mean);
                 if (call.normalized) continue;

@@ -84,6 +84,11 @@ class Selection {
     std::vector<Acc> directions;
     std::vector<int64_t> picks;
 
+    // What a step compares. fma, lest the compiler round differently here and there, and equal rows not be equal.
+    Acc noisy(int64_t step, int64_t i) const {
+        return step ? std::fma(gap[i], coefficient[i], noise.at(i)) : quality[i] + noise.at(i);
+    }
+
     template <class Scan>
     Best best_of_blocks(Scan scan) const {
         std::vector<Best> found(set.blocks());
@@ -116,7 +121,7 @@ class Selection {
             const Best best = best_of_blocks([&](int64_t begin, int64_t end) {
                 Best best;
                 for (int64_t i = begin; i < end; ++i)
-                    if (!barred[i]) best.meet(quality[i] + noise.at(i), i);
+                    if (!barred[i]) best.meet(noisy(0, i), i);
                 return best;
             });
             if (best.row < 0 || have_norms) return best;
@@ -166,8 +171,6 @@ class Selection {
     // The pick of a later step. In inference, each block's row of the highest bound meets the picks that it has not met
     // yet, and then the rows whose bounds are above the best of those.
     int64_t farthest(int64_t step) {
-        // fma, lest the compiler round differently here and there, and equal rows not be equal
-        const auto noisy = [&](int64_t i) { return std::fma(gap[i], coefficient[i], noise.at(i)); };
         const auto meet_all = [&](int64_t i) {
             for (int64_t pick = met[i]; pick < step; ++pick) meet(i, pick);
         };
@@ -176,19 +179,19 @@ class Selection {
             so_far = best_of_blocks([&](int64_t begin, int64_t end) {
                 Best highest, best;
                 for (int64_t i = begin; i < end; ++i)
-                    if (!barred[i]) highest.meet(noisy(i), i);
+                    if (!barred[i]) highest.meet(noisy(step, i), i);
                 if (highest.row < 0) return best;
                 meet_all(highest.row);
-                best.meet(noisy(highest.row), highest.row);
+                best.meet(noisy(step, highest.row), highest.row);
                 return best;
             });
         }
         return best_of_blocks([&](int64_t begin, int64_t end) {
                    Best best = so_far;
                    for (int64_t i = begin; i < end; ++i) {
-                       if (barred[i] || (!keep && best.is_above(noisy(i), i))) continue;
+                       if (barred[i] || (!keep && best.is_above(noisy(step, i), i))) continue;
                        meet_all(i);
-                       best.meet(noisy(i), i);
+                       best.meet(noisy(step, i), i);
                    }
                    return best;
                })
@@ -212,10 +215,9 @@ class Selection {
     // softmax(noisy logits / tau) of a step; its pick has the greatest.
     void keep_softmax(int64_t step, int64_t pick) {
         Acc* const y = out.softmax + step * call.all_rows + set.at;
-        const auto noisy = [&](int64_t i) { return (step ? gap[i] * coefficient[i] : quality[i]) + noise.at(i); };
-        const Acc greatest = noisy(pick), tau = Acc(call.tau);
+        const Acc greatest = noisy(step, pick), tau = Acc(call.tau);
         const Acc total =
-            Acc(set.sum([&](int64_t i) { return y[i] = barred[i] ? 0 : std::exp((noisy(i) - greatest) / tau); }));
+            Acc(set.sum([&](int64_t i) { return y[i] = barred[i] ? 0 : std::exp((noisy(step, i) - greatest) / tau); }));
         set.for_blocks([&](int64_t, int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) y[i] /= total;
         });

@@ -61,17 +61,7 @@ def unavailable(dtype: torch.dtype) -> str:
 
 def forward(p: Problem, keep: bool) -> Selected:
     """Select; with ``keep``, also save what :func:`backward` reads (else those tensors are empty)."""
-    new, accumulate = p.features.new_empty, accumulator(p.features.dtype)
-    steps, rows = (p.k, p.rows) if keep else (0, 0)
-    out = Selected(
-        features=new(p.sets, p.k, p.dim),
-        distances=new(p.sets, p.k, dtype=accumulate),
-        indices=new(p.sets, p.k, dtype=torch.int64),
-        counts=new(p.sets, dtype=torch.int64),
-        softmax=new(steps, rows, dtype=accumulate),
-        gaps=new(max(steps - 1, 0), rows, dtype=accumulate),
-        norms=new(rows, dtype=accumulate),
-    )
+    out = Selected.empty(p, keep, normalizers=False)
     if p.sets:
         kept = [t.data_ptr() if keep else None for t in out[4:]]
         _run("forward", p, _Selected(*(t.data_ptr() for t in out[:4]), *kept))

@@ -40,8 +40,6 @@ class Noise {
   public:
     explicit Noise(const Set& set) : set(set), drawn(set.call.seed ? STEPS_PER_DRAW * set.n : 0) {}
 
-    explicit operator bool() const { return set.call.seed || set.call.noise; }
-
     // To be called for each step in turn.
     void advance(int64_t step) {
         const Call& call = set.call;

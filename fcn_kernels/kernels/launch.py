@@ -178,16 +178,7 @@ def _planned(p: Problem, plan_for: Callable[..., Plan], held: int, keep: bool, r
 def _forward(p: Problem, keep: bool, plan: Plan) -> Selected:
     streams, divided = plan.tier != RESIDENT_TIER.value, plan.split != WHOLE.value
     new, sets, slots = p.features.new_empty, p.sets, p.sets * plan.parts
-    saved_rows = p.rows if keep else 0
-    out = Selected(
-        features=new(sets, p.k, p.dim),
-        distances=new(sets, p.k, dtype=torch.float32),
-        indices=new(sets, p.k, dtype=torch.int64),
-        counts=new(sets, dtype=torch.int64),
-        softmax=new(sets, p.k if keep else 0, dtype=torch.float32),
-        gaps=new(p.k - 1 if keep else 0, saved_rows, dtype=torch.float32),
-        norms=new(saved_rows, dtype=torch.float32),
-    )
+    out = Selected.empty(p, keep, normalizers=True)
     if sets == 0:
         return out
     with torch.cuda.device_of(p.features):
