@@ -251,6 +251,8 @@ def selection_specs(target: str) -> Iterator[Spec]:
         yield from specs("one set", 1, 100000, 512, bf16)
         given = torch.empty(256, dtype=torch.int64)
         yield from specs("norms, given start", 256, 20, 512, bf16, quality=None, start=given)
+        yield from specs("norms, given start", 256, 300, 512, bf16, quality=None, start=given)
+        yield from specs("given start", 1, 100000, 512, bf16, start=given[:1])
         yield from specs("norms", 1000, None, 512, bf16, quality=None)
         yield from specs("norms", 1, 8000, 512, bf16, quality=None)
         yield from specs(

@@ -4,7 +4,7 @@
 
 A pass is as many loads as the set has elements. A pick's row, loaded alone, counts too: K of N rows a time. What the
 tables of builds and of times cannot show is here exact: that a resident set is loaded once, and that a streamed one of
-given quality is loaded K - 1 times. Needs TRITON_INTERPRET=1, which this sets for itself, and no GPU.
+given quality or start is loaded K - 1 times. Needs TRITON_INTERPRET=1, which this sets for itself, and no GPU.
 """
 
 import os
@@ -20,12 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CALLS = ("quality", "norms", "norms, start")
+"""What a call is given: a quality, nothing, or a start."""
+
 
 class Reads(NamedTuple):
     """Passes over the rows of one call."""
 
     tier: str
-    quality: str
+    given: str
     rows: int
     k: int
     forward: float
@@ -52,15 +55,16 @@ def counted(tensor: Tensor) -> Iterator[list[int]]:
         InterpreterBuilder.create_masked_load = load
 
 
-def passes(rows: int, k: int, dim: int = 16, given: bool = True, sets: int = 1) -> tuple[float, float]:
+def passes(rows: int, k: int, dim: int = 16, given: str = CALLS[0], sets: int = 1) -> tuple[float, float]:
     """Passes over the rows that a call's forward and backward make, by the launcher's own choice of tier."""
     from fcn_kernels import coreset_select
 
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(sets, rows, dim, generator=generator).requires_grad_()
-    quality = torch.rand(sets, rows, generator=generator) + 0.5 if given else None
+    quality = torch.rand(sets, rows, generator=generator) + 0.5 if given == "quality" else None
+    start = rows // 2 if given.endswith("start") else None
     with counted(features) as forward:
-        coreset = coreset_select(features, k, quality, 0.5, backend="triton")
+        coreset = coreset_select(features, k, quality, 0.5, start=start, backend="triton")
     with counted(features) as backward:
         coreset.features.sum().backward()
     return forward[0] / features.numel(), backward[0] / features.numel()
@@ -84,7 +88,7 @@ def tiers() -> dict[str, Callable[..., Any]]:
 
 
 def measure(rows: int = 64, k: int = 3) -> list[Reads]:
-    """Every tier, with the quality given and with the rows' norms for it."""
+    """Every tier, for each of what may be given."""
     from fcn_kernels.kernels import launch
 
     found = []
@@ -92,8 +96,7 @@ def measure(rows: int = 64, k: int = 3) -> list[Reads]:
     try:
         for tier, plan in tiers().items():
             launch.forward_plan = launch.backward_plan = plan
-            for quality in ("given", "norms"):
-                found.append(Reads(tier, quality, rows, k, *passes(rows, k, given=quality == "given")))
+            found.extend(Reads(tier, given, rows, k, *passes(rows, k, given=given)) for given in CALLS)
     finally:
         launch.forward_plan, launch.backward_plan = original
     return found
@@ -104,9 +107,9 @@ def main() -> int:
     found = measure()
     rows, k = found[0].rows, found[0].k
     print(f"Passes over the rows of a set of {rows}, K = {k}; a pick's row alone is 1 / {rows}.")
-    print("\n| tier | quality | forward | backward |\n|---|---|---|---|")
+    print("\n| tier | given | forward | backward |\n|---|---|---|---|")
     for r in found:
-        print(f"| {r.tier} | {r.quality} | {r.forward:.3f} | {r.backward:.3f} |")
+        print(f"| {r.tier} | {r.given} | {r.forward:.3f} | {r.backward:.3f} |")
     return 0
 
 

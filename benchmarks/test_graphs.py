@@ -22,21 +22,17 @@ def rows(size: str) -> list[tuple[Case, str]]:
 def capture(case: Case, work: str, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     """The graph, and the indices that a replay writes. Both kinds of work draw noise."""
 
-    def call(generator: torch.Generator | None = None) -> torch.Tensor:
-        coreset = coreset_select(
-            inputs.features, case.k, inputs.quality, inputs.gamma, sample=True, generator=generator
-        )
+    def call() -> torch.Tensor:
+        coreset = coreset_select(inputs.features, case.k, inputs.quality, inputs.gamma, sample=True)
         if work == BOTH:
             torch.autograd.grad(coreset.features, inputs.leaves, inputs.grad)
         return coreset.indices
 
-    # while capturing, the seed is drawn on the device: warm up the kernels that read it there
-    generator = torch.Generator(inputs.features.device).manual_seed(0)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for _ in range(3):
-            call(generator)
+            call()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -26,13 +26,16 @@ LAUNCHES = [
 ]
 
 
-def _builds(*arguments: str) -> list[dict]:
-    # the interpreter would stand in for the compiler in this process
+def _run(*arguments: str) -> str:
+    """What Python prints, in a process where the interpreter does not stand in for the compiler."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.builds", "--json", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
+
+
+def _builds(*arguments: str) -> list[dict]:
+    return json.loads(_run("-m", "benchmarks.builds", "--json", *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +74,23 @@ def test_amd_builds():
     kernels = {f"{op}_{direction}" for op in ("select", "attention") for direction in ("forward", "backward")}
     assert {b["kernel"] for b in built} == kernels
     assert all(b["registers"] > 0 for b in built)
+
+
+CAPTURED = """
+from benchmarks import builds
+from fcn_kernels.kernels import attention_launch, launch
+
+def specs():
+    return [*builds.selection_specs("sm_90"), *builds.attention_specs()]
+
+called = specs()
+launch.seed_argument = attention_launch.seed_argument = lambda seed, _: (seed, 0 if seed is None else -1)
+captured = specs()
+assert any(spec.signature["seed_ptr"] == "*i64" for spec in called)
+assert captured == called
+"""
+
+
+def test_a_captured_call_needs_no_kernel_of_its_own():
+    """While a CUDA graph is captured the seed is on the device, and nothing can be compiled."""
+    _run("-c", CAPTURED)

@@ -33,6 +33,7 @@ BARRIER_CASES: tuple[dict[str, Any], ...] = (
     {"quality": "norms"},
     {"noise": None, "spoiled": True},
     {"distinct": True, "noise": 3.0, "duplicates": True},
+    {"start": torch.tensor([3, 12])},
     {"k": 1},
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -163,9 +164,10 @@ def test_a_row_picked_twice(tier: str, device: torch.device) -> None:
 def test_parts_that_meet_at_barriers(options: dict[str, Any], device: torch.device) -> None:
     """Bit for bit what parts that meet between launches give; and parts that hold their rows, as accurate as eager."""
     options = dict(options)
-    spoiled, k = options.pop("spoiled", False), options.pop("k", 3)
+    spoiled, k, start = options.pop("spoiled", False), options.pop("k", 3), options.pop("start", None)
     case = random_case(2, 13, 9, k, seed=4, **options)
-    case = (spoil(case) if spoiled else case).to(device)
+    case = spoil(case) if spoiled else case
+    case = (case if start is None else case.with_options(start=start)).to(device)
     together = nullcontext() if device.type == "cuda" else side_by_side()
     with together:
         met = run(case, "split at barriers")
@@ -192,6 +194,30 @@ def test_favourites_that_turn_out_unpickable(noise: float | None, tier: str, dev
         picked = coreset_select(case.features, 3, case.quality, case.gamma, backend="triton", **case.options)
         assert picked.indices[:, 0].tolist() == [5, -1, 8]
         assert picked.counts.tolist() == [3, 0, 3]
+        assert_as_accurate_as_eager(case, "triton")
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("quality", ["random", "norms"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_given_starts(k: int, quality: str, tier: str, device: torch.device) -> None:
+    """Sound ones in a set with a row that is not; and one that is not finite, is zero, masked, or of no quality."""
+    case = random_case(6, 14, 7, k, quality=quality)
+    features, mask = case.features.clone(), torch.ones(6, 14, dtype=torch.bool)
+    features[0, 4] = features[2, 7] = math.nan
+    features[3, 0] = 0.0
+    mask[4, 12] = False
+    given = case.quality
+    if given is not None:
+        given = given.clone()
+        given[5, 2] = -1.0
+    case = Case(features, k, given, case.gamma, {**case.options, "mask": mask})
+    case = case.with_options(start=torch.tensor([9, 13, 7, 0, 12, 2])).to(device)
+    with forced(tier), poisoned():
+        picked = coreset_select(case.features, k, case.quality, case.gamma, backend="triton", **case.options)
+        last = -1 if given is not None else 2
+        assert picked.indices[:, 0].tolist() == [9, 13, -1, -1, -1, last]
+        assert picked.counts.tolist() == [k, k, 0, 0, 0, k if last > 0 else 0]
         assert_as_accurate_as_eager(case, "triton")
 
 
@@ -299,13 +325,12 @@ def test_scalars_on_the_device(monkeypatch: pytest.MonkeyPatch, device: torch.de
     """Gamma and seed are read by the kernel where they are on the device, and passed by value where they are not."""
     case = random_case(2, 6, 5, 3, noise=None, sample=True).to(device)
     results = []
-    for by_pointer in (True, False):
-        scalar = (
-            (lambda v, kind: (v if v is None else v.to(device), kind(0)))
-            if by_pointer
-            else (lambda v, kind: (None, kind(0) if v is None else kind(v)))
-        )
-        monkeypatch.setattr(launch, "scalar_argument", scalar)
+    for number, seed in (
+        (lambda gamma: (gamma.to(device), 0.0), lambda seed, stand_in: (seed.to(device), -1)),
+        (lambda gamma: (None, float(gamma)), lambda seed, stand_in: (stand_in, int(seed))),
+    ):
+        monkeypatch.setattr(launch, "_number", number)
+        monkeypatch.setattr(launch, "seed_argument", seed)
         torch.manual_seed(2)
         results.append(run(case))
     assert same_bits(*results)

@@ -22,13 +22,13 @@ ALONE = 1 / ROWS  # a pick's row, loaded by itself
 
 @pytest.fixture(scope="module")
 def measured() -> dict[tuple[str, str], reads.Reads]:
-    return {(r.tier, r.quality): r for r in reads.measure(ROWS, K)}
+    return {(r.tier, r.given): r for r in reads.measure(ROWS, K)}
 
 
-@pytest.mark.parametrize("quality", ["given", "norms"])
+@pytest.mark.parametrize("given", reads.CALLS)
 @pytest.mark.parametrize("tier", ["resident", "ragged, set that fits"])
-def test_a_set_that_fits_is_read_once(measured: dict, tier: str, quality: str) -> None:
-    r = measured[tier, quality]
+def test_a_set_that_fits_is_read_once(measured: dict, tier: str, given: str) -> None:
+    r = measured[tier, given]
     assert r.forward == 1 + K * ALONE
     # once for all steps, once beside the gradient that is written, in tiles that each need the picks' rows
     tiles = ROWS // (launch.WRITE_ELEMENTS * 32 // 16)
@@ -37,17 +37,19 @@ def test_a_set_that_fits_is_read_once(measured: dict, tier: str, quality: str) -
 
 @pytest.mark.parametrize("tier", ["ragged, larger set", "streaming"])
 def test_a_streamed_set_is_read_once_a_distance(measured: dict, tier: str) -> None:
-    assert measured[tier, "given"].forward == K - 1 + (K + 1) * ALONE  # the first pick's row is looked at before
+    assert measured[tier, "quality"].forward == K - 1 + (K + 1) * ALONE  # the first pick's row is looked at before
     assert measured[tier, "norms"].forward == K + K * ALONE
-    assert K < measured[tier, "given"].backward < K + 0.25
+    assert measured[tier, "norms, start"].forward == K - 1 + 2 * K * ALONE  # the start's row is looked at each step
+    assert K < measured[tier, "quality"].backward < K + 0.25
     assert K + 1 < measured[tier, "norms"].backward < K + 1.25
 
 
 def test_parts_read_what_the_set_would(measured: dict) -> None:
     """Each of the two parts, and in LAUNCHES each launch, loads the picks' rows for itself."""
-    assert K - 1 < measured["split", "given"].forward < K - 1 + 2 * (K + 1) * ALONE + ALONE
+    assert K - 1 < measured["split", "quality"].forward < K - 1 + 2 * (K + 1) * ALONE + ALONE
     assert K < measured["split", "norms"].forward < K + 2 * K * ALONE + ALONE
-    assert K < measured["split", "given"].backward < K + 0.75
+    assert K - 1 < measured["split", "norms, start"].forward < K - 1 + 4 * K * ALONE + ALONE
+    assert K < measured["split", "quality"].backward < K + 0.75
 
 
 def test_parts_that_hold_their_rows_read_them_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fcn_kernels.attention_inputs import DROPOUT_STREAM
-from fcn_kernels.kernels.common import load_rows, scalar
+from fcn_kernels.kernels.common import load_rows, seed_of
 from fcn_kernels.kernels.noise import philox_word
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -128,7 +128,7 @@ def attention_forward(
     head, lane = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
     there = head < H
     dtype = rows_ptr.dtype.element_ty
-    seed = scalar(seed_ptr, seed_value)
+    seed = seed_of(seed_ptr, seed_value)
     begin, end, first, count = part_of_set(offsets_ptr, lengths_ptr, set_id, split, T, SPLITS, BLOCK_N)
     quality_ptr += first
     queries_ptr += set_id * H * C
@@ -196,7 +196,7 @@ def attention_backward(
     head, lane = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
     there = head < H
     dtype = rows_ptr.dtype.element_ty
-    seed = scalar(seed_ptr, seed_value)
+    seed = seed_of(seed_ptr, seed_value)
     begin, end, first, count = part_of_set(offsets_ptr, lengths_ptr, set_id, split, T, SPLITS, BLOCK_N)
     quality_ptr += first
     queries_ptr += set_id * H * C

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fcn_kernels.attention_inputs import Arriving, Gradients, Inputs, Outputs
 from fcn_kernels.kernels.attention import attention_backward, attention_forward
-from fcn_kernels.kernels.launch import MOST_REGISTERS, device_of, scalar_argument
+from fcn_kernels.kernels.launch import MOST_REGISTERS, device_of, seed_argument
 
 WARPS = 8
 # Loads in flight ahead of the products; ahead in the backward kernel, they spill on sm_80.
@@ -88,7 +88,7 @@ def _launch(kernel: Any, p: Inputs, tensors: Iterable[Tensor], stages: int) -> N
             _turns(dim, features.device),
             p.offsets,
             p.lengths,
-            *scalar_argument(p.seed, int),
+            *seed_argument(p.seed, p.offsets),
             *tensors,
             features.stride(0),
             features.shape[0],

@@ -449,8 +449,8 @@ def select_backward(
     gamma_ptr,  # [1], or None for gamma_value
     gamma_value,
     noise_ptr,  # [K, R] float32, or None
-    seed_ptr,  # [1] int64, or None for seed_value
-    seed_value: "i64",
+    seed_ptr,  # [1] int64, or None
+    seed_value: "i64",  # or negative: seed_ptr has it
     lengths_ptr,  # [B], or None
     cu_seqlens_ptr,  # [B + 1], or None
     order_ptr,  # [B], the sets in the order to start them in, or None
@@ -503,7 +503,7 @@ def select_backward(
     first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     extent = count if cu_seqlens_ptr is not None else N
     gamma = tl.cast(scalar(gamma_ptr, gamma_value), tl.float32)
-    seed = scalar(seed_ptr, seed_value)
+    seed = (seed_ptr, seed_value)
     if TIER == RAGGED:
         resident = count <= BLOCK_N
     else:

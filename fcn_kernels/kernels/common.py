@@ -32,6 +32,17 @@ def scalar(pointer, value):
 
 
 @triton.jit
+def seed_of(seed_ptr, seed_value):
+    """The seed: by value, or where that is negative, read on the device.
+
+    One kernel for both: a captured CUDA graph finds its seed on the device, and no kernel can be compiled meanwhile.
+    """
+    if seed_ptr is not None:
+        seed_value = tl.load(seed_ptr, mask=seed_value < 0, other=seed_value)
+    return seed_value
+
+
+@triton.jit
 def locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R):
     """Where a set's rows are: (first among the R rows, how many, offset into the features).
 
@@ -102,11 +113,14 @@ def power(quality, gamma):
 
 @triton.jit
 def perturb(logits, rows, inside, step, set_id, first, R, noise_ptr, seed, SEEDED: tl.constexpr):
-    """Logits [n] with the step's Gumbel noise."""
+    """Logits [n] with the step's Gumbel noise.
+
+    ``seed`` is what `seed_of` takes. It is read here, each time: rows of 1,024 columns leave no registers to hold it.
+    """
     if noise_ptr is not None:
         logits += tl.load(noise_ptr + step * R + first + rows, mask=inside, other=0.0)
     elif SEEDED:
-        logits += gumbel_noise(seed, rows, step, set_id)
+        logits += gumbel_noise(seed_of(*seed), rows, step, set_id)
     return logits
 
 

@@ -2,8 +2,9 @@
 
 Three tiers in one body. *Resident*: a program's tile [n, c] stays in registers from the first step to the last, so
 its rows are read once. *Streaming*: tiles are read again for each step, from L1 or L2 while the set fits there, and
-what a row carries from step to step, its norm and its gap, stands in global memory; with a quality given the rows are
-read K - 1 times, else K. Either can be *split*: a set's rows are divided between programs, which agree on each pick.
+what a row carries from step to step, its norm and its gap, stands in global memory; with a quality or a start
+given the rows are read K - 1 times, else K. Either can be *split*: a set's rows are divided between programs, which
+agree on each pick.
 
 A step ends one pick and makes the logits of the next. All that it needs of the set is a ballot: the best noisy logit,
 its row, that row's logit without the noise, and the denominator of the softmax. Splitting a set is exchanging those.
@@ -113,10 +114,21 @@ def favourite(
 
 
 @triton.jit
-def is_sound_row(rows_ptr, row, stride_row, cols, C):
+def is_sound_row(rows_ptr, row, there, stride_row, cols, C):
     """The same of one row, not seen yet."""
-    values = load_row(rows_ptr, row, True, stride_row, cols, C).to(tl.float32)
+    values = load_row(rows_ptr, row, there, stride_row, cols, C).to(tl.float32)
     return is_sound(tl.sqrt_rn(tl.sum(values * values, axis=0)))
+
+
+@triton.jit
+def may_start(rows_ptr, quality_ptr, mask_ptr, row, first, count, stride_row, cols, C):
+    """Whether a given first row is of the set and can be picked, whatever is known of the others."""
+    there = (row >= 0) & (row < count)
+    quality = 1.0
+    if quality_ptr is not None:
+        quality = tl.load(quality_ptr + first + row, mask=there, other=-1.0)
+    there = may_be_picked(quality, mask_ptr, first, row, there)
+    return there & is_sound_row(rows_ptr, row, there, stride_row, cols, C)
 
 
 @triton.jit
@@ -189,8 +201,8 @@ def forward_set(
     """One part of one set, all of it where it is not split.
 
     Where rows are streamed, the pass that first sees them makes the first pick, whose softmax and pickable rows it
-    also counts. EARLY, with a quality given, the pick is made before, from the qualities alone, and that pass is
-    spared: the first to see the rows compares them with the pick already.
+    also counts. EARLY, the pick is given, or made before from given qualities alone, and that pass is spared: the first
+    to see the rows compares them with the pick already.
     """
     cols = tl.arange(0, BLOCK_C)
     lane = tl.arange(0, BLOCK_N)
@@ -222,9 +234,11 @@ def forward_set(
         noisy = tl.where(open_to, noisy, float("-inf"))
         best, row, logit, denominator = challenge(best, row, logit, denominator, noisy, quality, mine, tau, KEEP)
     elif EARLY:
-        best, row = favourite(
-            quality_ptr, noise_ptr, seed, mask_ptr, set_id, first, low, admit_to, R, float("inf"), -1, SEEDED, BLOCK_R
-        )
+        if start_ptr is None:
+            best, row = favourite(
+                quality_ptr, noise_ptr, seed, mask_ptr, set_id, first, low, admit_to, R, float("inf"), -1, SEEDED,
+                BLOCK_R,
+            )  # fmt: skip
     else:
         for begin in range(low, admit_to, BLOCK_N):
             rows = begin + lane
@@ -251,9 +265,17 @@ def forward_set(
                 ballots_ptr, winners_ptr, admitted_ptr, step, slot, slots, parts, tau, KEEP, BLOCK_P
             )
         opening = tl.full((), step, tl.int32) == 0
-        if EARLY and not RESIDENT:
+        if start_ptr is not None:
+            start = tl.load(start_ptr + set_id).to(tl.int32)
+            if RESIDENT and SPLIT == WHOLE:
+                given = tl.sum(tl.where((lane == start) & open_to, 1, 0), axis=0) > 0
+            else:
+                given = may_start(rows_ptr, quality_ptr, mask_ptr, start, first, count, stride_row, cols, C)
+            pickable = tl.where(given, tl.maximum(pickable, 1), 0)  # EARLY: no other is known of yet
+            row = tl.where(opening, start, row)
+        elif EARLY and not RESIDENT:
             if opening:
-                while (best > float("-inf")) & (is_sound_row(rows_ptr, row, stride_row, cols, C) == 0):
+                while (best > float("-inf")) & (is_sound_row(rows_ptr, row, True, stride_row, cols, C) == 0):
                     best, row = favourite(
                         quality_ptr, noise_ptr, seed, mask_ptr, set_id, first, 0, count, R, best, row, SEEDED, BLOCK_R
                     )
@@ -263,14 +285,6 @@ def forward_set(
                     tl.store(
                         normalizers_ptr + set_id.to(tl.int64) * K, add_normalizers(openings_ptr, slot, parts, BLOCK_P)
                     )
-        if start_ptr is not None:
-            start = tl.load(start_ptr + set_id).to(tl.int32)
-            if RESIDENT and SPLIT == WHOLE:
-                given = tl.sum(tl.where((lane == start) & open_to, 1, 0), axis=0) > 0
-            else:
-                given = tl.load(norms_ptr + first + start, mask=(start >= 0) & (start < count), other=-1.0) > 0
-            pickable = tl.where(given, pickable, 0)
-            row = tl.where(opening, start, row)
         there = step < pickable
         picked = load_row(rows_ptr, row, there, stride_row, cols, C)
         if part == 0:
@@ -311,7 +325,7 @@ def forward_set(
                             quality, mark = admit(tile, rows, inside, first, quality_ptr, mask_ptr)
                             tl.store(norms_ptr + first + rows, mark, mask=inside)
                             admitted += tl.sum((mark > 0).to(tl.int32), axis=0)
-                            if KEEP:
+                            if KEEP and start_ptr is None:
                                 noisy = perturb(quality, rows, inside, 0, set_id, first, R, noise_ptr, seed, SEEDED)
                                 shares = tl.exp((noisy - opened) / tau)
                                 openings += tl.sum(tl.where(mark > 0, shares, 0.0), axis=0)
@@ -358,8 +372,8 @@ def select_forward(
     gamma_ptr,  # [1], or None for gamma_value
     gamma_value,
     noise_ptr,  # [K, R] float32, or None
-    seed_ptr,  # [1] int64, or None for seed_value
-    seed_value: "i64",
+    seed_ptr,  # [1] int64, or None
+    seed_value: "i64",  # or negative: seed_ptr has it
     start_ptr,  # [B], or None
     mask_ptr,  # [R] bool, or None
     lengths_ptr,  # [B], or None
@@ -392,7 +406,7 @@ def select_forward(
     NORMALIZED: tl.constexpr,
     DISTINCT: tl.constexpr,
     KEEP: tl.constexpr,
-    EARLY: tl.constexpr,  # the first pick needs no pass over the rows: K > 1, a quality is given, and no start
+    EARLY: tl.constexpr,  # the first pick needs no pass over the rows: K > 1, and a quality or a start is given
     TIER: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -411,7 +425,7 @@ def select_forward(
         set_id = tl.load(order_ptr + set_id).to(tl.int32)
     first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     gamma = tl.cast(scalar(gamma_ptr, gamma_value), tl.float32)
-    seed = scalar(seed_ptr, seed_value)
+    seed = (seed_ptr, seed_value)
     if TIER == RAGGED:
         resident = count <= BLOCK_N
     else:

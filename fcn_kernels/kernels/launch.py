@@ -185,9 +185,9 @@ def _forward(p: Problem, keep: bool, plan: Plan) -> Selected:
         arguments = (
             p.features,
             p.quality,
-            *scalar_argument(p.gamma, float),
+            *_number(p.gamma),
             p.noise,
-            *scalar_argument(p.seed, int),
+            *seed_argument(p.seed, out.indices),
             p.start,
             p.mask,
             p.lengths,
@@ -217,7 +217,7 @@ def _forward(p: Problem, keep: bool, plan: Plan) -> Selected:
                 NORMALIZED=p.normalized,
                 DISTINCT=p.distinct,
                 KEEP=keep,
-                EARLY=p.k > 1 and p.quality is not None and p.start is None,
+                EARLY=p.k > 1 and (p.quality is not None or p.start is not None),
                 TIER=plan.tier,
                 SPLIT=plan.split,
                 BLOCK_N=plan.block_n,
@@ -241,9 +241,9 @@ def _backward(p: Problem, grad: Tensor, saved: Saved, plan: Plan) -> Gradients:
         arguments = (
             p.features,
             p.quality,
-            *scalar_argument(p.gamma, float),
+            *_number(p.gamma),
             p.noise,
-            *scalar_argument(p.seed, int),
+            *seed_argument(p.seed, saved.indices),
             p.lengths,
             p.cu_seqlens,
             _order(p, plan),
@@ -316,13 +316,16 @@ def _sizes(p: Problem) -> tuple[Any, ...]:
     return stride_set, stride_row, n, p.dim, p.k, p.rows, p.tau, p.distance_scale
 
 
-def scalar_argument(value: Tensor | None, kind: type) -> tuple[Tensor | None, Any]:
-    """(pointer, value): a scalar on the host is passed by value, one on the device is read there, without a wait."""
-    if value is None:
-        return None, kind(0)
-    if value.device.type == "cpu":
-        return None, kind(value)
-    return value, kind(0)
+def _number(value: Tensor) -> tuple[Tensor | None, float]:
+    """(pointer, value): a number on the host is passed by value, one on the device is read there, without a wait."""
+    return (None, float(value)) if value.device.type == "cpu" else (value, 0.0)
+
+
+def seed_argument(seed: Tensor | None, stand_in: Tensor) -> tuple[Tensor | None, int]:
+    """(pointer, value) for the kernels' ``seed_of``; ``stand_in`` is any int64 tensor of the device."""
+    if seed is None:
+        return None, 0
+    return (stand_in, int(seed)) if seed.device.type == "cpu" else (seed, -1)
 
 
 def _check(p: Problem) -> None:
