@@ -4,6 +4,7 @@ They carry what PyTorch wants to know of an operation: shapes for tracing, a gra
 under vmap and in a second derivative. What runs is the backend that the public function named.
 """
 
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -26,27 +27,23 @@ _TENSORS = Problem._fields.index("k")  # what comes before it
 _library = torch.library.Library("fcn_kernels", "DEF")
 _library.define(
     f"select({_PROBLEM}, bool keep, str backend) -> "
-    "(Tensor features, Tensor distances, Tensor indices, Tensor counts, Tensor softmax, Tensor gaps, "
-    "Tensor norms)"
+    "(Tensor features, Tensor distances, Tensor indices, Tensor counts, Tensor[] kept)"
 )
 _library.define(
     f"select_backward({_PROBLEM}, Tensor grad, Tensor indices, Tensor counts, Tensor softmax, Tensor gaps, "
     "Tensor norms, str backend) -> (Tensor features, Tensor quality, Tensor gamma)"
 )
+_run, _run_backward = torch.ops.fcn_kernels.select.default, torch.ops.fcn_kernels.select_backward.default
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def select(problem: Problem, keep: bool, backend: str) -> Selected:
-    """Run the forward operator; ``keep`` saves what the gradient needs."""
-    run = torch.ops.fcn_kernels.select.default
-    if keep or torch.compiler.is_compiling():
-        return Selected(*run(*problem, keep, backend))
-    return Selected(*_without_gradient(run, *problem, keep, backend))
-
-
-def _without_gradient(run: Any, *args: Any) -> Any:
-    """Past the operator's hook for gradients, which is in Python: a sixth of a call on a tiny set."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return run(*args)
+    """Run the forward operator; ``keep`` keeps what the gradient needs."""
+    # Without the dispatcher, which would call the same hook, where nothing else waits for the call there: a sixth of
+    # the time of one on a tiny set.
+    torch_c = torch._C
+    heard = torch.compiler.is_compiling() or torch_c._is_tracing() or torch_c._are_functorch_transforms_active()
+    return Selected(*(_run if heard else _select_autograd)(*problem, keep, backend))
 
 
 def runs_on(backend: str, dtype: torch.dtype) -> str:
@@ -98,39 +95,41 @@ class _Select(torch.autograd.Function):
     up one by one, which costs each call more than a hundred microseconds."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Selected:
-        output = _without_gradient(torch.ops.fcn_kernels.select.default, *args)
-        ctx.save_for_backward(*args[:_TENSORS], *output[2:])
-        ctx.constants, ctx.backend = args[_TENSORS:_FIELDS], args[-1]
-        ctx.mark_non_differentiable(*output[1:])
+    def forward(ctx: Any, features: Tensor, quality: Tensor | None, gamma: Tensor, rest: Any) -> tuple[Tensor, ...]:
+        with _below_autograd():
+            out = Selected(*_run(features, quality, gamma, *rest))
+        ctx.save_for_backward(features, quality, gamma, *rest[: _TENSORS - 3], *out.saved)
+        ctx.constants = rest[_TENSORS - 3 :]
+        ctx.mark_non_differentiable(*out[1:4])
         ctx.set_materialize_grads(False)
-        return output  # type: ignore[no-any-return]
+        return out[:4]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * (_FIELDS + 2)
         if grad is None:
-            return nothing
+            return None, None, None, None
         tensors = ctx.saved_tensors
-        fields, kept = tensors[:_TENSORS], tensors[_TENSORS:]
-        run, args = torch.ops.fcn_kernels.select_backward.default, (*fields, *ctx.constants, grad, *kept, ctx.backend)
-        dx, dq, dgamma = run(*args) if torch.is_grad_enabled() else _without_gradient(run, *args)
+        *constants, _keep, backend = ctx.constants
+        # with create_graph, the hook that refuses a second derivative has its say
+        with nullcontext() if torch.is_grad_enabled() else _below_autograd():
+            dx, dq, dgamma = _run_backward(*tensors[:_TENSORS], *constants, grad, *tensors[_TENSORS:], backend)
+        _, quality, gamma = tensors[:3]
         wanted = ctx.needs_input_grad
-        gamma = fields[2]
         return (
             dx if wanted[0] else None,
-            dq.to(fields[1].dtype) if wanted[1] else None,
+            dq.to(quality.dtype) if wanted[1] else None,
             dgamma.to(gamma) if wanted[2] else None,
-            *nothing[3:],
+            None,
         )
 
 
-def _select_autograd(*args: Any) -> Selected:
-    features, quality, gamma = args[:3]
+def _select_autograd(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
+    features, quality, gamma, *rest = args
     wanted = features.requires_grad or gamma.requires_grad or (quality is not None and quality.requires_grad)
     if wanted and torch.is_grad_enabled():
-        return _Select.apply(*args)  # type: ignore[no-any-return]
-    return _without_gradient(torch.ops.fcn_kernels.select.default, *args)  # type: ignore[no-any-return]
+        return *_Select.apply(features, quality, gamma, rest), []
+    with _below_autograd():
+        return _run(*args)  # type: ignore[no-any-return]
 
 
 _library.impl("select", _select_autograd, "Autograd")

@@ -1,6 +1,7 @@
 """One selection call, validated and flattened: what the op, the backends and every tier agree on."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,32 +62,33 @@ class Saved(NamedTuple):
 
 
 class Selected(NamedTuple):
-    """What a backend's forward pass gives; the last three, and so Saved, are empty unless they were asked for.
-
-    Values are float32, or float64 for float64 rows.
-    """
+    """What a backend's forward pass gives. Values are float32, or float64 for float64 rows."""
 
     features: Tensor  # (B, K, C), dtype of the features
     distances: Tensor  # (B, K)
     indices: Tensor
     counts: Tensor
-    softmax: Tensor
-    gaps: Tensor
-    norms: Tensor
+    kept: Sequence[Tensor]  # softmax, gaps and norms of Saved, or nothing if that was not asked for
+
+    @property
+    def saved(self) -> Saved:
+        """What was kept, for the backward pass."""
+        return Saved(self.indices, self.counts, *self.kept)
 
     @classmethod
     def empty(cls, p: Problem, keep: bool, normalizers: bool) -> "Selected":
-        """Not filled in yet; ``normalizers``: these are saved of the softmaxes, as triton does."""
-        new, accumulate = p.features.new_empty, accumulator(p.features.dtype)
-        steps, rows = (p.k, p.rows) if keep else (0, 0)
+        """Not filled in yet; ``normalizers``: these are kept of the softmaxes, as triton does."""
+        new, sets, k, dtype = p.features.new_empty, p.sets, p.k, accumulator(p.features.dtype)
+        kept = []
+        if keep:
+            softmax = (sets, k) if normalizers else (k, p.rows)
+            kept = [new(shape, dtype=dtype) for shape in (softmax, (k - 1, p.rows), (p.rows,))]
         return cls(
-            features=new(p.sets, p.k, p.dim),
-            distances=new(p.sets, p.k, dtype=accumulate),
-            indices=new(p.sets, p.k, dtype=torch.int64),
-            counts=new(p.sets, dtype=torch.int64),
-            softmax=new((p.sets, steps) if normalizers else (steps, rows), dtype=accumulate),
-            gaps=new(max(steps - 1, 0), rows, dtype=accumulate),
-            norms=new(rows, dtype=accumulate),
+            new(sets, k, p.dim),
+            new(sets, k, dtype=dtype),
+            new(sets, k, dtype=torch.int64),
+            new(sets, dtype=torch.int64),
+            kept,
         )
 
 

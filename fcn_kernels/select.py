@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import os
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from fcn_kernels.torch_backend import unpickable_row
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+INTEGER, REAL = (int, torch.SymInt), (int, float, torch.SymInt, torch.SymFloat)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -118,10 +118,10 @@ def coreset_select(
     """
     _check_features(features, cu_seqlens)
     single = features.ndim == 2 and cu_seqlens is None
-    rows_shape = features.shape[:-1]
-    _check_number("k", k, int, "an integer of at least 1", lambda v: v >= 1)
-    _check_number("tau", tau, float, "finite and above 0", lambda v: 0 < v < math.inf)
-    _check_number("distance_scale", distance_scale, float, "finite and above 0", lambda v: 0 < v < math.inf)
+    rows_shape = tuple(features.shape[:-1])
+    _check_number("k", k, INTEGER, 0, "an integer of at least 1")
+    _check_number("tau", tau, REAL, 0, "finite and above 0")
+    _check_number("distance_scale", distance_scale, REAL, 0, "finite and above 0")
     gamma = _check_gamma(gamma, features)
     if quality is not None:
         _check_tensor("quality", quality, features, rows_shape, DTYPES)
@@ -129,8 +129,8 @@ def coreset_select(
         _check_tensor("noise", noise, features, (k, *rows_shape), DTYPES)
         if generator is not None:
             raise ValueError("expected noise or generator, got both")
-    given = [n for n, v in (("mask", mask), ("lengths", lengths), ("cu_seqlens", cu_seqlens)) if v is not None]
-    if len(given) > 1:
+    if (mask is not None) + (lengths is not None) + (cu_seqlens is not None) > 1:
+        given = [n for n, v in (("mask", mask), ("lengths", lengths), ("cu_seqlens", cu_seqlens)) if v is not None]
         raise ValueError(f"expected at most one of mask, lengths and cu_seqlens, got {' and '.join(given)}")
     look = strict or (features.device.type == "cpu" and not torch.compiler.is_compiling())
     if mask is not None:
@@ -152,7 +152,7 @@ def coreset_select(
     accumulate = accumulator(features.dtype)
     problem = Problem(
         features=features if features.stride(-1) == 1 or features.shape[-1] == 1 else features.contiguous(),
-        quality=None if quality is None else quality.to(accumulate).reshape(-1),
+        quality=None if quality is None else quality.reshape(-1).to(accumulate),
         gamma=gamma,
         noise=None if noise is None else noise.detach().to(accumulate).reshape(k, -1),
         seed=draw_seed(features, generator) if sample and noise is None else None,
@@ -168,8 +168,8 @@ def coreset_select(
     )
     if strict:
         _check_rows(problem)
-    needs_grad = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (features, quality, gamma) if isinstance(t, Tensor)
+    needs_grad = torch.is_grad_enabled() and (
+        features.requires_grad or gamma.requires_grad or (quality is not None and quality.requires_grad)
     )
     out = op.select(problem, needs_grad, resolve_backend(backend, features))
     picked = Coreset(out.features, out.indices, out.counts, out.distances)
@@ -227,7 +227,7 @@ def _check_features(features: Tensor, cu_seqlens: Tensor | None) -> None:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
             got = tuple(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
             raise ValueError(f"expected cu_seqlens to be a Tensor of shape (B + 1,), got {got}")
-        _check_tensor("cu_seqlens", cu_seqlens, features, cu_seqlens.shape, INTEGERS)
+        _check_tensor("cu_seqlens", cu_seqlens, features, tuple(cu_seqlens.shape), INTEGERS)
     elif features.ndim not in (2, 3):
         raise ValueError(f"expected features of shape (B, N, C) or (N, C), got {tuple(features.shape)}")
     if features.shape[-1] == 0:
@@ -242,7 +242,7 @@ def _check_tensor(
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"expected {name} of dtype {names}, got {value.dtype}")
-    if tuple(value.shape) != tuple(shape):  # torch.Size of symbols would fix them
+    if tuple(value.shape) != shape:  # torch.Size of symbols would fix them
         raise ValueError(
             f"expected {name} of shape {tuple(shape)} for features {tuple(features.shape)}, got {tuple(value.shape)}"
         )
@@ -250,17 +250,16 @@ def _check_tensor(
         raise ValueError(f"expected {name} on the features' device {features.device}, got {value.device}")
 
 
-def _check_number(name: str, value: object, kind: type, wanted: str, valid: Callable[[Any], bool]) -> None:
-    kinds = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, (*kinds, torch.SymInt, torch.SymFloat)):
+def _check_number(name: str, value: Any, kinds: Any, above: float, wanted: str) -> None:
+    if not isinstance(value, kinds) or isinstance(value, bool):
         raise TypeError(f"expected {name} to be {wanted}, got {value!r} of type {type(value).__name__}")
-    if not valid(value):
+    if not above < value < math.inf:
         raise ValueError(f"expected {name} to be {wanted}, got {value!r}")
 
 
 def _check_gamma(gamma: float | Tensor, features: Tensor) -> Tensor:
     if not isinstance(gamma, Tensor):
-        _check_number("gamma", gamma, float, "a finite number or a 0-d tensor", math.isfinite)
+        _check_number("gamma", gamma, REAL, -math.inf, "a finite number or a 0-d tensor")
         return torch.tensor(float(gamma), dtype=accumulator(features.dtype))
     if gamma.ndim != 0:
         raise ValueError(f"expected gamma to be a number or a 0-d tensor, got shape {tuple(gamma.shape)}")

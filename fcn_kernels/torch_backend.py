@@ -22,7 +22,7 @@ MAX_PADDING = 2
 
 
 def forward(p: Problem, keep: bool) -> Selected:
-    """Select; with ``keep``, also save what :func:`backward` reads (else those tensors are empty)."""
+    """Select; with ``keep``, also keep what :func:`backward` reads."""
     out: Selected | None = None
     with _no_autocast(p.features.device.type):
         for group in _groups(p):
@@ -32,23 +32,24 @@ def forward(p: Problem, keep: bool) -> Selected:
             out = out or _nothing(p, keep)
             for whole, of_sets in zip(out[:4], part[:4], strict=True):
                 whole[group.at] = of_sets
-            if keep:
-                for saved, of_sets in zip(out[4:], part[4:], strict=True):
-                    group.put(of_sets.unflatten(-1, group.raw.shape[:2]), saved)
+            for kept, of_sets in zip(out.kept, part.kept, strict=True):
+                group.put(of_sets.unflatten(-1, group.raw.shape[:2]), kept)
     return out or _nothing(p, keep)
 
 
 def _nothing(p: Problem, keep: bool) -> Selected:
     """What sets without a row give."""
-    rows, device, accumulate = p.rows if keep else 0, p.features.device, accumulator(p.features.dtype)
+    device, accumulate = p.features.device, accumulator(p.features.dtype)
+    kept = []
+    if keep:
+        kept = [torch.zeros(steps, p.rows, dtype=accumulate, device=device) for steps in (p.k, p.k - 1)]
+        kept.append(torch.full((p.rows,), -1.0, dtype=accumulate, device=device))
     return Selected(
         features=p.features.new_zeros(p.sets, p.k, p.dim),
         distances=torch.zeros(p.sets, p.k, dtype=accumulate, device=device),
         indices=torch.full((p.sets, p.k), -1, device=device),
         counts=torch.zeros(p.sets, dtype=torch.int64, device=device),
-        softmax=torch.zeros(p.k if keep else 0, rows, dtype=accumulate, device=device),
-        gaps=torch.zeros(p.k - 1 if keep else 0, rows, dtype=accumulate, device=device),
-        norms=torch.full((rows,), -1.0, dtype=accumulate, device=device),
+        kept=kept,
     )
 
 
@@ -232,9 +233,7 @@ def _select(p: Problem, group: _Group, keep: bool) -> Selected:
         distances=distance,
         indices=indices,
         counts=counts,
-        softmax=softmax.flatten(1),
-        gaps=gaps.flatten(1),
-        norms=norms.flatten() if keep else norms.new_empty(0),
+        kept=[softmax.flatten(1), gaps.flatten(1), norms.flatten()] if keep else [],
     )
 
 

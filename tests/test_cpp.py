@@ -167,7 +167,7 @@ def test_values_that_a_compiled_call_does_not_check_stay_inside(changes: dict[st
     out = op.select(problem, keep=True, backend="cpp")
     assert (out.indices < 14).all()
     assert (out.counts <= 3).all()
-    gradients = torch.ops.fcn_kernels.select_backward.default(*problem, torch.ones(2, 3, 5), *out[2:], "cpp")
+    gradients = torch.ops.fcn_kernels.select_backward.default(*problem, torch.ones(2, 3, 5), *out.saved, "cpp")
     assert gradients[0].shape == features.shape
 
 

@@ -71,7 +71,7 @@ def test_opcheck_of_the_backward_operator(case, backend, device):
     problem = _moved(CASES[case](*_inputs(grad=False)), device)
     out = select(problem, keep=True, backend=backend)
     grad = torch.randn_like(out.features)
-    torch.library.opcheck(torch.ops.fcn_kernels.select_backward.default, (*problem, grad, *out[2:], backend))
+    torch.library.opcheck(torch.ops.fcn_kernels.select_backward.default, (*problem, grad, *out.saved, backend))
 
 
 def _run(function, inputs):

@@ -78,7 +78,7 @@ class Backpropagation {
     Acc quality(int64_t i) const { return call.quality ? call.quality[set.at + i] : norm[i]; }
 
     void prepare() {
-        const Acc gamma = Acc(call.gamma), scale = Acc(call.distance_scale);
+        const Acc gamma = *call.gamma, scale = Acc(call.distance_scale);
         set.for_blocks([&](int64_t, int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i)
                 coefficient[i] = std::pow(quality(i), gamma) * scale / (call.normalized ? 1 : norm[i]);
@@ -167,7 +167,7 @@ class Backpropagation {
                 return 0;
             }
             const Acc term = weight_term[i] *= coefficient[i];
-            dq[i] = Acc(call.gamma) * term / quality(i);
+            dq[i] = *call.gamma * term / quality(i);
             Acc radial = 0;  // dx_n has so many x_n
             if (!call.normalized) radial = (slope[i] * coefficient[i] * norm[i] - term) / (norm[i] * norm[i]);
             if (by_norm) radial += (dq[i] + (by_softmax ? through_softmax(0, i, mean) : 0)) / norm[i];

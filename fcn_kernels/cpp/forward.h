@@ -141,7 +141,7 @@ class Selection {
     // All rows' norms, coefficients and gaps to the first pick; the number of rows that can be picked. A row that has
     // come from memory for its norm is in cache for the rest.
     int64_t meet_first() {
-        const Acc gamma = Acc(call.gamma), scale = Acc(call.distance_scale);
+        const Acc gamma = *call.gamma, scale = Acc(call.distance_scale);
         return int64_t(set.sum([&](int64_t i) -> Acc {
             if (barred[i]) return 0;
             norm[i] = norm_of(set.row(i), call.dim);

@@ -6,8 +6,9 @@ It saves what the torch backend saves, in the same form; ``select.cpp`` says how
 import ctypes
 import functools
 import os
+import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,9 @@ _ROWS = {
 }
 
 
-class _Call(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("features", "quality", "noise", "seed", "start", "mask", "lengths")),
-        ("cu_seqlens", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("sets", "rows", "all_rows", "dim", "k", "set_stride", "row_stride")),
-        *((name, ctypes.c_int64) for name in ("normalized", "distinct", "threads")),
-        *((name, ctypes.c_double) for name in ("gamma", "tau", "distance_scale")),
-    )
-
-
-class _Selected(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in Selected._fields)
+# Call and Selected of sets.h: addresses, 0 for what is not given; sizes; numbers. A quarter of the time that it would
+# take ctypes.Structure.
+_CALL, _SELECTED = struct.Struct("9P10q2d"), struct.Struct("7P")
 
 
 @functools.cache
@@ -60,11 +52,10 @@ def unavailable(dtype: torch.dtype) -> str:
 
 
 def forward(p: Problem, keep: bool) -> Selected:
-    """Select; with ``keep``, also save what :func:`backward` reads (else those tensors are empty)."""
+    """Select; with ``keep``, also keep what :func:`backward` reads."""
     out = Selected.empty(p, keep, normalizers=False)
     if p.sets:
-        kept = [t.data_ptr() if keep else None for t in out[4:]]
-        _run("forward", p, _Selected(*(t.data_ptr() for t in out[:4]), *kept))
+        _run("forward", p, (*out[:4], *(out.kept or (None, None, None))))
     return out
 
 
@@ -73,17 +64,16 @@ def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
     dx = torch.empty_like(p.features, memory_format=torch.contiguous_format)
     dq, dgamma = torch.empty_like(saved.norms), saved.norms.new_zeros(())
     if p.sets:
-        grad = grad.to(saved.norms.dtype).contiguous()
-        kept = _Selected(None, None, *(t.data_ptr() for t in saved))
-        _run("backward", p, kept, *(t.data_ptr() for t in (grad, dx, dq, dgamma)))
+        _run("backward", p, (None, None, *saved), _plain(grad, dq.dtype), dx, dq, dgamma)
     return Gradients(dx, dq, dgamma)
 
 
-def _run(name: str, p: Problem, kept: _Selected, *pointers: int) -> None:
+def _run(name: str, p: Problem, selected: Sequence[Tensor | None], *tensors: Tensor | None) -> None:
     accumulate = accumulator(p.features.dtype)
-    tensors = (  # held until the call is over
+    inputs = (  # held until the call is over
         p.features,
         _plain(p.quality, accumulate),
+        _plain(p.gamma, accumulate),
         _plain(p.noise, accumulate),
         p.seed,
         _plain(p.start, torch.int64),
@@ -92,8 +82,8 @@ def _run(name: str, p: Problem, kept: _Selected, *pointers: int) -> None:
         _plain(p.cu_seqlens, torch.int64),
     )
     stride = p.features.stride()
-    call = _Call(
-        *(None if t is None else t.data_ptr() for t in tensors),
+    call = _CALL.pack(
+        *map(_address, inputs),
         p.sets,
         p.features.shape[-2],
         p.rows,
@@ -104,20 +94,26 @@ def _run(name: str, p: Problem, kept: _Selected, *pointers: int) -> None:
         p.normalized,
         p.distinct,
         torch.get_num_threads(),
-        float(p.gamma),
         p.tau,
         p.distance_scale,
     )
-    _function(name, p.features.dtype)(ctypes.byref(call), ctypes.byref(kept), *pointers)
+    function = _function(name, p.features.dtype)
+    function(call, _SELECTED.pack(*map(_address, selected)), *map(_address, tensors))
 
 
 def _plain(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if values is None else values.to(dtype).contiguous()
+    if values is None or (values.dtype == dtype and values.is_contiguous()):
+        return values
+    return values.to(dtype).contiguous()
+
+
+def _address(values: Tensor | None) -> int:
+    return 0 if values is None else values.data_ptr()
 
 
 @functools.cache
 def _function(name: str, dtype: torch.dtype) -> Callable[..., Any]:
     function = getattr(compiler.load(_SOURCE, *_ROWS[dtype]), name)
     function.restype = None
-    function.argtypes = [ctypes.c_void_p] * (2 if name == "forward" else 6)
+    function.argtypes = [ctypes.c_char_p] * 2 + [ctypes.c_void_p] * (0 if name == "forward" else 4)
     return function  # type: ignore[no-any-return]

@@ -28,6 +28,7 @@ constexpr uintptr_t LARGE_BYTES = 4 << 20;
 struct Call {
     const Row* features;                   // rows of C adjacent elements
     const Acc* quality;                    // (R,)
+    const Acc* gamma;                      // 0-d
     const Acc* noise;                      // (K, R)
     const int64_t* seed;                   // 0-d
     const int64_t* start;                  // (B,)
@@ -37,7 +38,7 @@ struct Call {
     int64_t sets, rows, all_rows, dim, k;  // B, N (of padded sets), R, C, K
     int64_t set_stride, row_stride;        // elements
     int64_t normalized, distinct, threads;
-    double gamma, tau, distance_scale;
+    double tau, distance_scale;
 };
 
 struct Selected {  // of problem.py; the last three are null where they are not kept

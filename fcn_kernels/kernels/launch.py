@@ -181,6 +181,7 @@ def _forward(p: Problem, keep: bool, plan: Plan) -> Selected:
     out = Selected.empty(p, keep, normalizers=True)
     if sets == 0:
         return out
+    softmax, gaps, norms = out.kept or (None, None, new(p.rows, dtype=torch.float32) if streams or divided else None)
     with torch.cuda.device_of(p.features):
         arguments = (
             p.features,
@@ -197,9 +198,9 @@ def _forward(p: Problem, keep: bool, plan: Plan) -> Selected:
             out.distances,
             out.indices,
             out.counts,
-            out.softmax,
-            out.gaps,
-            new(p.rows, dtype=torch.float32) if (streams or divided) and not keep else out.norms,
+            softmax,
+            gaps,
+            norms,
             new(p.rows, dtype=torch.float32) if streams else None,
             new(2, slots, 3, dtype=torch.float32) if divided else None,
             new(2, slots, dtype=torch.int32) if divided else None,
