@@ -30,7 +30,7 @@ from benchmarks.workloads import (
     tiers,
 )
 
-RACE_SECONDS = {"cuda": 0.4, "cpu": 1.0, "quick": 0.05}
+CONTENDER_SECONDS = {"cuda": 0.2, "cpu": 0.5, "quick": 0.02}
 COMPILE_SECONDS = {"cuda": 120.0, "cpu": 40.0, "quick": 0.0}
 """What torch.compile may take in all: it builds C++ on a CPU and Triton on a GPU, 5 to 20 s for each shape."""
 
@@ -72,15 +72,18 @@ class Bench:
             failures = {}
             if COMPILED in contenders:
                 failures = self._compile(contenders)
-            timings, failed = interleave(contenders, self.clock, RACE_SECONDS[self.size])
+            timings, failed = interleave(contenders, self.clock, CONTENDER_SECONDS[self.size] * len(contenders))
             self._key, self._race = key, Race(contenders, inputs, timings, failures | failed)
         return self._race
 
-    def record(self, benchmark: Any, race: Race, name: str, group: str, moved: int | None, **facts: Any) -> None:
-        """One contender's result row; skipped where a baseline could not run."""
-        if name in race.failures:
-            (pytest.fail if name == FUSED else pytest.skip)(race.failures[name])
-        timing = race.timings[name]
+    def record(
+        self, benchmark: Any, race: Race, name: str, group: str, moved: int | None, timed_as: str = "", **facts: Any
+    ) -> None:
+        """The result row of an implementation, which the race may call otherwise; skipped if a baseline failed."""
+        contender = timed_as or name
+        if contender in race.failures:
+            (pytest.fail if name == FUSED else pytest.skip)(race.failures[contender])
+        timing = race.timings[contender]
         scale = facts.get("scaled_by", 1.0)
         rate = None if moved is None else moved / (timing.median * scale)
         self.facts(
@@ -99,7 +102,7 @@ class Bench:
         )
 
         def call() -> None:
-            race.contenders[name](0)
+            race.contenders[contender](0)
             self.clock.wait()
 
         benchmark.pedantic(call, rounds=3 if timing.median < 0.1 else 1, iterations=1)
@@ -107,15 +110,22 @@ class Bench:
     def selection(self, benchmark: Any, group: str, case: Case, work: str, name: str, names: tuple[str, ...]) -> Race:
         """The row of one implementation of a case, timed in turns with the others of ``names``."""
         race = self.race((names, case, work), lambda: implementations(names, case, work, self.device))
+        self.selected(benchmark, group, race, case, work, name, race.inputs[0])
+        return race
+
+    def selected(
+        self, benchmark: Any, group: str, race: Race, case: Case, work: str, name: str, inputs: Inputs,
+        timed_as: str = "",
+    ) -> None:  # fmt: skip
+        """The row of one implementation of a case in a race, and what is known of the work."""
         facts = {"work": work, "least_bytes": least_bytes(case, work), **case.facts}
         moved = None
         if name == FUSED:
-            moved = moved_bytes(case, race.inputs[0], work)
-            facts["tiers"] = tiers(case, race.inputs[0])[: 1 if work == FORWARD else 2]
+            moved = moved_bytes(case, inputs, work)
+            facts["tiers"] = tiers(case, inputs)[: 1 if work == FORWARD else 2]
         elif name == LOOP:
             facts["scaled_by"] = case.sets / min(LOOPED_SETS, case.sets)
-        self.record(benchmark, race, name, group, moved, **facts)
-        return race
+        self.record(benchmark, race, name, group, moved, timed_as, **facts)
 
     def facts(self, benchmark: Any, group: str, **facts: Any) -> None:
         """What a result row says beside its time."""

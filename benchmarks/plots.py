@@ -34,25 +34,26 @@ def time(rows: list[Row]) -> Any:
     for axis, work in zip(axes, WORKS, strict=True):
         here = [r for r in rows if r["work"] == work]
         for name in (EAGER, FUSED):
-            line = sorted((r for r in here if r["implementation"] == name), key=lambda r: r["all_rows"])
+            line = sorted((r for r in here if r["implementation"] == name), key=lambda r: r["rows"])
             if not line:
                 continue
             slope = exponent(line, FITTED_FROM)
             label = name if slope is None else rf"{name}, time $\sim N^{{{slope:.2f}}}$"
-            lengths = [r["all_rows"] for r in line]
+            lengths = [r["rows"] for r in line]
             axis.fill_between(
                 lengths, [r["q1_s"] for r in line], [r["q3_s"] for r in line], color=COLORS[name], alpha=0.25, lw=0
             )
             axis.plot(lengths, [r["median_s"] for r in line], "o-", ms=4, lw=1.8, color=COLORS[name], label=label)
-        limit = sorted({(r["all_rows"], r["least_bytes"] / (r["copy_gb_per_s"] * 1e9)) for r in here})
+        limit = sorted({(r["rows"], r["least_bytes"] / (r["copy_gb_per_s"] * 1e9)) for r in here})
         passes = "rows read once" if work == FORWARD else "read twice, gradient written"
         axis.plot(*zip(*limit, strict=True), "--", lw=1.2, color=LIMIT, label=f"memory limit: {passes}")
-        _logarithmic(axis, "rows in the set, N", time_of)
+        _logarithmic(axis, "rows of a set, N", time_of)
         axis.set_ylim(top=3 * max(r["q3_s"] for r in rows))  # room for the legend
         axis.set_title(work, loc="left", color=INK)
         axis.legend(frameon=False, fontsize=9, loc="upper left")
     axes[0].set_ylabel("time a call")
-    _title(figure, f"Selecting {first['k']} of N rows, C = {first['dim']}, {first['dtype']}", first)
+    shape = f"{first['sets']} sets of N rows, K = {first['k']}, C = {first['dim']}, {first['dtype']}"
+    _title(figure, f"Selection from {shape}", first)
     return figure
 
 

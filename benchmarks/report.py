@@ -106,19 +106,25 @@ def _selection(results: Results) -> Iterator[str]:
 
 
 def _scaling(results: Results) -> Iterator[str]:
-    if not results.of("scaling"):
+    first = results.one("scaling")
+    if first is None:
         return
     yield "## Time against the number of rows"
     yield ""
     yield "![time](time.png)"
     yield ""
-    lengths = sorted({r["all_rows"] for r in results.of("scaling")})
+    yield (
+        f"{first['sets']} sets of N rows each, C = {first['dim']}, K = {first['k']}, {first['dtype']}. The lengths of "
+        "a line took turns."
+    )
+    yield ""
+    lengths = sorted({r["rows"] for r in results.of("scaling")})
     lines = []
     for work in (FORWARD, BOTH):
         for name in (FUSED, EAGER):
             rows = results.of("scaling", work=work, implementation=name)
             found = exponent(rows, FITTED_FROM)
-            times = {r["all_rows"]: r for r in rows}
+            times = {r["rows"]: r for r in rows}
             lines.append((work, name, *(_time(times.get(n)) for n in lengths), "" if found is None else f"{found:.3f}"))
     yield from table(
         ("work", "", *(f"N = {n:,}" for n in lengths), f"exponent from {FITTED_FROM:,} rows"),

@@ -41,7 +41,7 @@ def load(path: Path) -> Results:
 
 def exponent(rows: list[Row], least_rows: int) -> float | None:
     """b of time = a N^b, by least squares of the logarithms over the medians from ``least_rows`` rows on."""
-    points = [(math.log(r["all_rows"]), math.log(r["median_s"])) for r in rows if r["all_rows"] >= least_rows]
+    points = [(math.log(r["rows"]), math.log(r["median_s"])) for r in rows if r["rows"] >= least_rows]
     if len({x for x, _ in points}) < 2:
         return None
     return statistics.linear_regression(*zip(*points, strict=True)).slope

@@ -39,7 +39,7 @@ def _gpu(results: Results) -> Iterator[Target]:
             row = results.one("selection", work=work, **shape, **common)
             yield _at_most(f"{name}, {work}", None if row is None else row["median_s"], limit)
     for work, passes, share in ((FORWARD, "K - 1 reads", 0.9), (BOTH, "2K - 1 reads and 1 write", 0.8)):
-        row = results.one("scaling", work=work, rows=LARGEST, **common)
+        row = results.one("selection", work=work, sets=1, rows=LARGEST, **common)
         yield _at_least(
             f"B = 1, N = {LARGEST:,}, {work}: share of the copy bandwidth at {passes}",
             None if row is None else _share(row, work),
@@ -74,7 +74,7 @@ def _ratios(
 def _exponents(results: Results, tolerance: float, most: int) -> Iterator[Target]:
     for work in WORKS:
         rows = results.of("scaling", work=work, implementation=FUSED)
-        found = exponent(rows, FITTED_FROM) if any(r["all_rows"] == most for r in rows) else None
+        found = exponent(rows, FITTED_FROM) if any(r["rows"] == most for r in rows) else None
         name = f"exponent of time against N, {FITTED_FROM:,} to {most:,}, {work}"
         reached = None if found is None else abs(found - 1) <= tolerance
         yield Target(name, f"1.00 +- {tolerance:.2f}", "" if found is None else f"{found:.3f}", reached)

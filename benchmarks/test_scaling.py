@@ -1,27 +1,46 @@
-"""Time against the number of rows of one set. The report fits the exponent."""
+"""Time against the number of rows N of each of some sets. The report fits the exponent."""
 
 from typing import Any
 
 import torch
 
 from benchmarks.conftest import Bench
-from benchmarks.workloads import BOTH, EAGER, FORWARD, FUSED, Case
+from benchmarks.harness import Contender
+from benchmarks.workloads import BOTH, EAGER, FORWARD, FUSED, Case, Inputs, implementations
 
-NAMES = (FUSED, EAGER)
+SETS = {"quick": 2, "cpu": 4, "cuda": 8}
+"""Several, or what a call costs whatever its size would bend the line: a fifth of the time of one set of 10,000 rows on
+two cores. test_selection.py has sets alone."""
 LENGTHS = {
     "quick": (100, 200, 400),
     "cpu": (1000, 3000, 10_000, 30_000, 100_000),
     "cuda": (1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000),
 }
+EAGER_MOST = 30_000
+"""On a CPU, where the listing takes 15 s for a training step of sets of 100,000 rows."""
+
+
+def cases(size: str, name: str) -> list[Case]:
+    """B, C and K stay, N grows."""
+    dtype = torch.bfloat16 if size == "cuda" else torch.float32
+    most = EAGER_MOST if (size, name) == ("cpu", EAGER) else LENGTHS[size][-1]
+    return [Case(SETS[size], n, 512, 3, dtype) for n in LENGTHS[size] if n <= most]
 
 
 def rows(size: str) -> list[tuple[Case, str, str]]:
-    """B, C and K stay, N grows."""
-    dtype = torch.bfloat16 if size == "cuda" else torch.float32
-    cases = [Case(1, n, 512, 3, dtype) for n in LENGTHS[size]]
-    return [(case, work, name) for work in (FORWARD, BOTH) for case in cases for name in NAMES]
+    """Lengths together, as they are timed."""
+    return [(case, work, name) for work in (FORWARD, BOTH) for name in (FUSED, EAGER) for case in cases(size, name)]
 
 
 def test_scaling(benchmark: Any, bench: Bench, row: tuple[Case, str, str]) -> None:
+    """The lengths take turns, so that what else the machine does slows all of them or none."""
     case, work, name = row
-    bench.selection(benchmark, "scaling", case, work, name, NAMES)
+
+    def build() -> tuple[dict[str, Contender], list[Inputs]]:
+        made = {str(each): implementations((name,), each, work, bench.device) for each in cases(bench.size, name)}
+        contenders = {length: found[name] for length, (found, _) in made.items()}
+        return contenders, [inputs[0] for _, inputs in made.values()]
+
+    race = bench.race(("scaling", name, work), build)
+    inputs = race.inputs[cases(bench.size, name).index(case)]
+    bench.selected(benchmark, "scaling", race, case, work, name, inputs, timed_as=str(case))

@@ -23,9 +23,10 @@ def rows(size: str) -> list[tuple[Case, str, str]]:
         cases.append(Case(IJBC_SETS // 10, None, 512, 3, f32, total=IJBC_ROWS // 10))
         cases += [Case(b, n, 512, 16, f32) for b, n in shapes]
     else:
-        cases = [Case(b, n, 512, 3, bf16) for b, n in SHAPES]
+        shapes = [*SHAPES, (1, 1_000_000)]
+        cases = [Case(b, n, 512, 3, bf16) for b, n in shapes]
         cases.append(Case(IJBC_SETS, None, 512, 3, bf16, total=IJBC_ROWS))
-        cases += [Case(b, n, 512, 16, bf16) for b, n in SHAPES]
+        cases += [Case(b, n, 512, 16, bf16) for b, n in shapes]
         cases += [Case(b, n, 512, 3, f32) for b, n in SHAPES[:2]]
     listed = []
     for case in cases:
