@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_suite OUT
 
-runs the tests on the device, the kernels on small shapes, alone and under compute-sanitizer (memcheck, racecheck), and
-the benchmarks, and writes OUT/report.md (tables and targets, with plots beside it), results.json (pytest-benchmark's),
-suite.json (what each step did) and log.txt (all output). A step that cannot run here is left out, and it is said why;
-without a GPU the tests run in Triton's interpreter and the benchmarks on the CPU.
+runs the kernels on small shapes, the tests on the device, the small shapes again under compute-sanitizer (memcheck,
+racecheck), and the benchmarks, and writes OUT/report.md (tables and targets, with plots beside it), results.json
+(pytest-benchmark's), suite.json (what each step did) and log.txt (all output). A step that cannot run here is left out,
+and it is said why; without a GPU the tests run in Triton's interpreter and the benchmarks on the CPU.
 """
 
 import argparse
@@ -63,16 +63,16 @@ def steps(out: Path, quick: bool) -> list[Step]:
     sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
     no_sanitizer = no_gpu or ("" if sanitizer else "compute-sanitizer was not found")
     small = [*python, "benchmarks.small_shapes"]
+    workers = str(min(os.cpu_count() or 1, 16))  # the first run compiles, which takes a core seconds a kernel
     sanitized = [sanitizer or "compute-sanitizer", "--error-exitcode", "9", "--tool"]
-    parallel = ["-n", "8"] if find_spec("xdist") and not no_gpu else []
-    # the suite's own test would start the suite again
-    tests = ["tests/test_report.py", "-k", "targets"] if quick else ["tests", "--ignore=tests/test_gpu_suite.py"]
+    parallel = ["-n", workers] if find_spec("xdist") and not quick else []
+    tests = ["tests/test_report.py", "-k", "targets"] if quick else ["tests", "--on-device"]
     results = out / "results.json"
     timed = [*python, "pytest", "-q", "-rs", *BENCHMARKS]
     timed += ["--benchmark-only", f"--benchmark-json={results}", f"--time-limit={LIMIT}", *["--quick"] * quick]
     return [
+        Step("small shapes", [*small, workers], 40, no_gpu),
         Step("tests", [*python, "pytest", "-q", *parallel, *tests], 150),
-        Step("small shapes", small, 40, no_gpu),
         Step("memcheck", [*sanitized, "memcheck", *small], 50, no_sanitizer),
         Step("racecheck", [*sanitized, "racecheck", *small], 50, no_sanitizer),
         Step("benchmarks", timed, 240),
@@ -89,7 +89,8 @@ def run(step: Step, seconds: float, log: IO[str]) -> Outcome:
     log.flush()
     start, begin = log.tell(), time.monotonic()
     command = [word.replace(f"={LIMIT}", f"={max(seconds - ROW_SECONDS, 0):.0f}") for word in step.command]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
     environment.pop("TRITON_INTERPRET", None)
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

@@ -1,7 +1,14 @@
-"""Every kernel once on small shapes, on the GPU, against the torch backend: what compute-sanitizer is run on."""
+"""Every kernel once on small shapes, on the GPU, against the torch backend: what compute-sanitizer is run on.
+
+    python -m benchmarks.small_shapes [WORKERS]
+
+Several workers share the compiling, which is most of it the first time.
+"""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -50,9 +57,20 @@ def aggregated(device: str, dtype: torch.dtype, lengths: tuple[int, ...]) -> Val
     return {"picks": out.coreset.indices, "descriptor": out.descriptor.detach(), "features": unit.grad}
 
 
-def compare(name: str, step: Callable[..., Values], dtype: torch.dtype, *args: Any, **options: Any) -> None:
-    """The GPU's values against those of the torch backend on the CPU."""
+def cases() -> Iterator[tuple[Callable[..., Values], torch.dtype, tuple[Any, ...], dict[str, Any]]]:
+    """What is compared: a step, and its arguments after the device."""
+    yield aggregated, torch.float32, (LENGTHS,), {}
+    for dtype in TOLERANCE:
+        for options in ({}, {"normalized": True, "distinct": True}):
+            for shape in SHAPES:
+                yield selected, dtype, (shape, ()), options
+            yield selected, dtype, ((sum(LENGTHS), 64), LENGTHS), options
+
+
+def compare(step: Callable[..., Values], dtype: torch.dtype, args: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """The GPU's values against those of the CPU; returns what was compared."""
     expected, found = (step(device, dtype, *args, **options) for device in ("cpu", "cuda"))
+    name = f"{step.__name__} {args} {dtype} {options or ''}"
     for key, wanted in expected.items():
         value = found[key].cpu()
         if key == "picks":
@@ -60,8 +78,14 @@ def compare(name: str, step: Callable[..., Values], dtype: torch.dtype, *args: A
         else:
             same = bool((value - wanted).abs().max() <= TOLERANCE[dtype] * wanted.abs().max())
         if not same:
-            raise AssertionError(f"{name} {args} {dtype} {options}: the {key} differ")
-    print("equal:", name, *args, dtype, options or "", flush=True)
+            raise AssertionError(f"{name}: the {key} differ")
+    return name
+
+
+def report(compared: Iterable[str]) -> None:
+    """As they come."""
+    for name in compared:
+        print("equal:", name, flush=True)
 
 
 def main() -> int:
@@ -69,12 +93,11 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device")
         return 1
-    for dtype in TOLERANCE:
-        for options in ({}, {"normalized": True, "distinct": True}):
-            for shape in SHAPES:
-                compare("selection", selected, dtype, shape, (), **options)
-            compare("selection", selected, dtype, (sum(LENGTHS), 64), LENGTHS, **options)
-    compare("head", aggregated, torch.float32, LENGTHS)
+    if len(sys.argv) > 1:
+        with ProcessPoolExecutor(int(sys.argv[1]), get_context("spawn")) as pool:
+            report(pool.map(compare, *zip(*cases(), strict=True)))
+    else:
+        report(compare(*case) for case in cases())
     return 0
 
 

@@ -23,6 +23,19 @@ settings.register_profile("fcn_kernels", deadline=None, derandomize=True)
 settings.load_profile("fcn_kernels")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The tests' own option."""
+    parser.addoption("--on-device", action="store_true", help="only the tests that run on a GPU where there is one")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The others show nothing of a GPU."""
+    if config.getoption("--on-device"):
+        left_out = [item for item in items if "device" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """A CUDA device where there is one, else the CPU."""

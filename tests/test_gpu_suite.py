@@ -1,6 +1,7 @@
 """The GPU suite: its steps one by one, and the whole of it, small, on whatever machine this is."""
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_the_interpreter_is_never_timed(tmp_path: Path, monkeypatch: pytest.Monk
 def test_all_limits_together_stay_under_ten_minutes(tmp_path: Path) -> None:
     planned = steps(tmp_path, quick=False)
     assert gpu_suite.SECONDS + gpu_suite.INTERRUPT_SECONDS * len(planned) <= 600
-    assert [s.name for s in planned] == ["tests", "small shapes", "memcheck", "racecheck", "benchmarks", "report"]
+    assert [s.name for s in planned] == ["small shapes", "tests", "memcheck", "racecheck", "benchmarks", "report"]
 
 
 def test_what_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,11 +71,20 @@ def test_what_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     by_name = {s.name: s for s in steps(tmp_path, quick=False)}
     assert by_name["memcheck"].left_out == by_name["racecheck"].left_out == "compute-sanitizer was not found"
     assert by_name["small shapes"].left_out == by_name["benchmarks"].left_out == ""
+    assert "--on-device" in by_name["tests"].command
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     by_name = {s.name: s for s in steps(tmp_path, quick=False)}
     for name in ("small shapes", "memcheck", "racecheck"):
         assert by_name[name].left_out == "no CUDA device"
         assert outcome_of(by_name[name], tmp_path) == Outcome(name, "left out", 0.0, "no CUDA device")
+
+
+def test_on_device_leaves_out_the_tests_that_show_nothing_of_a_gpu() -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_op.py", "--on-device"]
+    done = subprocess.run(command, cwd=gpu_suite.ROOT, capture_output=True, text=True, check=False)
+    assert "test_opcheck_of_the_forward_operator[" in done.stdout, done.stdout + done.stderr
+    assert "test_compiles" not in done.stdout
+    assert "deselected" in done.stdout
 
 
 def test_summary_says_that_there_was_no_gpu() -> None:

@@ -20,6 +20,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 STREAM = tl.constexpr(DROPOUT_STREAM)
 TAU = tl.constexpr(2 * math.pi)
 SQRT_2 = tl.constexpr(math.sqrt(2))
+UNSPECIALIZED = ["seed_value", "threshold", "T", "H", "SPLITS"]  # as in kernels.common
 
 
 @triton.jit
@@ -115,7 +116,7 @@ def after_dropout(share, rows, head, set_id, seed, threshold, keep_scale, DROPOU
     return share
 
 
-@triton.jit(do_not_specialize=["seed_value", "threshold"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_forward(
     queries_ptr, rows_ptr, quality_ptr, weight_ptr, turns_ptr, offsets_ptr, lengths_ptr, seed_ptr, seed_value: "i64",
     out_ptr, mass_ptr, normalizer_ptr, stride_row, T, C, H, SPLITS, threshold: "i64", keep_scale, eps,
@@ -182,7 +183,7 @@ def attention_forward(
     tl.store(normalizer_ptr + program * H + head, top + tl.log(tl.where(total > 0, total, 1.0)), mask=there)
 
 
-@triton.jit(do_not_specialize=["seed_value", "threshold"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward(
     queries_ptr, rows_ptr, quality_ptr, weight_ptr, turns_ptr, offsets_ptr, lengths_ptr, seed_ptr, seed_value: "i64",
     normalizer_ptr, grad_ptr, grad_mass_ptr, mean_grad_ptr, dqueries_ptr, drows_ptr, dquality_ptr, dweight_ptr,

@@ -18,6 +18,7 @@ from fcn_kernels.kernels.common import (
     LAUNCHES,
     RAGGED,
     RESIDENT_TIER,
+    UNSPECIALIZED,
     WHOLE,
     divide,
     grid_barrier,
@@ -442,7 +443,7 @@ def backward_set(
         settle_quality(dquality_ptr, soft_ptr, first, low, tail_to, tail, BLOCK_R)
 
 
-@triton.jit(do_not_specialize=["seed_value"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def select_backward(
     rows_ptr,  # features: [B, N, C] by strides, or [T, C]
     quality_ptr,  # [R] float32, or None for the norms

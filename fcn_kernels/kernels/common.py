@@ -22,6 +22,10 @@ LAUNCHES = tl.constexpr(2)
 # keeps it, and below -2, the lowest that a gap with the tie bit can be.
 TAKEN = tl.constexpr(-4.0)
 
+# What changes from call to call. Triton would compile anew for those that are 1 or a multiple of 16, which helps what
+# rows are addressed by, not these.
+UNSPECIALIZED = ["seed_value", "parts", "turn", "N", "K", "R"]
+
 
 @triton.jit
 def scalar(pointer, value):

@@ -19,6 +19,7 @@ from fcn_kernels.kernels.common import (
     RAGGED,
     RESIDENT_TIER,
     TAKEN,
+    UNSPECIALIZED,
     WHOLE,
     divide,
     grid_barrier,
@@ -365,7 +366,7 @@ def forward_set(
                 cast_ballot(ballots_ptr, winners_ptr, step + 1, slot + part, slots, best, row, logit, denominator)
 
 
-@triton.jit(do_not_specialize=["seed_value"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def select_forward(
     rows_ptr,  # features: [B, N, C] by strides, or [T, C]
     quality_ptr,  # [R] float32, or None for the norms
