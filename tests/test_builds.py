@@ -94,3 +94,30 @@ assert captured == called
 def test_a_captured_call_needs_no_kernel_of_its_own():
     """While a CUDA graph is captured the seed is on the device, and nothing can be compiled."""
     _run("-c", CAPTURED)
+
+
+ONE_KERNEL = """
+import torch
+from benchmarks import builds
+from fcn_kernels.kernels import launch
+from fcn_kernels.problem import Problem
+
+def built(rows, k, split=launch.WHOLE.value):
+    launch.forward_plan = lambda *sizes: launch.Plan(launch.STREAMING_TIER.value, 32, 64, 4, 3, split)
+    nothing = dict.fromkeys(("noise", "seed", "start", "mask", "lengths", "cu_seqlens"))
+    problem = Problem(
+        torch.empty(2, rows, 64), torch.empty(2 * rows), torch.tensor(0.5), **nothing, k=k, tau=1.0,
+        distance_scale=1.0, normalized=False, distinct=False,
+    )
+    specs = builds.record("", launch, ("select_forward",), lambda: launch.forward(problem, True))
+    return {str(spec) for spec in specs}
+
+assert built(33, 3) == built(48, 3) == built(48, 16)
+assert len(built(33, 3, launch.LAUNCHES.value)) == 1
+assert built(33, 3) != built(33, 3, launch.LAUNCHES.value)
+"""
+
+
+def test_sizes_that_change_from_call_to_call_do_not_compile_anew():
+    """Rows, picks, and which launch of several it is."""
+    _run("-c", ONE_KERNEL)
