@@ -6,11 +6,16 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <numeric>
 #include <vector>
 
 #include "noise.h"
 
 namespace fcn_kernels {
+
+// Rows that one thread tries before all threads try the rest, which costs waking them.
+constexpr int TRIED_ALONE = 4;
 
 struct Best {
     Acc value = -INFINITE;
@@ -32,22 +37,23 @@ class Selection {
           out(out),
           keep(out.norms),
           noise(set),
-          barred(set.n),
-          quality(set.n),
-          norm(set.n),
-          gap(set.n, INFINITE),
-          coefficient(set.n),
-          met(set.n),
+          barred(new uint8_t[set.n]),
+          norm(new Acc[set.n]),
+          gap(new Acc[set.n]),
+          coefficient(new Acc[set.n]),
+          met(new int32_t[set.n]),
+          quality(call.quality ? call.quality + set.at : norm.get()),
           directions(call.k * padded(call.dim)),
           picks(call.k) {}
 
     void run() {
         const Best first = first_pick();
         int64_t count = 0, usable = 0;
+        Best second;
         if (first.row >= 0) {
             record(0, first.row, INFINITE);
             count = 1;
-            if (keep || call.k > 1) usable = meet_first();
+            if (keep || call.k > 1) usable = meet_first(second);
         }
         if (keep) {
             write_norms(first.row >= 0);
@@ -58,8 +64,11 @@ class Selection {
         }
         for (; count < std::min(call.k, usable); ++count) {
             if (call.distinct) take_out(count - 1);
-            noise.advance(count);
-            const int64_t pick = farthest(count);
+            int64_t pick = second.row;
+            if (keep || count > 1) {
+                noise.advance(count);
+                pick = farthest(count);
+            }
             record(count, pick, gap[pick] * coefficient[pick]);
             if (keep) keep_softmax(count, pick);
         }
@@ -78,9 +87,10 @@ class Selection {
     const Selected& out;
     const bool keep;
     Noise noise;
-    std::vector<uint8_t> barred;  // rows that cannot be picked
-    std::vector<Acc> quality, norm, gap, coefficient;
-    std::vector<int32_t> met;  // picks that the gap knows of
+    std::unique_ptr<uint8_t[]> barred;  // rows that cannot be picked; of these, the rest is not set
+    std::unique_ptr<Acc[]> norm, gap, coefficient;
+    std::unique_ptr<int32_t[]> met;  // picks that the gap knows of
+    const Acc* const quality;
     std::vector<Acc> directions;
     std::vector<int64_t> picks;
 
@@ -90,26 +100,35 @@ class Selection {
     }
 
     template <class Scan>
-    Best best_of_blocks(Scan scan) const {
+    std::vector<Best> bests_of_blocks(Scan scan) const {
         std::vector<Best> found(set.blocks());
         set.for_blocks([&](int64_t b, int64_t begin, int64_t end) { found[b] = scan(begin, end); });
+        return found;
+    }
+
+    template <class Scan>
+    Best best_of_blocks(Scan scan) const {
         Best best;
-        for (const Best& f : found)
-            if (f.row >= 0) best.meet(f.value, f.row);
+        for (const Best& found : bests_of_blocks(scan))
+            if (found.row >= 0) best.meet(found.value, found.row);
         return best;
     }
 
     // Of the highest quality, or the given one. Where the quality is given, rows are read only once the pick is known,
     // so that their norms and their products with it take one pass.
     Best first_pick() {
-        for (int64_t i = 0; i < set.n; ++i) barred[i] = call.mask && !call.mask[set.at + i];
-        bool have_norms = !call.quality;
-        if (have_norms) measure_norms();
-        for (int64_t i = 0; i < set.n; ++i) {
-            quality[i] = call.quality ? call.quality[set.at + i] : norm[i];
-            barred[i] |= !is_sound(quality[i]);
-        }
+        bool measure = !call.quality;
+        const auto favourite = [&] {
+            return best_of_blocks([&](int64_t begin, int64_t end) {
+                admit(begin, end, measure);
+                Best best;
+                for (int64_t i = begin; i < end; ++i)
+                    if (!barred[i]) best.meet(noisy(0, i), i);
+                return best;
+            });
+        };
         noise.advance(0);
+        const Best best = favourite();
         if (call.start) {
             Best given;
             const int64_t i = call.start[set.number];
@@ -117,39 +136,46 @@ class Selection {
                 given.meet(0, i);
             return given;
         }
-        for (;;) {
-            const Best best = best_of_blocks([&](int64_t begin, int64_t end) {
-                Best best;
-                for (int64_t i = begin; i < end; ++i)
-                    if (!barred[i]) best.meet(noisy(0, i), i);
-                return best;
-            });
-            if (best.row < 0 || have_norms) return best;
-            if (is_sound(norm[best.row] = norm_of(set.row(best.row), call.dim))) return best;
-            measure_norms();  // one row that cannot be used may be one of many
-            have_norms = true;
-        }
+        if (best.row < 0 || measure) return best;
+        if (is_sound(norm[best.row] = norm_of(set.row(best.row), call.dim))) return best;
+        measure = true;  // one row that cannot be used may be one of many
+        return favourite();
     }
 
-    void measure_norms() {
-        set.for_blocks([&](int64_t, int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i)
-                if (!barred[i]) barred[i] = !is_sound(norm[i] = norm_of(set.row(i), call.dim));
-        });
+    void admit(int64_t begin, int64_t end, bool measure) {
+        for (int64_t i = begin; i < end; ++i)
+            barred[i] = (call.mask && !call.mask[set.at + i]) || (call.quality && !is_sound(quality[i]));
+        for (int64_t i = begin; measure && i < end; ++i)
+            if (!barred[i]) barred[i] = !is_sound(norm[i] = norm_of(set.row(i), call.dim));
     }
 
-    // All rows' norms, coefficients and gaps to the first pick; the number of rows that can be picked. A row that has
-    // come from memory for its norm is in cache for the rest.
-    int64_t meet_first() {
+    // All rows' norms, coefficients and gaps to the first pick, and in inference the second pick, in one pass. Returns
+    // how many rows can be picked. A row that has come from memory for its norm is in cache for the rest.
+    int64_t meet_first(Best& second) {
         const Acc gamma = *call.gamma, scale = Acc(call.distance_scale);
-        return int64_t(set.sum([&](int64_t i) -> Acc {
-            if (barred[i]) return 0;
-            norm[i] = norm_of(set.row(i), call.dim);
-            if (!is_sound(norm[i])) return barred[i] = true, 0;
-            coefficient[i] = std::pow(quality[i], gamma) * scale / (call.normalized ? 1 : norm[i]);
-            meet(i, 0);
-            return 1;
-        }));
+        const int64_t taken = call.distinct ? picks[0] : -1;
+        std::vector<int64_t> usable(set.blocks());
+        if (!keep) noise.advance(1);
+        second = best_of_blocks([&](int64_t begin, int64_t end) {
+            Best best;
+            int64_t count = 0;
+            for (int64_t i = begin; i < end; ++i) {
+                if (barred[i]) continue;
+                norm[i] = norm_of(set.row(i), call.dim);
+                if (!is_sound(norm[i])) {
+                    barred[i] = true;
+                    continue;
+                }
+                coefficient[i] = std::pow(quality[i], gamma) * scale / (call.normalized ? 1 : norm[i]);
+                gap[i] = INFINITE;
+                meet(i, 0);
+                if (!keep && i != taken) best.meet(noisy(1, i), i);
+                ++count;
+            }
+            usable[begin / set.block_rows()] = count;
+            return best;
+        });
+        return std::accumulate(usable.begin(), usable.end(), int64_t(0));
     }
 
     void meet(int64_t i, int64_t pick) {
@@ -168,23 +194,41 @@ class Selection {
             out.gaps[pick * call.all_rows + set.at + picks[step]] = 0;
     }
 
-    // The pick of a later step. In inference, each block's row of the highest bound meets the picks that it has not met
-    // yet, and then the rows whose bounds are above the best of those.
+    // The pick of a later step. In inference few rows meet the picks that they have not met yet: first the row of the
+    // highest bound in each block, the highest of all first, while one could still be the pick; then the rows whose
+    // bounds are above the best of these.
     int64_t farthest(int64_t step) {
         const auto meet_all = [&](int64_t i) {
             for (int64_t pick = met[i]; pick < step; ++pick) meet(i, pick);
         };
         Best so_far;
-        if (!keep && step > 1) {
-            so_far = best_of_blocks([&](int64_t begin, int64_t end) {
-                Best highest, best;
+        if (!keep) {
+            std::vector<Best> bounds = bests_of_blocks([&](int64_t begin, int64_t end) {
+                Best best;
                 for (int64_t i = begin; i < end; ++i)
-                    if (!barred[i]) highest.meet(noisy(step, i), i);
-                if (highest.row < 0) return best;
-                meet_all(highest.row);
-                best.meet(noisy(step, highest.row), highest.row);
+                    if (!barred[i]) best.meet(noisy(step, i), i);
                 return best;
             });
+            const auto try_row = [&](const Best& bound, Best& best) {
+                if (bound.row < 0 || best.is_above(bound.value, bound.row)) return false;
+                meet_all(bound.row);
+                best.meet(noisy(step, bound.row), bound.row);
+                return true;
+            };
+            const auto is_lower = [](const Best& a, const Best& b) { return b.is_above(a.value, a.row); };
+            int tried = 0;
+            for (; tried < TRIED_ALONE; ++tried) {
+                Best& highest = *std::max_element(bounds.begin(), bounds.end(), is_lower);
+                if (!try_row(highest, so_far)) break;
+                highest.row = -1;
+            }
+            if (tried == TRIED_ALONE) {
+                so_far = best_of_blocks([&](int64_t begin, int64_t) {
+                    Best best = so_far;
+                    try_row(bounds[begin / set.block_rows()], best);
+                    return best;
+                });
+            }
         }
         return best_of_blocks([&](int64_t begin, int64_t end) {
                    Best best = so_far;
