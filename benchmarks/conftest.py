@@ -34,7 +34,7 @@ CONTENDER_SECONDS = {"cuda": 0.2, "cpu": 0.5, "quick": 0.02}
 COMPILE_SECONDS = {"cuda": 120.0, "cpu": 40.0, "quick": 0.0}
 """What torch.compile may take in all: it builds C++ on a CPU and Triton on a GPU, 5 to 20 s for each shape."""
 
-CPU_SECONDS = 200.0
+CPU_SECONDS = 180.0
 """After which a CPU starts no new row, so that all of it ends within four minutes."""
 ORDER = ("scaling", "memory", "flops", "host", "graphs", "kcenter", "peers", "selection")
 """The short and the most wanted first, should time run out."""
@@ -153,7 +153,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fcn_kernels benchmarks")
     group.addoption("--quick", action="store_true", help="tiny sizes, to see that all runs; its times mean nothing")
     group.addoption(
-        "--time-limit", type=float, default=None, metavar="S", help="skip what would start later (CPU: 200)"
+        "--time-limit", type=float, default=None, metavar="S", help="skip what would start later (CPU: 180)"
     )
 
 

@@ -30,6 +30,7 @@ COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 SAMPLE_SECONDS = 2e-4  # a sample of short calls holds several: device events tell times apart by about a microsecond
 MOST_CALLS = 20
 LEAST_ROUNDS, MOST_ROUNDS = 3, 200
+LONG_ROUND = 5.0  # seconds; of longer ones, two are enough
 LONGEST_LED = 0.05  # seconds; a longer call does not notice what was before it
 MOST_LEAD = 0.02  # seconds that the queue is held back: longer than the host takes for all but loops over sets
 
@@ -123,8 +124,9 @@ def interleave(
         calls = max(1, min(MOST_CALLS, int(SAMPLE_SECONDS / estimate)))
         led = clock.device.type == "cpu" and estimate < LONGEST_LED
         plans[name] = _Plan(contender, calls, host, led, (calls + led) * max(estimate, host))
-    rounds = int(seconds / max(sum(plan.seconds for plan in plans.values()), 1e-9))
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, rounds))
+    of_round = sum(plan.seconds for plan in plans.values())
+    rounds = int(seconds / max(of_round, 1e-9))
+    rounds = max(LEAST_ROUNDS if of_round < LONG_ROUND else 2, min(MOST_ROUNDS, rounds))
     samples: dict[str, list[float]] = {name: [] for name in plans}
     for turn in range(rounds):
         for name, plan in plans.items():

@@ -110,6 +110,20 @@ def rotated(case: Case, device: torch.device) -> list[Inputs]:
     return [make_inputs(case, device, seed) for seed in range(min(copies, 64))]
 
 
+def cut(pool: Inputs, case: Case) -> list[Inputs]:
+    """Sets of a length, cut from those of a greater one."""
+    features, quality = pool.features.detach().flatten(0, 1), pool.quality.detach().flatten()
+    pieces = zip(features.split(case.all_rows), quality.split(case.all_rows), strict=True)
+    return [
+        pool._replace(
+            features=rows.unflatten(0, (case.sets, -1)).requires_grad_(),
+            quality=of_rows.unflatten(0, (case.sets, -1)).requires_grad_(),
+        )
+        for rows, of_rows in pieces
+        if len(rows) == case.all_rows
+    ]
+
+
 Select = Callable[[Inputs, bool], Tensor]
 """Rows (B, K, C) picked from the inputs, with noise or without."""
 
@@ -179,10 +193,10 @@ def looped(k: int, i: Inputs, work: str) -> Contender:
 
 
 def implementations(
-    names: tuple[str, ...], case: Case, work: str, device: torch.device
+    names: tuple[str, ...], case: Case, work: str, device: torch.device, inputs: list[Inputs] | None = None
 ) -> tuple[dict[str, Contender], list[Inputs]]:
     """The named implementations over the same inputs."""
-    inputs = rotated(case, device)
+    inputs = inputs or rotated(case, device)
     make = {
         FUSED: lambda: contender(fused(case.k), inputs, work),
         EAGER: lambda: contender(listing(case.k), inputs, work),

@@ -14,9 +14,6 @@
 
 namespace fcn_kernels {
 
-// Rows that one thread tries before all threads try the rest, which costs waking them.
-constexpr int TRIED_ALONE = 4;
-
 struct Best {
     Acc value = -INFINITE;
     int64_t row = -1;
@@ -100,17 +97,12 @@ class Selection {
     }
 
     template <class Scan>
-    std::vector<Best> bests_of_blocks(Scan scan) const {
+    Best best_of_blocks(Scan scan) const {
         std::vector<Best> found(set.blocks());
         set.for_blocks([&](int64_t b, int64_t begin, int64_t end) { found[b] = scan(begin, end); });
-        return found;
-    }
-
-    template <class Scan>
-    Best best_of_blocks(Scan scan) const {
         Best best;
-        for (const Best& found : bests_of_blocks(scan))
-            if (found.row >= 0) best.meet(found.value, found.row);
+        for (const Best& f : found)
+            if (f.row >= 0) best.meet(f.value, f.row);
         return best;
     }
 
@@ -194,41 +186,23 @@ class Selection {
             out.gaps[pick * call.all_rows + set.at + picks[step]] = 0;
     }
 
-    // The pick of a later step. In inference few rows meet the picks that they have not met yet: first the row of the
-    // highest bound in each block, the highest of all first, while one could still be the pick; then the rows whose
-    // bounds are above the best of these.
+    // The pick of a later step. In inference, each block's row of the highest bound meets the picks that it has not met
+    // yet, and then the rows whose bounds are above the best of those.
     int64_t farthest(int64_t step) {
         const auto meet_all = [&](int64_t i) {
             for (int64_t pick = met[i]; pick < step; ++pick) meet(i, pick);
         };
         Best so_far;
         if (!keep) {
-            std::vector<Best> bounds = bests_of_blocks([&](int64_t begin, int64_t end) {
-                Best best;
+            so_far = best_of_blocks([&](int64_t begin, int64_t end) {
+                Best highest, best;
                 for (int64_t i = begin; i < end; ++i)
-                    if (!barred[i]) best.meet(noisy(step, i), i);
+                    if (!barred[i]) highest.meet(noisy(step, i), i);
+                if (highest.row < 0) return best;
+                meet_all(highest.row);
+                best.meet(noisy(step, highest.row), highest.row);
                 return best;
             });
-            const auto try_row = [&](const Best& bound, Best& best) {
-                if (bound.row < 0 || best.is_above(bound.value, bound.row)) return false;
-                meet_all(bound.row);
-                best.meet(noisy(step, bound.row), bound.row);
-                return true;
-            };
-            const auto is_lower = [](const Best& a, const Best& b) { return b.is_above(a.value, a.row); };
-            int tried = 0;
-            for (; tried < TRIED_ALONE; ++tried) {
-                Best& highest = *std::max_element(bounds.begin(), bounds.end(), is_lower);
-                if (!try_row(highest, so_far)) break;
-                highest.row = -1;
-            }
-            if (tried == TRIED_ALONE) {
-                so_far = best_of_blocks([&](int64_t begin, int64_t) {
-                    Best best = so_far;
-                    try_row(bounds[begin / set.block_rows()], best);
-                    return best;
-                });
-            }
         }
         return best_of_blocks([&](int64_t begin, int64_t end) {
                    Best best = so_far;
