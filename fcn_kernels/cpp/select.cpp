@@ -23,7 +23,6 @@ EXPORTED void forward(const Call* call, const Selected* out) {
 // grad (B, K, C) -> dx (R, C), dq (R,), dgamma.
 EXPORTED void backward(const Call* call, const Selected* saved, const Acc* grad, Row* dx, Acc* dq, Acc* dgamma) {
     std::vector<double> parts(call->sets);
-    ask_for_large_pages(dx, call->all_rows * call->dim * sizeof(Row));
     for_sets(*call, [&](const Set& set) { parts[set.number] = Backpropagation(set, *saved, grad, dx, dq).run(); });
     double total = 0;
     for (const double part : parts) total += part;

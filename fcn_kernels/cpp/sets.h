@@ -2,9 +2,6 @@
 
 #pragma once
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -20,9 +17,6 @@ constexpr int64_t BLOCK_ROWS = 128, MOST_BLOCKS = 256;
 constexpr int64_t LEAST_SHARED = 64 << 10;
 // A set is shared where it is more than this part of what a thread gets of all the rows.
 constexpr int64_t PARTS_A_THREAD = 4;
-
-// Memory from which large pages can be asked for: with less, there may be no whole one in it.
-constexpr uintptr_t LARGE_BYTES = 4 << 20;
 
 // Pointers are null for what is not given. R counts the rows of all sets, padding too; see problem.py.
 struct Call {
@@ -113,14 +107,6 @@ void for_sets(const Call& call, Work work) {
 #pragma omp parallel for schedule(dynamic) num_threads(few ? 1 : call.threads)
     for (int64_t b = 0; b < call.sets; ++b)
         if (!is_shared(b)) work(Set(call, b, 1));
-}
-
-// A gradient as large as its set is new memory, which the system hands out page by page as it is written: half of the
-// time of a backward pass over 100,000 rows, were the pages not asked for by the 2 MiB.
-inline void ask_for_large_pages(void* memory, int64_t bytes) {
-    const uintptr_t page = sysconf(_SC_PAGESIZE), from = reinterpret_cast<uintptr_t>(memory);
-    const uintptr_t begin = (from + page - 1) / page * page, end = (from + bytes) / page * page;
-    if (end > begin + LARGE_BYTES) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
 }  // namespace fcn_kernels
