@@ -102,7 +102,8 @@ inline void for_columns(const Row* row, int64_t dim, Use use) {
     if (c < dim) use(load_part(row + c, dim - c), c, 1);
 }
 
-// Not inlined, so that it rounds alike wherever it is called: equal rows have to be equally far, as ties are halved.
+// This and norm_of are not inlined, so that they round alike wherever they are called: equal rows have to be equally
+// far, as ties are halved.
 [[gnu::noinline]] Acc product(const Row* row, const Acc* vector, int64_t dim) {
     Vec sums[UNROLLED] = {};
     for_columns(row, dim, [&](Vec x, int64_t c, int u) {
@@ -112,7 +113,7 @@ inline void for_columns(const Row* row, int64_t dim, Use use) {
     return sum_of(sums);
 }
 
-inline Acc norm_of(const Row* row, int64_t dim) {
+[[gnu::noinline]] Acc norm_of(const Row* row, int64_t dim) {
     Vec sums[UNROLLED] = {};
     for_columns(row, dim, [&](Vec x, int64_t c, int u) {
         ask_for(row, c, dim);

@@ -41,6 +41,7 @@ class Selection {
           met(new int32_t[set.n]),
           quality(call.quality ? call.quality + set.at : norm.get()),
           directions(call.k * padded(call.dim)),
+          pick_norms(call.k),
           picks(call.k) {}
 
     void run() {
@@ -88,7 +89,7 @@ class Selection {
     std::unique_ptr<Acc[]> norm, gap, coefficient;
     std::unique_ptr<int32_t[]> met;  // picks that the gap knows of
     const Acc* const quality;
-    std::vector<Acc> directions;
+    std::vector<Acc> directions, pick_norms;
     std::vector<int64_t> picks;
 
     // What a step compares. fma, lest the compiler round differently here and there, and equal rows not be equal.
@@ -172,7 +173,7 @@ class Selection {
 
     void meet(int64_t i, int64_t pick) {
         const Acc along = product(set.row(i), &directions[pick * padded(call.dim)], call.dim);
-        const Acc fresh = call.normalized ? 1 - along : norm[i] - along / norm[picks[pick]];
+        const Acc fresh = call.normalized ? 1 - along : norm[i] - along / pick_norms[pick];
         const Acc positive = std::max<Acc>(fresh, 0);  // rounding can take it below a picked row's 0 to itself
         if (keep && pick < call.k - 1) out.gaps[pick * call.all_rows + set.at + i] = positive;
         gap[i] = std::min(gap[i], positive);
@@ -226,6 +227,7 @@ class Selection {
             return;
         }
         picks[step] = pick;
+        pick_norms[step] = norm[pick];
         std::memcpy(copy, set.row(pick), call.dim * sizeof(Row));
         copy_row(set.row(pick), &directions[step * padded(call.dim)], call.dim);
     }
