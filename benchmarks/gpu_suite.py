@@ -72,7 +72,8 @@ def steps(out: Path, quick: bool) -> list[Step]:
     timed += ["--benchmark-only", f"--benchmark-json={results}", f"--time-limit={LIMIT}", *["--quick"] * quick]
     return [
         Step("small shapes", [*small, workers], 40, no_gpu),
-        Step("tests", [*python, "pytest", "-q", *parallel, *tests], 150),
+        # interpreted, with the time of what is left out
+        Step("tests", [*python, "pytest", "-q", *parallel, *tests], 300 if no_gpu else 150),
         Step("memcheck", [*sanitized, "memcheck", *small], 50, no_sanitizer),
         Step("racecheck", [*sanitized, "racecheck", *small], 50, no_sanitizer),
         Step("benchmarks", timed, 240),
