@@ -41,8 +41,8 @@ def select(problem: Problem, keep: bool, backend: str) -> Selected:
     """Run the forward operator; ``keep`` keeps what the gradient needs."""
     # Without the dispatcher, which would call the same hook, where nothing else waits for the call there: a sixth of
     # the time of one on a tiny set.
-    torch_c = torch._C
-    heard = torch.compiler.is_compiling() or torch_c._is_tracing() or torch_c._are_functorch_transforms_active()
+    recorded = torch.compiler.is_compiling() or torch._C._is_tracing()
+    heard = recorded or torch._C._are_functorch_transforms_active()
     return Selected(*(_run if heard else _select_autograd)(*problem, keep, backend))
 
 

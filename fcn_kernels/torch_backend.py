@@ -39,18 +39,12 @@ def forward(p: Problem, keep: bool) -> Selected:
 
 def _nothing(p: Problem, keep: bool) -> Selected:
     """What sets without a row give."""
-    device, accumulate = p.features.device, accumulator(p.features.dtype)
-    kept = []
-    if keep:
-        kept = [torch.zeros(steps, p.rows, dtype=accumulate, device=device) for steps in (p.k, p.k - 1)]
-        kept.append(torch.full((p.rows,), -1.0, dtype=accumulate, device=device))
-    return Selected(
-        features=p.features.new_zeros(p.sets, p.k, p.dim),
-        distances=torch.zeros(p.sets, p.k, dtype=accumulate, device=device),
-        indices=torch.full((p.sets, p.k), -1, device=device),
-        counts=torch.zeros(p.sets, dtype=torch.int64, device=device),
-        kept=kept,
-    )
+    out = Selected.empty(p, keep, normalizers=False)
+    for tensor in (*out[:4], *out.kept):
+        tensor.zero_()
+    for tensor in (out.indices, *out.kept[2:]):  # no pick; of the rows' norms, that they cannot be picked
+        tensor.fill_(-1)
+    return out
 
 
 def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:

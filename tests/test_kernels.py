@@ -325,15 +325,17 @@ def test_scalars_on_the_device(monkeypatch: pytest.MonkeyPatch, device: torch.de
     """Gamma and seed are read by the kernel where they are on the device, and passed by value where they are not."""
     case = random_case(2, 6, 5, 3, noise=None, sample=True).to(device)
     results = []
-    for number, seed in (
+    for gamma, seed in (
         (lambda gamma: (gamma.to(device), 0.0), lambda seed, stand_in: (seed.to(device), -1)),
         (lambda gamma: (None, float(gamma)), lambda seed, stand_in: (stand_in, int(seed))),
     ):
-        monkeypatch.setattr(launch, "_number", number)
+        monkeypatch.setattr(launch, "gamma_argument", gamma)
         monkeypatch.setattr(launch, "seed_argument", seed)
         torch.manual_seed(2)
         results.append(run(case))
     assert same_bits(*results)
+    torch.manual_seed(3)
+    assert not same_bits(results[0], run(case))
 
 
 # --- corners ------------------------------------------------------------

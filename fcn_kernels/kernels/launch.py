@@ -186,7 +186,7 @@ def _forward(p: Problem, keep: bool, plan: Plan) -> Selected:
         arguments = (
             p.features,
             p.quality,
-            *_number(p.gamma),
+            *gamma_argument(p.gamma),
             p.noise,
             *seed_argument(p.seed, out.indices),
             p.start,
@@ -242,7 +242,7 @@ def _backward(p: Problem, grad: Tensor, saved: Saved, plan: Plan) -> Gradients:
         arguments = (
             p.features,
             p.quality,
-            *_number(p.gamma),
+            *gamma_argument(p.gamma),
             p.noise,
             *seed_argument(p.seed, saved.indices),
             p.lengths,
@@ -317,9 +317,9 @@ def _sizes(p: Problem) -> tuple[Any, ...]:
     return stride_set, stride_row, n, p.dim, p.k, p.rows, p.tau, p.distance_scale
 
 
-def _number(value: Tensor) -> tuple[Tensor | None, float]:
-    """(pointer, value): a number on the host is passed by value, one on the device is read there, without a wait."""
-    return (None, float(value)) if value.device.type == "cpu" else (value, 0.0)
+def gamma_argument(gamma: Tensor) -> tuple[Tensor | None, float]:
+    """(pointer, value): on the host it is passed by value, on the device it is read there, without a wait."""
+    return (None, float(gamma)) if gamma.device.type == "cpu" else (gamma, 0.0)
 
 
 def seed_argument(seed: Tensor | None, stand_in: Tensor) -> tuple[Tensor | None, int]:
