@@ -26,7 +26,7 @@ from benchmarks.workloads import (
     make_inputs,
     moved_bytes,
 )
-from fcn_kernels.op import select_flops
+from fcn_kernels.selection.op import select_flops
 
 SELECT = {FUSED: fused, EAGER: listing}
 LENGTHS = {"quick": (100, 200), "cpu": (1000, 4000, 16_000), "cuda": (1000, 4000, 16_000)}

@@ -12,9 +12,9 @@ from torch import Tensor
 from benchmarks.conftest import Bench
 from benchmarks.harness import Timing
 from benchmarks.workloads import BOTH, FORWARD, Case, Inputs, contender, fused, make_inputs
-from fcn_kernels import op
-from fcn_kernels.problem import Problem
-from fcn_kernels.select import resolve_backend
+from fcn_kernels.selection import op
+from fcn_kernels.selection.problem import Problem
+from fcn_kernels.selection.select import resolve_backend
 
 PUBLIC, OPERATOR, BARE = "coreset_select", "its operator", "an operator that does nothing"
 CALLS = {"quick": 5, "cpu": 50, "cuda": 200}

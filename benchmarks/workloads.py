@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness import CACHE_BYTES, Contender
 from fcn_kernels import coreset_select
-from fcn_kernels.op import runs_on
-from fcn_kernels.problem import Problem
-from fcn_kernels.rows import GROUP_BYTES, accumulator
+from fcn_kernels.selection.op import runs_on
+from fcn_kernels.selection.problem import Problem
+from fcn_kernels.sets import GROUP_BYTES, accumulator
 from reference.listing import coreset_listing
 
 FORWARD, BOTH = "forward", "forward + backward"
@@ -224,7 +224,7 @@ def tiers(case: Case, i: Inputs) -> tuple[str, str]:
     if i.features.device.type == "cpu":
         name = runs_on("cpu", case.dtype)
         return name, name
-    from fcn_kernels.kernels import launch
+    from fcn_kernels.selection.kernels import launch
 
     forward, backward = launch.plans(problem(case, i))
     return forward.name, backward.name
@@ -245,7 +245,7 @@ def moved_bytes(case: Case, i: Inputs, work: str) -> int:
         else:  # norms and K - 1 products; a product and a sum each step
             reads = (1, 1) if held else (case.k, 2 * case.k)
         return case.row_bytes * (reads[0] if work == FORWARD else sum(reads) + 1)
-    from fcn_kernels.kernels import launch
+    from fcn_kernels.selection.kernels import launch
 
     forward, backward = launch.plans(problem(case, i))
     lengths = _lengths(case, i)
@@ -261,7 +261,7 @@ def _lengths(case: Case, i: Inputs) -> tuple[int, ...]:
 
 
 def _reads(plan: Any, length: int, held: int, streamed: int) -> int:
-    """How often a launch loads the rows of a set, by whether it keeps them; benchmarks.reads counts the same."""
+    """How often a launch loads the rows of a set, by whether it keeps them; benchmarks.checks.reads counts the same."""
     tier = plan.name.partition(",")[0]
     return held if tier == "resident" or (tier == "ragged" and length <= plan.block_n) else streamed
 

@@ -1,7 +1,8 @@
 """Fused, differentiable coreset selection: pick the few rows of a set that are both good and different."""
 
 from fcn_kernels._version import __version__
-from fcn_kernels.modules import CoresetAggregator, CoresetSelect
-from fcn_kernels.select import Coreset, coreset_select
+from fcn_kernels.heads.coreset_select import CoresetSelect
+from fcn_kernels.heads.facecoresetnet import CoresetAggregator
+from fcn_kernels.selection.select import Coreset, coreset_select
 
 __all__ = ["Coreset", "CoresetAggregator", "CoresetSelect", "__version__", "coreset_select"]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    "info": ("fcn_kernels.info", "versions, devices, and the backend and tier that a call would take"),
+    "info": ("fcn_kernels.cli.info", "versions, devices, and the backend and tier that a call would take"),
     "demo": ("fcn_kernels.demos.select_demo", "pick coresets of real handwritten digits; a table and a picture"),
     "train-demo": ("fcn_kernels.demos.train_demo", "train backbone and head end to end on the digits; ROC and picks"),
-    "aggregate": ("fcn_kernels.aggregate", "one descriptor a template, from a file of embeddings"),
+    "aggregate": ("fcn_kernels.cli.aggregate", "one descriptor a template, from a file of embeddings"),
 }
 
 

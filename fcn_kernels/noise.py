@@ -2,7 +2,7 @@
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), keyed by the 64-bit seed,
 with the counter (row within the set, step // 4, set, stream); the four words it gives serve four steps.
-``fcn_kernels.kernels.noise`` is the same in Triton, and ``cpp/noise.h`` has it in C++.
+``fcn_kernels.device.noise`` is the same in Triton, and ``cpp/noise.h`` has it in C++.
 """
 
 import torch

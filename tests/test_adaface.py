@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fcn_kernels.adaface import AdaFace
+from fcn_kernels.heads.adaface import AdaFace
 
 ANGLE = 0.9  # of the test's descriptor to its identity
 

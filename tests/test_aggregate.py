@@ -17,10 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fcn_kernels import CoresetAggregator, aggregate, formats
+from fcn_kernels import CoresetAggregator
 from fcn_kernels.__main__ import main
-from fcn_kernels.embeddings import Embeddings
-from fcn_kernels.formats import InputError
+from fcn_kernels.cli import aggregate
+from fcn_kernels.files import formats
+from fcn_kernels.files.embeddings import Embeddings
+from fcn_kernels.files.formats import InputError
 from reference.head import ReferenceHead
 from reference.listing import coreset_listing
 
@@ -652,7 +654,7 @@ def test_a_process_that_is_ended_leaves_nothing_and_shows_no_traceback(tmp_path:
     inputs = save(tmp_path, "npz", make())
     script = """
 import signal, sys
-from fcn_kernels import formats
+from fcn_kernels.files import formats
 from fcn_kernels.__main__ import main
 def write(file, arrays):
     file.write(b"half")

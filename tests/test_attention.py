@@ -5,10 +5,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fcn_kernels import attention_blocks
-from fcn_kernels.attention import set_attention
-from fcn_kernels.attention_inputs import Inputs, RowSets
-from fcn_kernels.encoding import Waves, sinusoid, sinusoid_backward
+from fcn_kernels.attention import torch_backend as attention_blocks
+from fcn_kernels.attention.encoding import Waves, sinusoid, sinusoid_backward
+from fcn_kernels.attention.inputs import Inputs
+from fcn_kernels.attention.op import set_attention
+from fcn_kernels.sets import RowSets
 
 
 def _inputs(lengths, dim=16, queries=5, dtype=torch.float64, seed=0):

@@ -5,9 +5,10 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from fcn_kernels import attention_blocks
-from fcn_kernels.attention_inputs import Arriving, Inputs, RowSets
-from fcn_kernels.kernels import attention_launch
+from fcn_kernels.attention import torch_backend as attention_blocks
+from fcn_kernels.attention.inputs import Arriving, Inputs
+from fcn_kernels.attention.kernels import launch as attention_launch
+from fcn_kernels.sets import RowSets
 
 # Beside twice eager's loss: what float32 sums, and the cosine's 2e-7, may lose where eager happens to lose nothing.
 SLACK = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}

@@ -1,6 +1,6 @@
 """What the compiler makes of the launches for GPUs that need not be here: no spills, and 16-byte loads of the rows.
 
-`python -m benchmarks.builds` prints the whole table; here a part of it stands for each tier, dtype and width.
+`python -m benchmarks.checks.builds` prints the whole table; here a part of it stands for each tier, dtype and width.
 """
 
 import json
@@ -35,7 +35,7 @@ def _run(*arguments: str) -> str:
 
 
 def _builds(*arguments: str) -> list[dict]:
-    return json.loads(_run("-m", "benchmarks.builds", "--json", *arguments))
+    return json.loads(_run("-m", "benchmarks.checks.builds", "--json", *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,9 @@ def test_amd_builds():
 
 
 CAPTURED = """
-from benchmarks import builds
-from fcn_kernels.kernels import attention_launch, launch
+from benchmarks.checks import builds
+from fcn_kernels.attention.kernels import launch as attention_launch
+from fcn_kernels.selection.kernels import launch
 
 def specs():
     return [*builds.selection_specs("sm_90"), *builds.attention_specs()]
@@ -98,9 +99,9 @@ def test_a_captured_call_needs_no_kernel_of_its_own():
 
 ONE_KERNEL = """
 import torch
-from benchmarks import builds
-from fcn_kernels.kernels import launch
-from fcn_kernels.problem import Problem
+from benchmarks.checks import builds
+from fcn_kernels.selection.kernels import launch
+from fcn_kernels.selection.problem import Problem
 
 def built(rows, k, split=launch.WHOLE.value):
     launch.forward_plan = lambda *sizes: launch.Plan(launch.STREAMING_TIER.value, 32, 64, 4, 3, split)

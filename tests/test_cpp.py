@@ -17,11 +17,11 @@ import torch
 from oracle import Outcome, assert_as_accurate_as_eager, assert_equal_in_float64, outcome, select_on, weights_for
 from problems import Case, pack, random_case, spoil
 
-from fcn_kernels import coreset_select, op, torch_backend
-from fcn_kernels.cpp import compiler
-from fcn_kernels.cpp import launch as cpp
-from fcn_kernels.info import DTYPES
-from fcn_kernels.problem import Problem
+from fcn_kernels import compiler, coreset_select
+from fcn_kernels.cli.info import DTYPES
+from fcn_kernels.selection import op, torch_backend
+from fcn_kernels.selection.cpp import launch as cpp
+from fcn_kernels.selection.problem import Problem
 
 F64 = torch.float64
 needs_compiler = pytest.mark.skipif(bool(cpp.unavailable(torch.float32)), reason="no C++ compiler")

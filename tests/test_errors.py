@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fcn_kernels import CoresetSelect, coreset_select
-from fcn_kernels.select import resolve_backend
+from fcn_kernels.selection.select import resolve_backend
 
 X = torch.randn(2, 6, 4)
 ROWS = torch.randn(9, 4)
@@ -132,10 +132,10 @@ def test_bad_input_is_refused(name):
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
-    monkeypatch.setattr("fcn_kernels.select.INTERPRETED", False)
+    monkeypatch.setattr("fcn_kernels.selection.select.INTERPRETED", False)
     with pytest.raises(RuntimeError, match=r"expected features on a CUDA device.*got cpu"):
         resolve_backend("triton", X)
-    monkeypatch.setattr("fcn_kernels.select.HAS_TRITON", False)
+    monkeypatch.setattr("fcn_kernels.selection.select.HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="expected triton to be installed"):
         resolve_backend("triton", X)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_suite
-from benchmarks.gpu_suite import LIMIT, Outcome, Step, run, steps, summary
+from benchmarks.checks import gpu_suite
+from benchmarks.checks.gpu_suite import LIMIT, Outcome, Step, run, steps, summary
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("matplotlib")

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fcn_kernels import CoresetAggregator
-from fcn_kernels.attention import forward_flops
-from fcn_kernels.op import select_flops
+from fcn_kernels.attention.op import forward_flops
+from fcn_kernels.selection.op import select_flops
 from reference.head import ReferenceHead
 
 AUTHORS = 4.240e9  # multiply-adds of the authors' module at N = 8,000, C = 512, K = 3, by fvcore

@@ -21,10 +21,13 @@ from poison import poisoned
 from problems import STRIDED, Case, cases, pack, random_case, spoil
 from side_by_side import side_by_side
 
-from fcn_kernels import coreset_select, op
-from fcn_kernels.kernels import launch
-from fcn_kernels.kernels.common import COOPERATIVE, LAUNCHES, RAGGED, RESIDENT_TIER, STREAMING_TIER, WHOLE
-from fcn_kernels.problem import Problem
+from fcn_kernels import coreset_select
+from fcn_kernels.device import gpu
+from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE
+from fcn_kernels.selection import op
+from fcn_kernels.selection.kernels import launch
+from fcn_kernels.selection.kernels.common import RAGGED, RESIDENT_TIER, STREAMING_TIER
+from fcn_kernels.selection.problem import Problem
 
 TIERS = ("resident", "streaming", "ragged", "split")
 # What the barriers carry: the softmax sums, the first pick made early or not, counts of few rows, and one step alone.
@@ -411,11 +414,11 @@ def test_kernels_stay_inside_whatever_lengths_say(wrong: dict[str, list[int]], t
 # --- launch geometry ------------------------------------------------------------
 
 SIZES = list(product((1, 7, 200), (1, 20, 64, 300, 8000, None), (1, 100, 512, 4096), (2, 4), (False, True)))
-GPU = launch.Device(processors=132, cooperative=True)
+GPU = gpu.Device(processors=132, cooperative=True)
 
 
-@pytest.mark.parametrize("device_kind", [GPU, launch.INTERPRETER], ids=["gpu", "interpreter"])
-def test_plans_fit_and_cover(device_kind: launch.Device) -> None:
+@pytest.mark.parametrize("device_kind", [GPU, gpu.INTERPRETER], ids=["gpu", "interpreter"])
+def test_plans_fit_and_cover(device_kind: gpu.Device) -> None:
     for (sets, rows, dim, itemsize, ragged), plan_for in product(SIZES, (launch.forward_plan, launch.backward_plan)):
         plan = plan_for(sets, rows, dim, itemsize, ragged, device_kind)
         for size in (plan.block_n, plan.block_c, plan.warps):

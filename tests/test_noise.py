@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fcn_kernels import coreset_select
-from fcn_kernels.kernels.noise import gumbel_noise as device_noise
+from fcn_kernels.device.noise import gumbel_noise as device_noise
 from fcn_kernels.noise import gumbel, gumbel_noise, philox
 
 # Known answers of Philox4x32-10 that its authors publish with Random123: counter, key, output.

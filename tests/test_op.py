@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fcn_kernels import CoresetSelect, coreset_select
-from fcn_kernels.cpp.launch import unavailable
-from fcn_kernels.op import select
-from fcn_kernels.problem import Problem
+from fcn_kernels.selection.cpp.launch import unavailable
+from fcn_kernels.selection.op import select
+from fcn_kernels.selection.problem import Problem
 
 
 def _inputs(batch=2, rows=7, dim=5, dtype=torch.float32, grad=True):

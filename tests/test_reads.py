@@ -12,9 +12,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from side_by_side import side_by_side
 
-from benchmarks import reads
-from fcn_kernels.kernels import launch
-from fcn_kernels.kernels.common import COOPERATIVE, RESIDENT_TIER
+from benchmarks.checks import reads
+from fcn_kernels.device.splits import COOPERATIVE
+from fcn_kernels.selection.kernels import launch
+from fcn_kernels.selection.kernels.common import RESIDENT_TIER
 
 ROWS, K = 64, 3
 ALONE = 1 / ROWS  # a pick's row, loaded by itself

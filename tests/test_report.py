@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import picture, report, targets
-from benchmarks.results import Results, exponent, load
+from benchmarks.report import picture, targets
+from benchmarks.report import tables as report
+from benchmarks.report.results import Results, exponent, load
 from fcn_kernels import coreset_select
 
 pytest.importorskip("pytest_benchmark")

@@ -24,8 +24,9 @@ from poison import poisoned
 from problems import STRIDED, Case, cases, pack, random_case, spoil
 from torch import Tensor
 
-from fcn_kernels import coreset_select, rows, torch_backend
-from fcn_kernels.cpp import launch as cpp
+from fcn_kernels import coreset_select
+from fcn_kernels.selection import rows, torch_backend
+from fcn_kernels.selection.cpp import launch as cpp
 from reference.listing import coreset_listing
 
 F64 = torch.float64

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fcn_kernels.demos import digits, poolings, train_demo
 from fcn_kernels.demos.templates import LONGEST, make_templates
-from fcn_kernels.verification import FARS, roc
+from fcn_kernels.evaluation.verification import FARS, roc
 
 for needed in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(needed)

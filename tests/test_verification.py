@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fcn_kernels import verification
-from fcn_kernels.verification import FARS, pair_scores, roc
+from fcn_kernels.evaluation import verification
+from fcn_kernels.evaluation.verification import FARS, pair_scores, roc
 
 pytest.importorskip("sklearn")
 

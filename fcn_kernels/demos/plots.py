@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fcn_kernels.demos.sets import Score
+from fcn_kernels.evaluation.verification import Roc
 from fcn_kernels.extras import require
-from fcn_kernels.verification import Roc
 
 COLUMNS = 4  # of images in a contact sheet
 READING_ORDER = "best quality at the top left, worst at the bottom right"

@@ -1,7 +1,7 @@
 """Ways to make one descriptor of a template's embeddings.
 
 Each takes packed unit features (T, C), their norms (T,) and cu_seqlens (B + 1,), and gives unit descriptors (B, C)
-and the norms (B,) that they had, as :class:`fcn_kernels.modules.CoresetAggregator` does.
+and the norms (B,) that they had, as :class:`fcn_kernels.heads.facecoresetnet.CoresetAggregator` does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fcn_kernels import coreset_select
-from fcn_kernels.modules import CoresetAggregator
+from fcn_kernels.heads.facecoresetnet import CoresetAggregator
 
 Pooling = Callable[..., Any]
 OURS = "coreset (ours)"

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fcn_kernels.adaface import AdaFace
 from fcn_kernels.demos import digits, plots, repeatable
 from fcn_kernels.demos.poolings import OURS, Pooling, poolings, split_norm
 from fcn_kernels.demos.templates import Templates, make_templates
+from fcn_kernels.evaluation.verification import FARS, Roc, roc
 from fcn_kernels.extras import require
-from fcn_kernels.verification import FARS, Roc, roc
+from fcn_kernels.heads.adaface import AdaFace
 
 TRAIN_IMAGES = 1200
 BATCH = 20  # as in the paper

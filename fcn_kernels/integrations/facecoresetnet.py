@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fcn_kernels.modules import HeadLayers, aggregate_sets
-from fcn_kernels.select import Coreset, coreset_select
+from fcn_kernels.heads.facecoresetnet import HeadLayers, aggregate_sets
+from fcn_kernels.selection.select import Coreset, coreset_select
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -1,0 +1,339 @@
+"""Build the kernels as the launchers would, for GPUs that are not here, and read what the compiler says of them.
+
+    python -m benchmarks.checks.builds            # a Markdown table
+    python -m benchmarks.checks.builds --json     # the same for programs
+
+A launcher runs with its kernel replaced by a recorder, so that what is built has the signature, the constants, the
+divisibilities and the warps of a real launch. No GPU is needed: ptxas and cuobjdump come with Triton.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+# Multiprocessors of an A100, an H100, a B200 and an MI300X, by which the launchers divide large sets.
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_cooperative_grid")
+POINTERS: dict[Any, str] = {}
+
+
+class Spec(NamedTuple):
+    """A recorded launch, in a form that can be sent to another process."""
+
+    label: str
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: list[str]
+    options: dict[str, int]
+
+
+class Build(NamedTuple):
+    """What the compiler made of a launch on one target."""
+
+    label: str
+    kernel: str
+    target: str
+    warps: int
+    registers: int
+    spills: int
+    """Bytes of stack a thread, which is where registers spill to."""
+    shared: int
+    """Bytes of shared memory a program."""
+    row_loads: dict[str, int]
+    """Global loads by width in bits, PTX mnemonic's vector times element."""
+
+
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of each launch instead of launching."""
+
+    def __init__(self, kernel: Any, module: str, label: str) -> None:
+        self.kernel, self.module, self.label = kernel, module, label
+        self.specs: list[Spec] = []
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.record
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        """Specialise as Triton's runtime does: None and 1 are constants, multiples of 16 are known to be."""
+        import torch
+
+        params = self.kernel.params
+        values = {p.name: a for p, a in zip(params, args, strict=False)}
+        options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
+        values.update(kwargs)
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        divisible = []
+        for p in params:
+            value = values[p.name]
+            if p.is_constexpr or value is None:
+                kind = "constexpr"
+            elif isinstance(value, torch.Tensor):
+                kind = "*" + POINTERS[value.dtype]
+                divisible.append(p.name)
+            elif isinstance(value, float):
+                kind = "fp32"
+            elif value == 1 and not p.do_not_specialize:
+                kind = "constexpr"
+            else:
+                kind = p.annotation_type or ("i32" if abs(value) < 2**31 else "i64")
+                if value % 16 == 0 and not p.do_not_specialize:
+                    divisible.append(p.name)
+            signature[p.name] = kind
+            if kind == "constexpr":
+                constants[p.name] = value
+        name = self.kernel.fn.__name__
+        self.specs.append(Spec(self.label, self.module, name, signature, constants, divisible, options))
+
+
+def record(label: str, module: Any, kernels: tuple[str, ...], launch: Callable[[], object]) -> list[Spec]:
+    """The launches of ``kernels`` that ``launch()`` makes through ``module``."""
+    import torch
+
+    POINTERS.update(
+        {
+            torch.float32: "fp32",
+            torch.bfloat16: "bf16",
+            torch.float16: "fp16",
+            torch.int64: "i64",
+            torch.int32: "i32",
+            torch.bool: "i1",
+            torch.uint8: "u8",
+        }
+    )
+    originals = {name: getattr(module, name) for name in kernels}
+    recorders = {name: Recorder(k, k.fn.__module__, label) for name, k in originals.items()}
+    try:
+        for name, recorder in recorders.items():
+            setattr(module, name, recorder)
+        launch()
+    finally:
+        for name, original in originals.items():
+            setattr(module, name, original)
+    return [spec for recorder in recorders.values() for spec in recorder.specs]
+
+
+def build(spec: Spec, target: str) -> Build:
+    """Compile one launch for one target."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(spec.module), spec.kernel)
+    order = list(spec.signature)
+    source = ASTSource(
+        fn=kernel,
+        signature=spec.signature,
+        constexprs={(order.index(n),): v for n, v in spec.constants.items()},
+        attrs={(order.index(n),): [["tt.divisibility", 16]] for n in spec.divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=spec.options)
+    warps = spec.options["num_warps"]
+    if target.startswith("gfx"):
+        registers, spills = _amd_resources(compiled.asm["amdgcn"])
+        loads: dict[str, int] = {}
+    else:
+        registers, spills = _nvidia_resources(compiled.asm["cubin"])
+        loads = _load_widths(compiled.asm["ptx"])
+    return Build(spec.label, spec.kernel, target, warps, registers, spills, compiled.metadata.shared, loads)
+
+
+def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resources:\n{text}")
+    return int(found[1]), int(found[2])
+
+
+def _amd_resources(assembly: str) -> tuple[int, int]:
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
+    scratch = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+    if registers is None or scratch is None:
+        raise RuntimeError("the assembly carries no resource metadata")
+    return int(registers[1]), int(scratch[1])
+
+
+def _load_widths(ptx: str) -> dict[str, int]:
+    widths: dict[str, int] = {}
+    for vector, bits in re.findall(r"ld\.global(?:\.\w+)*?(?:\.(v[248]))?\.[bfsu](\d+)", ptx):
+        width = str(int(vector[1:] or 1) * int(bits) if vector else int(bits))
+        widths[width] = widths.get(width, 0) + 1
+    return widths
+
+
+def selection_specs(target: str) -> Iterator[Spec]:
+    """The selection's launches on a device, over the sizes, dtypes and options that change what is built."""
+    import torch
+
+    from fcn_kernels.selection.kernels import launch
+    from fcn_kernels.selection.problem import Problem, Saved
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+
+    def specs(
+        name: str, sets: int, rows: int | None, dim: int, dtype: torch.dtype, k: int = 3, **changes: Any
+    ) -> list[Spec]:
+        packed = rows is None
+        features = torch.empty((sets * 2, dim) if rows is None else (sets, rows, dim), dtype=dtype)
+        total = features.shape[:-1].numel()
+        problem = Problem(
+            features=features,
+            quality=torch.empty(total),
+            gamma=torch.tensor(0.5),
+            noise=None,
+            seed=torch.tensor(2**40 + 1),
+            start=None,
+            mask=None,
+            lengths=None,
+            cu_seqlens=torch.empty(sets + 1, dtype=torch.int32) if packed else None,
+            k=k,
+            tau=1.0,
+            distance_scale=1.0,
+            normalized=False,
+            distinct=False,
+        )._replace(**changes)
+        saved = Saved(
+            indices=torch.empty(sets, k, dtype=torch.int64),
+            counts=torch.empty(sets, dtype=torch.int64),
+            softmax=torch.empty(sets, k),
+            gaps=torch.empty(k - 1, total),
+            norms=torch.empty(total),
+        )
+
+        def both() -> None:
+            launch.forward(problem, True)
+            launch.backward(problem, torch.empty(sets, k, dim, dtype=dtype), saved)
+
+        kind = str(dtype).removeprefix("torch.")
+        label = f"{kind} {name} ({sets}, {'packed' if packed else rows}, {dim}) K={k}"
+        return record(label, launch, ("select_forward", "select_backward"), both)
+
+    from fcn_kernels.device import gpu
+
+    original = gpu.INTERPRETER
+    gpu.INTERPRETER = gpu.Device(PROCESSORS[target], cooperative=target.startswith("sm"))
+    try:
+        for dtype in (bf16, fp32):
+            for dim in (128, 512, 1024, 2048, 4096):
+                yield from specs("tiny sets", 256, 20, dim, dtype)
+                yield from specs("sets", 256, 300, dim, dtype)
+                yield from specs("one set", 1, 4000, dim, dtype)
+                yield from specs("ragged", 1000, None, dim, dtype)
+        yield from specs("tiny sets", 256, 20, 512, fp16)
+        yield from specs("tiny sets", 256, 20, 512, bf16, k=1)
+        yield from specs("tiny sets", 256, 20, 512, bf16, k=64)
+        yield from specs("ragged", 1000, None, 768, bf16)
+        yield from specs("one set", 1, 100000, 512, bf16)
+        given = torch.empty(256, dtype=torch.int64)
+        yield from specs("norms, given start", 256, 20, 512, bf16, quality=None, start=given)
+        yield from specs("norms, given start", 256, 300, 512, bf16, quality=None, start=given)
+        yield from specs("given start", 1, 100000, 512, bf16, start=given[:1])
+        yield from specs("norms", 1000, None, 512, bf16, quality=None)
+        yield from specs("norms", 1, 8000, 512, bf16, quality=None)
+        yield from specs(
+            "unit rows, distinct, argmax", 1000, None, 512, bf16, normalized=True, distinct=True, seed=None
+        )
+        gpu.INTERPRETER = gpu.Device(PROCESSORS[target], cooperative=False)
+        yield from specs("one set, launches", 1, 8000, 512, bf16)
+    finally:
+        gpu.INTERPRETER = original
+
+
+def attention_specs() -> Iterator[Spec]:
+    """Set attention for the head's 24 queries, in training and inference, and for the most that it is planned for."""
+    import torch
+
+    from fcn_kernels.attention.inputs import Arriving, Inputs
+    from fcn_kernels.attention.kernels import launch
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for queries, dropout in ((24, 0.1), (24, 0.0), (64, 0.1)):
+            empty = torch.empty
+            inputs = Inputs(
+                queries=empty(4, queries, 512),
+                features=empty(4000, 512, dtype=dtype),
+                quality=empty(4000),
+                encoding_weight=empty(512),
+                offsets=empty(5, dtype=torch.int64),
+                lengths=empty(4, dtype=torch.int64),
+                seed=torch.tensor(2**40 + 1) if dropout else None,
+                dropout=dropout,
+                encoding_eps=1e-5,
+            )
+            of_set = empty(4, queries)
+            arriving = Arriving(of_set, inputs.queries, of_set, of_set)
+
+            def both(inputs: Inputs = inputs, arriving: Arriving = arriving) -> None:
+                launch.forward(inputs)
+                launch.backward(inputs, arriving)
+
+            kind = str(dtype).removeprefix("torch.")
+            label = f"{kind} attention (4, 1000, 512) H={queries} dropout {dropout}"
+            yield from record(label, launch, ("attention_forward", "attention_backward"), both)
+
+
+def build_all(jobs: list[tuple[Spec, str]], workers: int = 2) -> list[Build]:
+    """Launches for targets, in processes of their own."""
+    with ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(build, *zip(*jobs, strict=True), chunksize=4))
+
+
+def main() -> int:
+    """Print the table of builds."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.checks.builds", description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="launches whose label has one of these")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    jobs = [
+        (spec, target)
+        for target in args.targets
+        for spec in (*selection_specs(target), *attention_specs())
+        if any(text in spec.label for text in args.only)
+    ]
+    builds = build_all(jobs)
+    if args.json:
+        json.dump([b._asdict() for b in builds], sys.stdout)
+        return 0
+    import torch
+    import triton
+
+    print(f"Triton {triton.__version__}, PyTorch {torch.__version__.partition('+')[0]}; multiprocessors:", PROCESSORS)
+    print()
+    print("| launch | kernel | target | warps | registers | spilled bytes | shared bytes | loads by width |")
+    print("|---|---|---|---|---|---|---|---|")
+    for b in builds:
+        loads = ", ".join(f"{n} x {w}" for w, n in sorted(b.row_loads.items(), key=lambda item: -int(item[0])))
+        print(f"| {' | '.join(map(str, b[:-1]))} | {loads} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""How often each tier loads the rows of a set from global memory, counted load by load in Triton's interpreter.
+
+    python -m benchmarks.checks.reads             # a Markdown table
+
+A pass is as many loads as the set has elements. A pick's row, loaded alone, counts too: K of N rows a time. What the
+tables of builds and of times cannot show is here exact: that a resident set is loaded once, and that a streamed one of
+given quality or start is loaded K - 1 times. Needs TRITON_INTERPRET=1, which this sets for itself, and no GPU.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CALLS = ("quality", "norms", "norms, start")
+"""What a call is given: a quality, nothing, or a start."""
+
+
+class Reads(NamedTuple):
+    """Passes over the rows of one call."""
+
+    tier: str
+    given: str
+    rows: int
+    k: int
+    forward: float
+    backward: float
+
+
+@contextmanager
+def counted(tensor: Tensor) -> Iterator[list[int]]:
+    """Count the elements of ``tensor`` that interpreted kernels load meanwhile; the list's one number is the count."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.itemsize
+    count = [0]
+    load = InterpreterBuilder.create_masked_load
+
+    def counting(self: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
+        count[0] += int(np.count_nonzero(mask.data & (ptrs.data >= begin) & (ptrs.data < end)))
+        return load(self, ptrs, mask, *args)
+
+    InterpreterBuilder.create_masked_load = counting
+    try:
+        yield count
+    finally:
+        InterpreterBuilder.create_masked_load = load
+
+
+def passes(rows: int, k: int, dim: int = 16, given: str = CALLS[0], sets: int = 1) -> tuple[float, float]:
+    """Passes over the rows that a call's forward and backward make, by the launcher's own choice of tier."""
+    from fcn_kernels import coreset_select
+
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(sets, rows, dim, generator=generator).requires_grad_()
+    quality = torch.rand(sets, rows, generator=generator) + 0.5 if given == "quality" else None
+    start = rows // 2 if given.endswith("start") else None
+    with counted(features) as forward:
+        coreset = coreset_select(features, k, quality, 0.5, start=start, backend="triton")
+    with counted(features) as backward:
+        coreset.features.sum().backward()
+    return forward[0] / features.numel(), backward[0] / features.numel()
+
+
+def tiers() -> dict[str, Callable[..., Any]]:
+    """Plans that put any set into one tier; parts that meet between launches read what those at a barrier do."""
+    from fcn_kernels.device.splits import LAUNCHES
+    from fcn_kernels.selection.kernels import launch
+    from fcn_kernels.selection.kernels.common import RAGGED, RESIDENT_TIER, STREAMING_TIER
+
+    def plan(tier: int, block_n: int, *split: int) -> Callable[..., launch.Plan]:
+        return lambda sets, rows, dim, *rest: launch.Plan(tier, block_n or rows, max(16, dim), 1, *split)
+
+    return {
+        "resident": plan(RESIDENT_TIER.value, 0),
+        "ragged, set that fits": plan(RAGGED.value, 64),
+        "ragged, larger set": plan(RAGGED.value, 16),
+        "streaming": plan(STREAMING_TIER.value, 16),
+        "split": plan(STREAMING_TIER.value, 16, 2, LAUNCHES.value),
+    }
+
+
+def measure(rows: int = 64, k: int = 3) -> list[Reads]:
+    """Every tier, for each of what may be given."""
+    from fcn_kernels.selection.kernels import launch
+
+    found = []
+    original = launch.forward_plan, launch.backward_plan
+    try:
+        for tier, plan in tiers().items():
+            launch.forward_plan = launch.backward_plan = plan
+            found.extend(Reads(tier, given, rows, k, *passes(rows, k, given=given)) for given in CALLS)
+    finally:
+        launch.forward_plan, launch.backward_plan = original
+    return found
+
+
+def main() -> int:
+    """Print the table."""
+    found = measure()
+    rows, k = found[0].rows, found[0].k
+    print(f"Passes over the rows of a set of {rows}, K = {k}; a pick's row alone is 1 / {rows}.")
+    print("\n| tier | given | forward | backward |\n|---|---|---|---|")
+    for r in found:
+        print(f"| {r.tier} | {r.given} | {r.forward:.3f} | {r.backward:.3f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

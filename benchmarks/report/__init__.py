@@ -1,0 +1,1 @@
+"""Tables, targets and pictures of a run's results."""

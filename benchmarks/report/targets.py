@@ -1,0 +1,105 @@
+"""What this package set out to reach, held against results. Times are medians."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from benchmarks.report.results import Results, Row, exponent
+from benchmarks.workloads import BOTH, COMPILED, EAGER, FORWARD, FUSED, IJBC_ROWS, IJBC_SETS
+
+WORKS = (FORWARD, BOTH)
+LARGEST = 1_000_000
+FITTED_FROM = 10_000  # rows; below, a launch costs more than the rows do
+
+
+class Target(NamedTuple):
+    """One line of the table. ``reached`` is None where it was not measured."""
+
+    name: str
+    wanted: str
+    measured: str
+    reached: bool | None
+
+
+def judge(results: Results) -> list[Target]:
+    """The targets of the kind of machine that the results are of."""
+    on_gpu = results.rows[0]["device_type"] == "cuda"
+    return list(_gpu(results) if on_gpu else _cpu(results))
+
+
+def _gpu(results: Results) -> Iterator[Target]:
+    """On an H100, bfloat16, C = 512, K = 3."""
+    times = [
+        ("B = 256, N = 20", {"sets": 256, "rows": 20}, (8e-6, 25e-6)),
+        ("B = 1, N = 8,000", {"sets": 1, "rows": 8000}, (15e-6, 45e-6)),
+        ("IJB-C packed", {"sets": IJBC_SETS, "all_rows": IJBC_ROWS}, (0.25e-3, 0.9e-3)),
+    ]
+    common = {"dtype": "bfloat16", "dim": 512, "k": 3, "implementation": FUSED}
+    for name, shape, limits in times:
+        for work, limit in zip(WORKS, limits, strict=True):
+            row = results.one("selection", work=work, **shape, **common)
+            yield _at_most(f"{name}, {work}", None if row is None else row["median_s"], limit)
+    for work, passes, share in ((FORWARD, "K - 1 reads", 0.9), (BOTH, "2K - 1 reads and 1 write", 0.8)):
+        row = results.one("selection", work=work, sets=1, rows=LARGEST, **common)
+        yield _at_least(
+            f"B = 1, N = {LARGEST:,}, {work}: share of the copy bandwidth at {passes}",
+            None if row is None else _share(row, work),
+            share,
+            "{:.0%}",
+        )
+    yield from _ratios(results, ((256, 20), (1, 8000)), {EAGER: 30.0, COMPILED: 4.0}, "bfloat16")
+    yield from _exponents(results, 0.03, LARGEST)
+
+
+def _cpu(results: Results) -> Iterator[Target]:
+    """float32, C = 512, K = 3."""
+    yield from _ratios(results, ((64, 20), (1, 8000)), {EAGER: 4.0}, "float32")
+    kept = [results.one("memory", rows=4000, implementation=name) for name in (FUSED, EAGER)]
+    ratio = None if kept[0] is None or kept[1] is None else kept[1]["kept_bytes"] / kept[0]["kept_bytes"]
+    yield _at_least("bytes kept for backward at N = 4,000, times fewer than the listing", ratio, 40.0, "{:.0f}x")
+    yield from _exponents(results, 0.05, 100_000)
+
+
+def _ratios(
+    results: Results, shapes: tuple[tuple[int, int], ...], wanted: dict[str, float], dtype: str
+) -> Iterator[Target]:
+    for other, least in wanted.items():
+        for sets, n in shapes:
+            for work in WORKS:
+                shape = {"sets": sets, "rows": n, "k": 3, "dim": 512, "dtype": dtype, "work": work}
+                pair = [results.one("selection", implementation=name, **shape) for name in (FUSED, other)]
+                ratio = None if pair[0] is None or pair[1] is None else pair[1]["median_s"] / pair[0]["median_s"]
+                yield _at_least(f"B = {sets}, N = {n:,}, {work}: against the {other}", ratio, least, "{:.1f}x")
+
+
+def _exponents(results: Results, tolerance: float, most: int) -> Iterator[Target]:
+    for work in WORKS:
+        rows = results.of("scaling", work=work, implementation=FUSED)
+        found = exponent(rows, FITTED_FROM) if any(r["rows"] == most for r in rows) else None
+        name = f"exponent of time against N, {FITTED_FROM:,} to {most:,}, {work}"
+        reached = None if found is None else abs(found - 1) <= tolerance
+        yield Target(name, f"1.00 +- {tolerance:.2f}", "" if found is None else f"{found:.3f}", reached)
+
+
+def _share(row: Row, work: str) -> float:
+    """Of the copy bandwidth, if each step but the last read the rows once, forward, and each step, backward."""
+    passes = row["k"] - 1 if work == FORWARD else (row["k"] - 1) + row["k"] + 1
+    size = row["all_rows"] * row["dim"] * 2
+    return float(passes * size / row["median_s"] / (row["copy_gb_per_s"] * 1e9))
+
+
+def _at_most(name: str, seconds: float | None, limit: float) -> Target:
+    reached = None if seconds is None else seconds <= limit
+    return Target(name, f"<= {time_of(limit)}", "" if seconds is None else time_of(seconds), reached)
+
+
+def _at_least(name: str, value: float | None, limit: float, form: str) -> Target:
+    reached = None if value is None else value >= limit
+    return Target(name, f">= {form.format(limit)}", "" if value is None else form.format(value), reached)
+
+
+def time_of(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"

@@ -1,0 +1,1 @@
+"""Set attention in Triton."""

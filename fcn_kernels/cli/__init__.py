@@ -1,0 +1,1 @@
+"""Command-line tools: what a call would run on here, and descriptors from files of embeddings."""

@@ -1,0 +1,1 @@
+"""Embeddings, descriptors and checkpoints on disk."""

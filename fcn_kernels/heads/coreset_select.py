@@ -1,0 +1,72 @@
+"""The selection as a module."""
+
+import torch
+from torch import Generator, Tensor, nn
+
+from fcn_kernels.selection.select import Coreset, coreset_select
+
+
+class CoresetSelect(nn.Module):
+    """:func:`coreset_select` with a learned gamma: samples in ``train()``, argmax in ``eval()``.
+
+    Args:
+        k: picks a set.
+        gamma: initial value of the learned exponent of the quality.
+        tau, distance_scale, normalized, distinct, backend: as in :func:`coreset_select`.
+    """
+
+    def __init__(
+        self,
+        k: int,
+        gamma: float = 0.01,
+        *,
+        tau: float = 1.0,
+        distance_scale: float = 1.0,
+        normalized: bool = False,
+        distinct: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.k = k
+        self.gamma = nn.Parameter(torch.tensor(float(gamma)))
+        self.tau = tau
+        self.distance_scale = distance_scale
+        self.normalized = normalized
+        self.distinct = distinct
+        self.backend = backend
+
+    def forward(
+        self,
+        features: Tensor,
+        quality: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        generator: Generator | None = None,
+        start: int | Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Coreset:
+        """Select from ``features``; shapes, errors and result as in :func:`coreset_select`."""
+        return coreset_select(
+            features,
+            self.k,
+            quality,
+            self.gamma,
+            tau=self.tau,
+            sample=self.training,
+            noise=noise,
+            generator=generator,
+            distance_scale=self.distance_scale,
+            normalized=self.normalized,
+            distinct=self.distinct,
+            start=start,
+            mask=mask,
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        options = f"tau={self.tau}, distance_scale={self.distance_scale}, normalized={self.normalized}"
+        return f"k={self.k}, {options}, distinct={self.distinct}, backend={self.backend}"

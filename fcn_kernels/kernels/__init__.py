@@ -1,1 +1,0 @@
-"""Triton device code and launch geometry. Nothing outside this folder imports triton."""

@@ -1,0 +1,100 @@
+"""One selection call, validated and flattened: what the op, the backends and every tier agree on."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fcn_kernels.sets import accumulator
+
+
+class Problem(NamedTuple):
+    """The inputs of a call in the form that the backends take.
+
+    "R rows" counts the rows of all sets: R = B * N for padded sets, T for packed ones, and a tensor of row values is
+    flat over it. Rows whose saved norm is not > 0 can never be picked: -1 for padding, masked rows and rows of
+    unusable quality, NaN for rows whose features are not finite or all zero (-1 for these, too, in C++).
+    """
+
+    features: Tensor  # (B, N, C) padded, or (T, C) packed
+    quality: Tensor | None  # (R,) float32 or float64; None: the rows' norms
+    gamma: Tensor  # 0-d, on the features' device or the CPU
+    noise: Tensor | None  # (K, R), Gumbel samples
+    seed: Tensor | None  # 0-d int64, on the features' device or the CPU; noise is drawn from it
+    start: Tensor | None  # (B,) int64, the first pick
+    mask: Tensor | None  # (R,) bool
+    lengths: Tensor | None  # (B,) int32 or int64
+    cu_seqlens: Tensor | None  # (B + 1,) int32 or int64; the features are packed
+    k: int
+    tau: float
+    distance_scale: float
+    normalized: bool
+    distinct: bool
+
+    @property
+    def sets(self) -> int:
+        """B."""
+        return self.features.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return math.prod(self.features.shape[:-1])  # Size.numel() would fix symbols
+
+    @property
+    def dim(self) -> int:
+        """C."""
+        return self.features.shape[-1]
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of the forward pass; nothing of it is of size N x C."""
+
+    indices: Tensor  # (B, K) int64, -1 where there is no pick
+    counts: Tensor  # (B,) int64
+    softmax: Tensor  # triton: (B, K) log sum_n exp(z_k(n) / tau); others: (K, R) the softmaxes themselves
+    # (K - 1, R). triton: 1 - max cosine to the picks so far; sign bit: this step tied with those before it.
+    # others: |x_n| (1 - cosine to this step's pick)
+    gaps: Tensor
+    norms: Tensor  # (R,), the rows' norms and the marks above
+
+
+class Selected(NamedTuple):
+    """What a backend's forward pass gives. Values are float32, or float64 for float64 rows."""
+
+    features: Tensor  # (B, K, C), dtype of the features
+    distances: Tensor  # (B, K)
+    indices: Tensor
+    counts: Tensor
+    kept: Sequence[Tensor]  # softmax, gaps and norms of Saved, or nothing if that was not asked for
+
+    @property
+    def saved(self) -> Saved:
+        """What was kept, for the backward pass."""
+        return Saved(self.indices, self.counts, *self.kept)
+
+    @classmethod
+    def empty(cls, p: Problem, keep: bool, normalizers: bool) -> "Selected":
+        """Not filled in yet; ``normalizers``: these are kept of the softmaxes, as triton does."""
+        new, sets, k, dtype = p.features.new_empty, p.sets, p.k, accumulator(p.features.dtype)
+        kept = []
+        if keep:
+            softmax = (sets, k) if normalizers else (k, p.rows)
+            kept = [new(shape, dtype=dtype) for shape in (softmax, (k - 1, p.rows), (p.rows,))]
+        return cls(
+            new(sets, k, p.dim),
+            new(sets, k, dtype=dtype),
+            new(sets, k, dtype=torch.int64),
+            new(sets, dtype=torch.int64),
+            kept,
+        )
+
+
+class Gradients(NamedTuple):
+    """What a backend's backward pass gives."""
+
+    features: Tensor
+    quality: Tensor  # (R,); to be ignored when the quality was the rows' norms
+    gamma: Tensor  # 0-d

@@ -1,0 +1,39 @@
+"""Sets of rows: which rows belong to which set, and the dtype in which rows are summed."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# What has to stay in the last-level cache through several passes, beside what else is there: a quarter of the 32 MiB
+# that the cores of a socket share on common servers.
+GROUP_BYTES = 8 << 20
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which rows of ``dtype`` are summed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class RowSets(NamedTuple):
+    """Where sets lie among T rows: set b owns rows offsets[b] to offsets[b + 1]; its first lengths[b] take part."""
+
+    offsets: Tensor  # (B + 1,) int64
+    lengths: Tensor  # (B,) int64
+
+    @classmethod
+    def padded(cls, sets: int, rows: int, lengths: Tensor | None, device: torch.device) -> "RowSets":
+        """Sets of (B, N, C), flattened; ``lengths`` (B,) or all N rows of each."""
+        offsets = torch.arange(sets + 1, device=device) * rows
+        return cls(offsets, offsets.diff() if lengths is None else lengths.to(device, torch.int64))
+
+    @classmethod
+    def packed(cls, cu_seqlens: Tensor, device: torch.device) -> "RowSets":
+        """Sets that follow one another in (T, C)."""
+        offsets = cu_seqlens.to(device, torch.int64)
+        return cls(offsets, offsets.diff())
+
+    def take(self, values: Tensor, indices: Tensor) -> Tensor:
+        """Values (T,) of rows numbered within their set, (B, K); 0 where the number is -1."""
+        places = torch.where(indices < 0, values.shape[0], self.offsets[:-1, None] + indices)
+        return torch.nn.functional.pad(values, (0, 1))[places]
