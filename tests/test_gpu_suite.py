@@ -62,7 +62,15 @@ def test_the_interpreter_is_never_timed(tmp_path: Path, monkeypatch: pytest.Monk
 def test_all_limits_together_stay_under_ten_minutes(tmp_path: Path) -> None:
     planned = steps(tmp_path, quick=False)
     assert gpu_suite.SECONDS + gpu_suite.INTERRUPT_SECONDS * len(planned) <= 600
-    assert [s.name for s in planned] == ["small shapes", "tests", "memcheck", "racecheck", "benchmarks", "report"]
+    assert [s.name for s in planned] == [
+        "small shapes",
+        "tests",
+        "memcheck",
+        "racecheck",
+        "repeats",
+        "benchmarks",
+        "report",
+    ]
 
 
 def test_what_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,9 +80,10 @@ def test_what_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert by_name["memcheck"].left_out == by_name["racecheck"].left_out == "compute-sanitizer was not found"
     assert by_name["small shapes"].left_out == by_name["benchmarks"].left_out == ""
     assert "--on-device" in by_name["tests"].command
+    assert by_name["repeats"].left_out == ""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     by_name = {s.name: s for s in steps(tmp_path, quick=False)}
-    for name in ("small shapes", "memcheck", "racecheck"):
+    for name in ("small shapes", "memcheck", "racecheck", "repeats"):
         assert by_name[name].left_out == "no CUDA device"
         assert outcome_of(by_name[name], tmp_path) == Outcome(name, "left out", 0.0, "no CUDA device")
 
@@ -104,7 +113,7 @@ def test_the_whole_suite_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert outcomes["tests"] == outcomes["benchmarks"] == outcomes["report"] == "passed", (out / "log.txt").read_text()
     if not torch.cuda.is_available():
         assert code == 0
-        assert [outcomes[n] for n in ("small shapes", "memcheck", "racecheck")] == ["left out"] * 3
+        assert [outcomes[n] for n in ("small shapes", "memcheck", "racecheck", "repeats")] == ["left out"] * 4
         assert record["tools"]["GPU"] == "none"
     text = (out / "report.md").read_text()
     assert "## Targets" in text
