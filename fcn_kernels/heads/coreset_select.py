@@ -13,6 +13,11 @@ class CoresetSelect(nn.Module):
         k: picks a set.
         gamma: initial value of the learned exponent of the quality.
         tau, distance_scale, normalized, distinct, backend: as in :func:`coreset_select`.
+
+    Example:
+        >>> select = CoresetSelect(k=3)
+        >>> select(torch.randn(2, 100, 512)).indices.shape
+        torch.Size([2, 3])
     """
 
     def __init__(
