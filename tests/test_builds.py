@@ -62,6 +62,10 @@ def test_rows_are_loaded_16_bytes_at_a_time(builds):
     assert narrow == []
 
 
+def test_no_thread_overwrites_what_another_has_to_load(builds):
+    assert {(b["label"], b["kernel"], b["target"]): b["races"] for b in builds if b["races"]} == {}
+
+
 def test_programs_fit_an_sm(builds):
     """The registers that the plan of a cooperative launch counts on: its programs must all run at once."""
     for b in builds:

@@ -18,6 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.checks.races import races
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -59,6 +61,8 @@ class Build(NamedTuple):
     """Bytes of shared memory a program."""
     row_loads: dict[str, int]
     """Global loads by width in bits, PTX mnemonic's vector times element."""
+    races: list[str]
+    """Arguments whose memory is stored to while other threads may still have to load it."""
 
 
 class Recorder:
@@ -155,7 +159,8 @@ def build(spec: Spec, target: str) -> Build:
     else:
         registers, spills = _nvidia_resources(compiled.asm["cubin"])
         loads = _load_widths(compiled.asm["ptx"])
-    return Build(spec.label, spec.kernel, target, warps, registers, spills, compiled.metadata.shared, loads)
+    racing = sorted({race.memory.removeprefix("%") for race in races(compiled.asm["ttgir"])})
+    return Build(spec.label, spec.kernel, target, warps, registers, spills, compiled.metadata.shared, loads, racing)
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
@@ -327,11 +332,11 @@ def main() -> int:
 
     print(f"Triton {triton.__version__}, PyTorch {torch.__version__.partition('+')[0]}; multiprocessors:", PROCESSORS)
     print()
-    print("| launch | kernel | target | warps | registers | spilled bytes | shared bytes | loads by width |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| launch | kernel | target | warps | registers | spilled bytes | shared bytes | loads by width | races |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for b in builds:
         loads = ", ".join(f"{n} x {w}" for w, n in sorted(b.row_loads.items(), key=lambda item: -int(item[0])))
-        print(f"| {' | '.join(map(str, b[:-1]))} | {loads} |")
+        print(f"| {' | '.join(map(str, b[:-2]))} | {loads} | {', '.join(b.races)} |")
     return 0
 
 

@@ -293,6 +293,8 @@ def backward_set(
                 chain = tl.load(chain_ptr + first + rows, mask=inside & (back > 0), other=0.0)
                 chain += soft * along / tau
                 soft = soft / tau
+                # The compiler loads the chain once for the store and once for the sums: all before any is replaced.
+                tl.debug_barrier()
                 tl.store(chain_ptr + first + rows, chain, mask=inside)
                 tl.store(soft_ptr + first + rows, soft, mask=inside)
                 to_cos = -weight * share
