@@ -102,6 +102,7 @@ def load_block(pointer, head, cols, H, C):
 def accumulate(pointer, where, mask, started, scale, value):
     """Scale what a program has in memory, and add to it; where nothing is started, it is zero."""
     before = tl.load(pointer + where, mask=mask & started, other=0.0)
+    tl.debug_barrier()  # who stores an element need not be all who loaded it
     tl.store(pointer + where, before * scale + value, mask=mask)
     tl.debug_barrier()  # the next to read it may be another thread
 
