@@ -24,6 +24,7 @@ _FLAGS = (
     "-march=native",
     "-fno-math-errno",
     "-fopenmp",
+    "-pthread",
     "-shared",
     "-fPIC",
     "-fvisibility=hidden",

@@ -15,6 +15,28 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def usable(norms: Tensor, quality: Tensor) -> Tensor:
+    """Whether rows of these norms and qualities may be picked and attended to, bool of their shape.
+
+    The norm has to be a normal number of the dtype in which rows are summed (a row with an infinite or NaN element has
+    none, nor has one of zeros), and the quality finite and above 0.
+    """
+    range_ = torch.finfo(norms.dtype)
+    return (norms >= range_.tiny) & (norms <= range_.max) & (quality > 0) & (quality < torch.inf)  # NaN is neither
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """|x_n|, (..., C) -> (...), also where the squares leave the dtype's range, as hypot."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    low, high = (1e-15, 1e15) if rows.dtype == torch.float32 else (1e-140, 1e140)
+    plain = (norms > low) & (norms < high)
+    if rows.numel() and not plain.all():
+        largest = rows.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+        scaled = largest[..., 0] * torch.linalg.vector_norm(rows / largest, dim=-1)
+        norms = torch.where(plain, norms, scaled)
+    return norms
+
+
 class RowSets(NamedTuple):
     """Where sets lie among T rows: set b owns rows offsets[b] to offsets[b + 1]; its first lengths[b] take part."""
 

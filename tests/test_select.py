@@ -25,7 +25,7 @@ from problems import STRIDED, Case, cases, pack, random_case, spoil
 from torch import Tensor
 
 from fcn_kernels import coreset_select
-from fcn_kernels.selection import rows, torch_backend
+from fcn_kernels.selection import torch_backend
 from fcn_kernels.selection.cpp import launch as cpp
 from reference.listing import coreset_listing
 
@@ -134,7 +134,6 @@ def test_gradcheck(options: dict[str, Any]) -> None:
 def test_groups_and_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch, group_bytes: int, layout: str) -> None:
     """One row at a time, some rows of a set at a time, and several sets at a time."""
     monkeypatch.setattr(torch_backend, "GROUP_BYTES", group_bytes)
-    monkeypatch.setattr(rows, "GROUP_BYTES", group_bytes)
     case = spoil(random_case(7, 11, 40, 4, dtype=F64, duplicates=True), share=0.2)
     if layout == "packed":
         case = pack(case, torch.tensor([11, 3, 0, 10, 5, 11, 1]))

@@ -14,8 +14,7 @@ class Problem(NamedTuple):
     """The inputs of a call in the form that the backends take.
 
     "R rows" counts the rows of all sets: R = B * N for padded sets, T for packed ones, and a tensor of row values is
-    flat over it. Rows whose saved norm is not > 0 can never be picked: -1 for padding, masked rows and rows of
-    unusable quality, NaN for rows whose features are not finite or all zero (-1 for these, too, in C++).
+    flat over it. Rows whose saved norm is not > 0 can never be picked.
     """
 
     features: Tensor  # (B, N, C) padded, or (T, C) packed
@@ -56,7 +55,7 @@ class Saved(NamedTuple):
     counts: Tensor  # (B,) int64
     softmax: Tensor  # triton: (B, K) log sum_n exp(z_k(n) / tau); others: (K, R) the softmaxes themselves
     # (K - 1, R). triton: 1 - max cosine to the picks so far; sign bit: this step tied with those before it.
-    # others: |x_n| (1 - cosine to this step's pick)
+    # others: 1 - cosine to this step's pick
     gaps: Tensor
     norms: Tensor  # (R,), the rows' norms and the marks above
 

@@ -1,8 +1,7 @@
-"""Coreset selection in PyTorch operations: the backend of whatever has neither Triton nor a C++ compiler.
+"""Coreset selection in PyTorch operations: the plain form, for whatever has neither Triton nor a C++ compiler.
 
-What makes it fast is what makes the kernels fast: no one-hot products, no unit rows, and memory order. A group of
-sets that fits the cache goes through all K steps before the next group starts; a larger set is walked in blocks.
-With gap(n) = |x_n| (1 - max_j cos_j(n)) a step is one product, one minimum and one maximum over the set.
+It goes step by step as ``reference/listing.py`` does, over groups of sets that fit the cache, and writes the gradient
+out instead of recording the steps. Shapes in comments: G sets of a group, n rows of its longest, C columns, K picks.
 """
 
 import math
@@ -15,54 +14,62 @@ from torch import Tensor
 
 from fcn_kernels.noise import STEPS_PER_DRAW, gumbel_noise
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
-from fcn_kernels.selection.rows import Rows
-from fcn_kernels.sets import GROUP_BYTES, accumulator
+from fcn_kernels.sets import GROUP_BYTES, accumulator, row_norms, usable
 
 # Sets of a packed batch share a padded group only if none is padded to more than twice its length.
 MAX_PADDING = 2
+LARGEST_EXPONENT = 64
+"""Weights q^gamma of a set within 2^-64 to 2^64 are used as they are, others relative to the largest."""
+LARGEST_GRADIENT_EXPONENT = 100
+"""In the gradient a weight counts as 2^100 at the most."""
+SMALL_NORM = 1e-15
 
 
 def forward(p: Problem, keep: bool) -> Selected:
     """Select; with ``keep``, also keep what :func:`backward` reads."""
-    out: Selected | None = None
-    with _no_autocast(p.features.device.type):
-        for group in _groups(p):
-            part = _select(p, group, keep)
-            if isinstance(group.at, slice) and group.sets.numel() == p.sets:
-                return part
-            out = out or _nothing(p, keep)
-            for whole, of_sets in zip(out[:4], part[:4], strict=True):
-                whole[group.at] = of_sets
-            for kept, of_sets in zip(out.kept, part.kept, strict=True):
-                group.put(of_sets.unflatten(-1, group.raw.shape[:2]), kept)
-    return out or _nothing(p, keep)
-
-
-def _nothing(p: Problem, keep: bool) -> Selected:
-    """What sets without a row give."""
     out = Selected.empty(p, keep, normalizers=False)
     for tensor in (*out[:4], *out.kept):
         tensor.zero_()
-    for tensor in (out.indices, *out.kept[2:]):  # no pick; of the rows' norms, that they cannot be picked
+    for tensor in (out.indices, *out.kept[2:]):  # no pick; and of a row that its norm is not wanted
         tensor.fill_(-1)
+    with _no_autocast(p.features.device.type):
+        for group in _groups(p):
+            _select(p, group, out)
     return out
 
 
 def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
-    """Straight-through gradients, given ``grad`` (B, K, C) of the picked rows.
-
-    The picks are walked from the last to the first, as each one's gradient is complete only when the later ones,
-    whose distances it took part in, are done. With c_k the gradient at pick k and y_k its softmax,
-    dz_k = y_k (x.c_k - sum y_k x.c_k) / tau goes down the running minimum to the cosines, and from there to the
-    rows and to the picks before.
-    """
-    dx = torch.empty_like(p.features, memory_format=torch.contiguous_format)
+    """Straight-through gradients, given ``grad`` (B, K, C) of the picked rows."""
+    dx = torch.zeros_like(p.features, memory_format=torch.contiguous_format)
     dq = torch.zeros_like(saved.norms)
     dgamma = saved.norms.new_zeros(())
     with _no_autocast(p.features.device.type):
         for group in _groups(p):
-            dgamma += _backpropagate(p, group, saved, grad, dx, dq)
+            dgamma += _differentiate(p, group, saved, grad, dx, dq)
     return Gradients(dx, dq, dgamma)
+
+
+def unpickable_row(p: Problem) -> tuple[int, int, str] | None:
+    """The first row that takes part and cannot be picked: its set, its number and the reason."""
+    found: list[tuple[int, int, str]] = []
+    for group in _groups(p):
+        norms = _Rows(group.raw).norms()
+        quality = norms if p.quality is None else group.take(p.quality)
+        bad = _takes_part(p, group) & ~usable(norms, quality)
+        if bad.any():
+            # sets are in order within a padded group, but not within a packed one, which is sorted by length
+            at = min(bad.nonzero().tolist(), key=lambda place: (int(group.sets[place[0]]), place[1]))
+            q, norm, raw = float(quality[*at]), float(norms[*at]), group.raw[*at]
+            if not raw.isfinite().all():
+                reason = "its features are not finite"
+            elif not raw.any():
+                reason = "its features are all zero"
+            elif not usable(norms[*at], norms[*at]):
+                reason = f"its norm is {norm:g}, expected a normal number of {accumulator(raw.dtype)}"
+            else:
+                reason = f"its quality is {q:g}, expected finite and above 0"
+            found.append((int(group.sets[at[0]]), at[1], reason))
+    return min(found, default=None)
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -71,42 +78,21 @@ def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
-def unpickable_row(p: Problem) -> tuple[int, int, str] | None:
-    """The first row that takes part and cannot be picked: its set, its number and the reason."""
-    found: list[tuple[int, int, str]] = []
-    for group in _groups(p):
-        norms = Rows(group.raw).norms()
-        quality = norms if p.quality is None else group.take(p.quality)
-        bad, takes_part = ~_usable(norms, quality), _takes_part(p, group)
-        if takes_part is not None:
-            bad &= takes_part
-        if bad.any():
-            # numbers of sets do not fall within a padded group, but do within a packed one, sorted by length
-            at = min(bad.nonzero().tolist(), key=lambda place: (int(group.sets[place[0]]), place[1]))
-            q, norm = float(quality[*at]), float(norms[*at])
-            if not norm < torch.inf:
-                reason = "its features are not finite"
-            elif norm == 0:
-                reason = "its features are all zero"
-            else:
-                reason = f"its quality is {q:g}, expected finite and above 0"
-            found.append((int(group.sets[at[0]]), at[1], reason))
-    return min(found, default=None)
+# --- sets side by side --------------------------------------------------------------------------------------------
 
 
 class _Group(NamedTuple):
     """Some sets, side by side."""
 
     sets: Tensor  # (G,) their numbers
-    at: slice | Tensor  # their places among the B
-    where: slice | Tensor  # their rows among all R: a slice, or (G, n) positions, -1 for padding
+    where: slice | Tensor  # their rows among all R: a slice, or (G, n) places, -1 for padding of packed sets
     raw: Tensor  # (G, n, C) as given
 
     def take(self, values: Tensor) -> Tensor:
         """(..., R) -> (..., G, n); padding takes some other row's value."""
         if isinstance(self.where, slice):
-            return values[..., self.where].view(*values.shape[:-1], *self.raw.shape[:2])
-        return values.index_select(-1, self.where.flatten().clamp(min=0)).view(*values.shape[:-1], *self.where.shape)
+            return values[..., self.where].unflatten(-1, self.raw.shape[:2])  # type: ignore[no-any-return]
+        return values[..., self.where.clamp(min=0)]
 
     def put(self, values: Tensor, out: Tensor) -> None:
         """Write (..., G, n) to its place in (..., R)."""
@@ -116,21 +102,29 @@ class _Group(NamedTuple):
             real = self.where >= 0
             out[..., self.where[real]] = values[..., real]
 
+    def put_rows(self, values: Tensor, at: slice, out: Tensor) -> None:
+        """Write rows ``at`` of each set, (G, m, C), to their places in (R, C)."""
+        if isinstance(self.where, slice):
+            out[self.where].unflatten(0, self.raw.shape[:2])[:, at] = values.to(out.dtype)
+        else:
+            real = self.where[:, at] >= 0
+            out[self.where[:, at][real]] = values[real].to(out.dtype)
+
 
 def _groups(p: Problem) -> Iterator[_Group]:
-    """The sets in groups of about GROUP_BYTES, the packed ones sorted by length."""
-    accumulate = accumulator(p.features.dtype)
-    row_bytes = p.dim * accumulate.itemsize
+    """The sets in groups of about GROUP_BYTES, the packed ones sorted by length. Sets without rows are in none."""
+    row_bytes = p.dim * accumulator(p.features.dtype).itemsize
+    device = p.features.device
     if p.cu_seqlens is None:
         sets, n = p.features.shape[:2]
         step = max(1, GROUP_BYTES // max(1, n * row_bytes))
         for first in range(0, sets if n else 0, step):
             last = min(first + step, sets)
-            numbers = torch.arange(first, last, device=p.features.device)
-            yield _Group(numbers, slice(first, last), slice(first * n, last * n), p.features[first:last])
+            numbers = torch.arange(first, last, device=device)
+            yield _Group(numbers, slice(first * n, last * n), p.features[first:last])
         return
-    starts = p.cu_seqlens.to(torch.int64)
-    lengths = starts.diff()
+    starts = p.cu_seqlens.to(torch.int64).clamp(0, p.rows)  # compiled calls do not look at their values
+    lengths = starts.diff().clamp(min=0)
     by_length, order = lengths.sort(descending=True, stable=True)
     sizes = by_length.tolist()
     first = 0
@@ -143,249 +137,292 @@ def _groups(p: Problem) -> Iterator[_Group]:
         if last == first + 1:
             begin = int(starts[numbers])
             rows = slice(begin, begin + longest)
-            yield _Group(numbers, numbers, rows, p.features[None, rows])
+            yield _Group(numbers, rows, p.features[None, rows])
         else:
-            column = torch.arange(longest, device=p.features.device)
-            where = starts[numbers, None] + column
-            where = where.masked_fill_(column >= lengths[numbers, None], -1)
-            yield _Group(numbers, numbers, where, p.features[where])
+            column = torch.arange(longest, device=device)
+            places = (starts[numbers, None] + column).masked_fill_(column >= lengths[numbers, None], -1)
+            yield _Group(numbers, places, p.features[places.clamp(min=0)])
         first = last
 
 
-def _select(p: Problem, group: _Group, keep: bool) -> Selected:
-    x = Rows(group.raw)
-    norms = x.norms()
-    quality = norms if p.quality is None else group.take(p.quality)
-    sets, n = norms.shape
-    each = torch.arange(sets, device=norms.device)
-    pickable = _pickable(p, group, norms, quality)
-    first = None
-    if p.start is not None:
-        first = p.start[group.at].to(torch.int64)
-        inside = (first >= 0) & (first < n)
-        first = torch.where(inside, first, 0)
-        pickable = torch.ones_like(norms, dtype=torch.bool) if pickable is None else pickable
-        pickable &= (inside & pickable[each, first])[:, None]
-    if pickable is None:
-        fewest, barred = min(n, p.k), None  # None saves a pass a step
-        counts = torch.full((sets,), fewest, device=norms.device)
-    else:
-        counts, barred = pickable.sum(-1).clamp_(max=p.k), ~pickable
-        fewest = int(counts.min())
-    coefficient = _coefficient(p, quality, norms)
-
-    steps_kept, n_kept = (p.k, n) if keep else (0, 0)
-    gaps = norms.new_empty(max(0, steps_kept - 1), sets, n_kept)
-    softmax = norms.new_empty(steps_kept, sets, n_kept)
-    gap, logits = norms, quality
-    picks, distances = [], []
-    steps = range(p.k)
-    for step, noise in zip(steps, _noise(p, group, steps), strict=True):
-        logits = logits if barred is None else logits.masked_fill(barred, -torch.inf)
-        perturbed = logits if noise is None else logits + noise
-        pick = perturbed.argmax(-1) if step or first is None else first  # the first of equals
-        place = pick if sets == 1 else torch.add(pick, each, alpha=n)
-        picks.append(pick)
-        distances.append(logits.take(place) if step else logits.new_full((sets,), torch.inf))
-        if keep:  # not its normalizer alone: at small tau, rounding in that makes a softmax that does not sum to 1
-            torch.softmax(perturbed if p.tau == 1 else perturbed / p.tau, -1, out=softmax[step])
-        if step + 1 == p.k:
-            break
-        if p.distinct:
-            barred = torch.zeros_like(norms, dtype=torch.bool) if barred is None else barred
-            barred.view(-1).index_fill_(0, place, True)
-        direction = x.take(place).to(norms.dtype)
-        if fewest <= step:  # there is no pick, and the row in its place may not be finite
-            direction = torch.where((step < counts)[:, None], direction, 0)
-        products = x.products(direction)
-        if p.normalized:
-            fresh = torch.rsub(products, 1.0)
-        else:
-            fresh = torch.addcdiv(norms, products, norms.take(place)[:, None], value=-1)
-        fresh.clamp_(min=0)  # rounding can take it below the 0 that a picked row has to itself
-        if keep:
-            gaps[step] = fresh
-        gap = fresh if step == 0 else torch.minimum(gap, fresh)
-        logits = gap * coefficient
-
-    indices, distance = torch.stack(picks, 1), torch.stack(distances, 1)
-    features = x.take(torch.add(indices, each[:, None], alpha=n)).to(p.features.dtype)
-    if fewest < p.k:
-        there = torch.arange(p.k, device=counts.device) < counts[:, None]
-        indices = torch.where(there, indices, -1)
-        distance = torch.where(there, distance, 0)
-        features = torch.where(there[..., None], features, 0)
-        if keep:
-            nothing = ~there.T[..., None]
-            gaps.masked_fill_(nothing[:-1], 0)
-            softmax.masked_fill_(nothing, 0)
-    if keep and pickable is not None:
-        gaps.masked_fill_(~pickable, 0)
-        unusable = ~(norms < torch.inf) | (norms == 0)
-        norms = torch.where(pickable, norms, -1.0).masked_fill_(unusable, torch.nan)
-    return Selected(
-        features=features,
-        distances=distance,
-        indices=indices,
-        counts=counts,
-        kept=[softmax.flatten(1), gaps.flatten(1), norms.flatten()] if keep else [],
-    )
-
-
-def _backpropagate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Tensor, dq: Tensor) -> Tensor:
-    """Write the group's dx and dq; returns its part of dgamma.
-
-    Every pass over the rows is a product with one vector a set. The projections (I - u u^T) need no pass: the cosines
-    that they take are known.
-    """
-    norms, gaps, softmax = group.take(saved.norms), group.take(saved.gaps), group.take(saved.softmax)
-    quality = norms if p.quality is None else group.take(p.quality)
-    raw = group.raw
-    if isinstance(group.where, Tensor) or not _all_usable(norms):
-        pickable = norms > 0
-        if isinstance(group.where, Tensor):
-            pickable &= group.where >= 0
-            gaps, softmax = torch.where(pickable, gaps, 0), torch.where(pickable, softmax, 0)
-        if bool(norms.isnan().any()):
-            raw = torch.where(pickable[..., None], raw, 0)  # 0 * NaN is NaN: they must not meet the products below
-        norms, quality = torch.where(pickable, norms, 1.0), torch.where(pickable, quality, 1.0)
-    indices = saved.indices[group.at]
-    arriving = grad[group.at].to(norms.dtype, copy=True)  # (G, K, C)
-    if int(indices[:, -1].min()) < 0:
-        arriving.masked_fill_((indices < 0)[..., None], 0)
-        indices = indices.clamp(min=0)
-    places = indices + (torch.arange(len(indices), device=indices.device) * norms.shape[1])[:, None]
-    x = Rows(raw)
-    picked = x.take(places).to(norms.dtype)  # (G, K, C)
-
-    coefficient = _coefficient(p, quality, norms)
-    to_mix = (-coefficient).expand_as(gaps)
-    if not p.normalized:
-        pick_norms = norms.take(places[:, :-1].T)[..., None]  # (K - 1, G, 1)
-        to_mix = to_mix / pick_norms
-        onto_pick = (norms - gaps) / pick_norms  # x_n . u_j / |x_j|: x_n projected on x_j is so many times x_j
-    shares = _shares(gaps)
-    ddistances = torch.empty_like(gaps)  # dd_j(n)
-    mix = torch.empty_like(gaps)  # dcos_j(n) / (|x_n| |x_j|)
-    chain = torch.zeros_like(norms)  # gradient that the running minimum carries down from the later steps
-    for step in range(p.k - 1, 0, -1):
-        chain = chain + _softmax_gradient(p, x, arriving[:, step], softmax[step])
-        this = step - 1
-        if this > 0:
-            torch.mul(chain, shares[this - 1], out=ddistances[this])
-            chain = chain - ddistances[this]
-        else:
-            ddistances[0] = chain
-        torch.mul(ddistances[this], to_mix[this], out=mix[this])
-        arriving[:, this] += x.weighted_sum(mix[this])
-        if not p.normalized:
-            projected = (mix[this] * onto_pick[this]).sum(-1, keepdim=True)
-            arriving[:, this].addcmul_(picked[:, this], projected, value=-1)
-
-    weight_term = (ddistances * gaps).sum(0).mul_(coefficient)  # w dw, as every d_j is proportional to w = q^gamma
-    dquality = float(p.gamma) * weight_term / quality
-    if p.start is None:  # a given first pick was not chosen: no softmax
-        dquality += _softmax_gradient(p, x, arriving[:, 0], softmax[0])
-    radial = torch.zeros_like(norms)  # dx_n has radial(n) x_n
-    if not p.normalized:
-        radial = (ddistances.sum(0) * coefficient * norms - weight_term) / norms.square()
-    if p.quality is None:
-        radial += dquality / norms
-    in_place = isinstance(group.where, slice) and dx.dtype == norms.dtype
-    out = dx.view(-1, p.dim)[group.where].view(group.raw.shape) if in_place else None
-    for where, rows in x.blocks():
-        part = torch.mul(rows, radial[:, where, None], out=None if out is None else out[:, where])
-        if p.k > 1:
-            part.baddbmm_(mix[:, :, where].permute(1, 2, 0), picked[:, :-1])
-        _add_picks(part, arriving, places, where)
-        if out is None:
-            _write_rows(dx, part, group.where, where)
-    group.put(dquality, dq)
-    return (weight_term * quality.log()).sum()
-
-
-def _softmax_gradient(p: Problem, x: Rows, arriving: Tensor, softmax: Tensor) -> Tensor:
-    """dz(n) = y(n) (x_n . c - sum_m y(m) x_m . c) / tau for the gradient c (G, C) at the pick, (G, n)."""
-    along = x.products(arriving)
-    dz: Tensor = torch.ops.aten._softmax_backward_data(along, softmax, -1, along.dtype)
-    return dz if p.tau == 1 else dz / p.tau
-
-
-def _shares(gaps: Tensor) -> Tensor:
-    """The part of d(running minimum) that goes to each distance but the first: 1, 0, or 1/2 at an exact tie."""
-    if len(gaps) < 2:
-        return gaps[1:]
-    nearest = gaps.cummin(0).values[:-1]
-    return torch.heaviside(nearest - gaps[1:], gaps.new_full((), 0.5))
-
-
-def _add_picks(part: Tensor, arriving: Tensor, places: Tensor, where: slice) -> None:
-    """Add the picks' gradients (G, K, C) to their rows, where these are in this part of the rows."""
-    if part.shape[0] == 1:
-        here = ((places >= where.start) & (places < where.stop))[0]
-        places, arriving = places[:, here] - where.start, arriving[:, here]
-    part.view(-1, part.shape[-1]).index_add_(0, places.flatten(), arriving.flatten(0, 1))
-
-
-def _write_rows(dx: Tensor, part: Tensor, rows: slice | Tensor, where: slice) -> None:
-    """Put rows ``where`` of a group, (G, m, C), to their places."""
-    flat = dx.view(-1, dx.shape[-1])
-    if isinstance(rows, slice):
-        flat[rows].unflatten(0, (part.shape[0], -1))[:, where] = part.to(dx.dtype)
-    else:
-        real = rows[:, where] >= 0
-        flat[rows[:, where][real]] = part[real].to(dx.dtype)
-
-
-def _coefficient(p: Problem, quality: Tensor, norms: Tensor) -> Tensor:
-    """What |x_n| (1 - cos) is multiplied by to give a distance."""
-    weight = quality ** float(p.gamma)
-    if p.distance_scale != 1:
-        weight *= p.distance_scale
-    return weight if p.normalized else weight.div_(norms)
-
-
-def _pickable(p: Problem, group: _Group, norms: Tensor, quality: Tensor) -> Tensor | None:
-    """(G, n) bool: rows that take part and are usable; None for all of them."""
-    takes_part = _takes_part(p, group)
-    if takes_part is None and _all_usable(norms) and (p.quality is None or _all_usable(quality)):
-        return None
-    usable = _usable(norms, quality)
-    return usable if takes_part is None else usable & takes_part
-
-
-def _all_usable(values: Tensor) -> bool:
-    """Whether all are finite and above 0: NaN, which is neither, goes through to the least and the greatest."""
-    least, greatest = values.aminmax()
-    return float(least) > 0 and float(greatest) < math.inf
-
-
-def _usable(norms: Tensor, quality: Tensor) -> Tensor:
-    """(G, n) bool: finite rows, with a direction, of positive finite quality."""
-    return (torch.minimum(norms, quality) > 0) & (torch.maximum(norms, quality) < torch.inf)  # NaN is neither
-
-
-def _takes_part(p: Problem, group: _Group) -> Tensor | None:
-    """(G, n) bool: rows that are neither padding nor masked; None for all of them."""
+def _takes_part(p: Problem, group: _Group) -> Tensor:
+    """(G, n) bool: rows that are neither padding nor masked."""
     if isinstance(group.where, Tensor):
         return group.where >= 0
     if p.mask is not None:
         return group.take(p.mask)
     if p.lengths is not None:
         return torch.arange(group.raw.shape[1], device=group.raw.device) < p.lengths[group.sets, None]
-    return None
+    return torch.ones(group.raw.shape[:2], dtype=torch.bool, device=group.raw.device)
 
 
-def _noise(p: Problem, group: _Group, steps: range) -> Iterator[Tensor | None]:
+class _Rows:
+    """A group's rows, a block at a time that fits the cache, in the dtype in which they are summed."""
+
+    def __init__(self, raw: Tensor, allowed: Tensor | None = None) -> None:
+        self.raw, self.dtype = raw, accumulator(raw.dtype)
+        self.block = max(1, GROUP_BYTES // max(1, raw.shape[0] * raw.shape[2] * self.dtype.itemsize))
+        self.allowed = None if allowed is None or bool(allowed.all()) else allowed[..., None]
+        self.each = torch.arange(len(raw), device=raw.device)[:, None]
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Places and rows (G, m, C). Rows that are not allowed are zero, as 0 * NaN would be NaN."""
+        for first in range(0, self.raw.shape[1], self.block):
+            at = slice(first, first + self.block)
+            rows = self.raw[:, at].to(self.dtype)
+            yield at, rows if self.allowed is None else torch.where(self.allowed[:, at], rows, 0)
+
+    def norms(self) -> Tensor:
+        """|x_n|, (G, n)."""
+        return _joined([row_norms(rows) for _, rows in self.blocks()])
+
+    def products(self, vectors: Tensor) -> Tensor:
+        """x_n . v for each set's own v (G, C), (G, n)."""
+        return _joined([torch.bmm(vectors[:, None], rows.mT)[:, 0] for _, rows in self.blocks()])
+
+    def products_alike(self, vectors: Tensor) -> Tensor:
+        """The same with each row summed alone, so that equal rows give equal bits, in twice the time."""
+        return _joined([(rows * vectors[:, None]).sum(-1) for _, rows in self.blocks()])
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """sum_n weights(n) x_n, (G, n) -> (G, C)."""
+        return sum(torch.bmm(weights[:, None, at], rows)[:, 0] for at, rows in self.blocks())  # type: ignore[return-value]
+
+    def take(self, places: Tensor) -> Tensor:
+        """Rows (G, k, C) by their numbers (G, k) within the set."""
+        return self.raw[self.each, places].to(self.dtype)
+
+
+def _joined(blocks: list[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+
+
+# --- the steps ----------------------------------------------------------------------------------------------------
+
+
+def _select(p: Problem, group: _Group, out: Selected) -> None:
+    """The K steps of a group, written to its places in ``out``."""
+    norms = _Rows(group.raw).norms()
+    quality = norms if p.quality is None else group.take(p.quality)
+    allowed = _takes_part(p, group) & usable(norms, quality)  # (G, n)
+    first = None
+    if p.start is not None:
+        first, in_range = _given_start(p, group)
+        allowed &= (in_range & allowed.gather(1, first[:, None])[:, 0])[:, None]
+    counts = allowed.sum(-1).clamp(max=p.k)
+    open_to = allowed.clone()  # the rows that may be picked next
+    weight, exponent = _weights(p, quality, allowed)
+    x = _Rows(group.raw, allowed)
+
+    gap, logits, shift, picks, distances = None, quality, None, [], []
+    most = min(p.k, norms.shape[1])
+    for step, noise in zip(range(most), _noise(p, group), strict=False):
+        scores = _scores(logits, noise, shift, open_to)
+        pick = _argmax(scores, open_to) if step or first is None else first
+        picks.append(pick)
+        distances.append(_shifted(logits.gather(1, pick[:, None]), shift) if step else norms.new_full((), math.inf))
+        if out.kept:
+            soft = _softmax(scores, shift, float(p.tau)) * (step < counts)[:, None]
+            group.put(soft, out.kept[0][step])
+        if step + 1 == most:
+            break
+        if p.distinct:
+            open_to.scatter_(1, pick[:, None], False)
+        fresh = _gaps(x, norms, pick, p.normalized)
+        gap = fresh if gap is None else torch.minimum(gap, fresh)
+        if out.kept:
+            group.put(torch.where(allowed & (step < counts)[:, None], fresh, 0), out.kept[1][step])
+        logits, shift = gap * weight, exponent
+
+    made = torch.arange(most, device=counts.device) < counts[:, None]  # (G, up to K)
+    indices = torch.stack(picks, 1)
+    reached = torch.cat([distance.expand(len(made), 1) for distance in distances], 1)
+    out.indices[group.sets, :most] = torch.where(made, indices, -1)
+    out.distances[group.sets, :most] = torch.where(made & ~reached.isnan(), reached, 0)
+    out.features[group.sets, :most] = torch.where(made[..., None], x.take(indices), 0).to(p.features.dtype)
+    out.counts[group.sets] = counts
+    if out.kept:
+        group.put(torch.where(allowed, norms, -1), out.kept[2])
+
+
+def _given_start(p: Problem, group: _Group) -> tuple[Tensor, Tensor]:
+    """The given first picks (G,), and whether they are rows of their sets."""
+    assert p.start is not None
+    first = p.start[group.sets].to(torch.int64)
+    in_range = (first >= 0) & (first < group.raw.shape[1])
+    return torch.where(in_range, first, 0), in_range
+
+
+def _weights(p: Problem, quality: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor | None]:
+    """s q^gamma / 2^E (G, n), and E (G, 1) or None: E is 0 unless a set's weights leave 2^-64 to 2^64.
+
+    Dividing a set's weights by one number changes no pick. With noise, which has a scale of its own, small weights are
+    left small.
+    """
+    gamma, scale = float(p.gamma), float(p.distance_scale)
+    if not math.isfinite(gamma):
+        return torch.full_like(quality, math.nan), None
+    plain = scale * quality**gamma
+    most = 2.0**LARGEST_EXPONENT
+    if not (allowed & ((plain > most) | (plain < 1 / most))).any():
+        return plain, None
+    exponent = torch.where(allowed, gamma * quality.double().log2() + math.log2(scale), 0)
+    extreme = exponent.abs().amax(-1, keepdim=True) > LARGEST_EXPONENT  # (G, 1)
+    largest = torch.where(allowed, exponent, -math.inf).amax(-1, keepdim=True).floor()
+    if p.noise is not None or p.seed is not None:
+        largest = largest.clamp(min=0)
+    shift = torch.where(extreme, largest, 0)
+    return torch.where(extreme, torch.exp2(exponent - shift).to(plain.dtype), plain), shift
+
+
+def _scores(logits: Tensor, noise: Tensor | None, shift: Tensor | None, open_to: Tensor) -> Tensor:
+    """What a step compares, in units of 2^shift, (G, n): -inf for NaN and for rows that may not be picked."""
+    if noise is not None:
+        logits = logits + (noise if shift is None else noise * torch.exp2(-shift).to(noise.dtype))
+    return torch.where(open_to & (logits > -math.inf), logits, -math.inf)
+
+
+def _argmax(scores: Tensor, open_to: Tensor) -> Tensor:
+    """The first row of the highest score that may be picked, (G,); 0 where none may."""
+    best, pick = scores.max(-1)
+    lost = best == -math.inf
+    return torch.where(lost, open_to.to(torch.uint8).argmax(-1), pick) if lost.any() else pick
+
+
+def _softmax(scores: Tensor, shift: Tensor | None, tau: float) -> Tensor:
+    """exp(z / tau) / sum exp(z / tau) (G, n); 0 for all where no score is finite."""
+    best = scores.amax(-1, keepdim=True)
+    below = torch.where(best.isfinite(), scores - best, -math.inf)
+    soft = torch.exp(_shifted(below, shift) / tau)
+    return soft / soft.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _shifted(values: Tensor, shift: Tensor | None) -> Tensor:
+    """values * 2^shift (None: as they are) within the dtype's range, 0 for NaN; a float64 holds what is between."""
+    if shift is None:
+        return values
+    wide = values.double() * torch.exp2(shift.clamp(-1000, 1000))
+    largest = torch.finfo(values.dtype).max
+    return wide.nan_to_num(0.0, math.inf, -math.inf).clamp(max=largest).to(values.dtype)
+
+
+def _gaps(x: _Rows, norms: Tensor, pick: Tensor, normalized: bool) -> Tensor:
+    """1 - cos(x_n, x_pick), (G, n); exactly 0 for the pick and its duplicates, whatever their cosine rounds to."""
+    direction = x.take(pick[:, None])[:, 0]
+    if not normalized:
+        direction = direction / norms.gather(1, pick[:, None])
+    cosine = x.products_alike(direction)
+    if not normalized:
+        cosine = cosine / norms
+    return torch.where(cosine == cosine.gather(1, pick[:, None]), 0, 1 - cosine).clamp_(min=0)
+
+
+def _noise(p: Problem, group: _Group) -> Iterator[Tensor | None]:
     """The Gumbel noise (G, n) of each step in turn, or None for argmax."""
-    block = -1
-    for step in steps:
+    for step in range(p.k):
         if p.noise is not None:
             yield group.take(p.noise[step])
         elif p.seed is None:
             yield None
         else:
-            if step // STEPS_PER_DRAW != block:
-                block = step // STEPS_PER_DRAW
-                drawn = gumbel_noise(int(p.seed), group.sets, group.raw.shape[1], block)
+            if step % STEPS_PER_DRAW == 0:
+                drawn = gumbel_noise(int(p.seed), group.sets, group.raw.shape[1], step // STEPS_PER_DRAW)
             yield drawn[step % STEPS_PER_DRAW]
+
+
+# --- the gradient -------------------------------------------------------------------------------------------------
+
+
+def _differentiate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Tensor, dq: Tensor) -> Tensor:
+    """Write the group's dx and dq; returns its part of dgamma.
+
+    The picks are walked from the last to the first, as each one's gradient c_k is complete only when the later ones,
+    whose distances it took part in, are done. With y_k the softmax, dz_k = y_k (c_k . x - sum y_k c_k . x) / tau goes
+    down the running minimum to the distances d_j, and from there to the rows and to the picks before.
+    """
+    allowed = (group.take(saved.norms) > 0) & _takes_part(p, group)  # (G, n)
+    norms = torch.where(allowed, group.take(saved.norms), 1)
+    quality = norms if p.quality is None else torch.where(allowed, group.take(p.quality), 1)
+    gaps, softmax = (torch.where(allowed, group.take(kept), 0) for kept in (saved.gaps, saved.softmax))
+    made = saved.indices[group.sets] >= 0  # (G, K)
+    indices = saved.indices[group.sets].clamp(min=0)
+    arriving = torch.where(made[..., None], grad[group.sets].to(norms.dtype), 0)  # c, (G, K, C)
+    x = _Rows(group.raw, allowed)
+    units = torch.where(made[..., None], x.take(indices), 0)  # u_j, (G, K, C)
+    pick_norms = norms.gather(1, indices)
+    if not p.normalized:
+        units = units / pick_norms[..., None]
+    shares = _shares(gaps)
+    weight, exponent = _weights(p, quality, allowed)
+    weight = _shifted(weight, None if exponent is None else exponent.clamp(max=LARGEST_GRADIENT_EXPONENT))
+    gamma = float(p.gamma)
+    if not math.isfinite(gamma):
+        gamma, weight = 0.0, torch.zeros_like(weight)
+
+    dcos = torch.zeros_like(gaps)  # (K - 1, G, n)
+    weight_term = torch.zeros_like(norms)  # w dw
+    chain = torch.zeros_like(norms)  # the gradient of the running minimum
+    for step in range(p.k - 1, 0, -1):
+        pick = step - 1
+        chain = chain + _softmax_gradient(p, x, arriving[:, step], softmax[step], indices[:, step])
+        ddistance = chain * shares[pick]
+        chain = chain - ddistance
+        if not p.normalized:  # a pick is 0 away from itself, wherever it moves
+            ddistance = ddistance.scatter(1, indices[:, pick, None], 0)
+        weight_term += ddistance * gaps[pick] * weight
+        dcos[pick] = -weight * ddistance
+        pull = x.weighted_sum(dcos[pick] if p.normalized else dcos[pick] / norms)
+        if not p.normalized:
+            along = (pull * units[:, pick]).sum(-1, keepdim=True)
+            pull = (pull - along * units[:, pick]) / pick_norms[:, pick, None]
+        arriving[:, pick] += pull
+
+    dquality = gamma * weight_term / quality
+    if p.start is None:  # a given first pick was not chosen: no softmax
+        dquality += _softmax_gradient(p, x, arriving[:, 0], softmax[0], indices[:, 0])
+    radial = torch.zeros_like(norms)  # dx_n has radial(n) u_n
+    if not p.normalized:
+        radial = -(dcos * (1 - gaps)).sum(0) / norms
+    if p.quality is None:
+        radial += dquality
+    _write_rows(p, group, x, dx, norms, dcos, radial, units, arriving, indices)
+    group.put(torch.where(allowed, dquality, 0), dq)
+    return (weight_term * quality.log()).sum()
+
+
+def _softmax_gradient(p: Problem, x: _Rows, arriving: Tensor, softmax: Tensor, pick: Tensor) -> Tensor:
+    """dz(n) = y(n) (x_n . c - sum_m y(m) x_m . c) / tau for the gradient c (G, C) at the pick, (G, n).
+
+    The mean is the same from any origin. Taken from the pick's own product, whose softmax is nearly 1 where tau is
+    small, little is lost in the differences.
+    """
+    along = x.products(arriving)
+    along = torch.where(softmax > 0, along - along.gather(1, pick[:, None]), 0)
+    return softmax * (along - (softmax * along).sum(-1, keepdim=True)) / float(p.tau)
+
+
+def _shares(gaps: Tensor) -> Tensor:
+    """The part of d(running minimum) that goes to each distance: 1 where it is the least so far, 1/2 at a tie, or 0."""
+    before = torch.cat((torch.full_like(gaps[:1], math.inf), gaps.cummin(0).values[:-1]))
+    return torch.heaviside(before - gaps, gaps.new_full((), 0.5))
+
+
+def _write_rows(
+    p: Problem, group: _Group, x: _Rows, dx: Tensor, norms: Tensor, dcos: Tensor, radial: Tensor, units: Tensor,
+    arriving: Tensor, indices: Tensor,
+) -> None:  # fmt: skip
+    """dx_n = sum_j dcos_j(n) u_j / |x_n| + radial(n) u_n, and on the picked rows their own gradients."""
+    flat = dx.view(-1, dx.shape[-1])
+    each = torch.arange(len(indices), device=indices.device)
+    if not p.normalized:
+        dcos = dcos / norms
+    tiny = bool((norms < SMALL_NORM).any())  # then radial(n) / |x_n| may be infinite where dx is not
+    for at, rows in x.blocks():
+        scale = radial[:, at] if tiny else radial[:, at] / norms[:, at]
+        part = (rows / norms[:, at, None] if tiny else rows) * scale[..., None]
+        part += torch.bmm(dcos[:, :, at].permute(1, 2, 0), units[:, : p.k - 1])
+        for step in range(p.k):
+            place = indices[:, step] - at.start
+            here = (place >= 0) & (place < part.shape[1])
+            part[each, torch.where(here, place, 0)] += torch.where(here[:, None], arriving[:, step], 0)
+        group.put_rows(part, at, flat)

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "sets.h"
+#include "weights.h"
 
 namespace fcn_kernels {
 
@@ -32,7 +33,8 @@ class Backpropagation {
           arriving(count * width),
           picked(count * width),
           along(set.n),
-          coefficient(set.n),
+          weights(call),
+          weight(set.n),
           chain(set.n),
           slope(set.n),
           weight_term(set.n),
@@ -41,7 +43,7 @@ class Backpropagation {
           mix(earlier * set.n) {
         for (int64_t step = 0; step < count; ++step) {
             std::copy_n(grad + (set.number * call.k + step) * call.dim, call.dim, &arriving[step * width]);
-            copy_row(set.row(indices[step]), &picked[step * width], call.dim);
+            make_unit(indices[step], &picked[step * width]);
             picked_here[indices[step]] = true;
         }
     }
@@ -62,26 +64,41 @@ class Backpropagation {
     Acc* const dq;
     const int64_t width, count, earlier;  // earlier: picks that have one after them
     const int64_t* const indices;
-    std::vector<Acc> arriving, picked;  // gradients at the picks, and the picks; (count, width)
+    std::vector<Acc> arriving, picked;  // gradients at the picks, and the picks made unit; (count, width)
     std::vector<Acc> along;             // x_n . gradient at the step's pick, less what the pick itself has
-    std::vector<Acc> coefficient;       // what a gap is multiplied by to give a distance
-    std::vector<Acc> chain;             // gradient that the running minimum carries down from the later steps
-    std::vector<Acc> slope;             // sum_j dd_j(n)
-    std::vector<Acc> weight_term;       // sum_j dd_j(n) gap_j(n); at last, times the coefficient
+    Weights weights;
+    std::vector<Acc> weight;       // what a gap is multiplied by to give a distance
+    std::vector<Acc> chain;        // gradient that the running minimum carries down from the later steps
+    std::vector<Acc> slope;        // sum_j dd_j(n)
+    std::vector<Acc> weight_term;  // sum_j dd_j(n) gap_j(n); at last, times the weight
     std::vector<uint8_t> picked_here;
     std::vector<Acc> nearest;  // running minimum of the gaps, (earlier, n)
-    std::vector<Acc> mix;      // dcos_j(n) / (|x_n| |x_j|), (n, earlier)
+    std::vector<Acc> mix;      // dcos_j(n) / |x_n|, (n, earlier)
 
     bool usable(int64_t i) const { return norm[i] > 0; }
     Acc gap(int64_t pick, int64_t i) const { return gaps[pick * call.all_rows + i]; }
     Acc y(int64_t step, int64_t i) const { return softmax[step * call.all_rows + i]; }
     Acc quality(int64_t i) const { return call.quality ? call.quality[set.at + i] : norm[i]; }
 
+    Acc length(int64_t i) const { return call.normalized ? 1 : norm[i]; }
+    // A pick is 0 away from itself wherever it moves; not where nothing is projected.
+    bool is_itself(int64_t i, int64_t pick) const { return !call.normalized && indices[pick] == i; }
+
+    void make_unit(int64_t i, Acc* to) const {
+        int exponent = 0;
+        const Acc size = call.normalized ? 1 : std::frexp(norm[i], &exponent);
+        copy_row(set.row(i), to, call.dim, exponent);
+        for (int64_t c = 0; c < call.dim; ++c) to[c] /= size;
+    }
+
     void prepare() {
-        const Acc gamma = *call.gamma, scale = Acc(call.distance_scale);
+        Range range;
+        for (int64_t i = 0; i < set.n; ++i)
+            if (usable(i)) range.add(quality(i));
+        weights.fit(range.least, range.greatest);
         set.for_blocks([&](int64_t, int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i)
-                coefficient[i] = std::pow(quality(i), gamma) * scale / (call.normalized ? 1 : norm[i]);
+                if (usable(i)) weight[i] = weights.whole(quality(i));
             for (int64_t pick = 0; pick < earlier; ++pick)
                 for (int64_t i = begin; i < end; ++i) {
                     const Acc before = pick ? nearest[(pick - 1) * set.n + i] : INFINITE;
@@ -93,6 +110,7 @@ class Backpropagation {
     // A row's part of the mean S of `along`. The mean is the same from any origin; from the pick, whose softmax is
     // nearly 1 where tau is small, little is lost in the differences.
     Acc part_of_mean(int64_t step, int64_t i, Acc origin) {
+        if (y(step, i) == 0) return along[i] = 0;  // whatever the product, which may be infinite
         along[i] = product(set.row(i), &arriving[step * width], call.dim) - origin;
         return y(step, i) * along[i];
     }
@@ -102,7 +120,7 @@ class Backpropagation {
     // From the gradient at a step's pick to the distances to the pick before, and so to that pick's gradient.
     void step_back(int64_t step) {
         const int64_t pick = step - 1, blocks = set.blocks();
-        const Acc pick_norm = call.normalized ? 1 : norm[indices[pick]], from = origin(step);
+        const Acc pick_norm = length(indices[pick]), from = origin(step);
         struct Part {
             Acc mean, onto_pick, onto_pick_by_mean;
         };
@@ -114,12 +132,13 @@ class Backpropagation {
             for (int64_t i = begin; i < end; ++i) {
                 if (!usable(i)) continue;
                 part.mean += part_of_mean(step, i, from);
-                const Acc weight = -share_of(pick, i) * coefficient[i] / pick_norm;
-                const Acc by_mean = weight * y(step, i) / tau;
-                const Acc alone = weight * chain[i] + by_mean * along[i];
+                if (is_itself(i, pick)) continue;
+                const Acc to_row = -share_of(pick, i) * weight[i] / length(i);
+                const Acc by_mean = to_row * y(step, i) / tau;
+                const Acc alone = to_row * chain[i] + by_mean * along[i];
                 sum.add(set.row(i), alone, by_mean);
                 if (call.normalized) continue;
-                const Acc projection = (norm[i] - gap(pick, i)) / pick_norm;  // x_n is so many times x_j, and a rest
+                const Acc projection = norm[i] * (1 - gap(pick, i));  // x_n is so many times u_j, and a rest
                 part.onto_pick += alone * projection;
                 part.onto_pick_by_mean += by_mean * projection;
             }
@@ -134,15 +153,16 @@ class Backpropagation {
             for (int64_t c = 0; c < call.dim; ++c)
                 total[c] += sums[2 * b * width + c] - mean * sums[(2 * b + 1) * width + c];
         for (int64_t c = 0; c < call.dim; ++c)
-            arriving[pick * width + c] += Acc(total[c] - onto_pick * picked[pick * width + c]);
+            arriving[pick * width + c] += Acc((total[c] - onto_pick * picked[pick * width + c]) / pick_norm);
         set.for_blocks([&](int64_t, int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
                 if (!usable(i)) continue;
                 const Acc all = chain[i] + through_softmax(step, i, Acc(mean)), ddistance = all * share_of(pick, i);
                 chain[i] = all - ddistance;
+                if (is_itself(i, pick)) continue;
                 slope[i] += ddistance;
                 weight_term[i] += ddistance * gap(pick, i);
-                mix[i * earlier + pick] = -ddistance * coefficient[i] / pick_norm;
+                mix[i * earlier + pick] = -ddistance * weight[i] / length(i);
             }
         });
     }
@@ -166,11 +186,11 @@ class Backpropagation {
                 std::fill_n(dx + i * call.dim, call.dim, Row{});
                 return 0;
             }
-            const Acc term = weight_term[i] *= coefficient[i];
-            dq[i] = *call.gamma * term / quality(i);
-            Acc radial = 0;  // dx_n has so many x_n
-            if (!call.normalized) radial = (slope[i] * coefficient[i] * norm[i] - term) / (norm[i] * norm[i]);
-            if (by_norm) radial += (dq[i] + (by_softmax ? through_softmax(0, i, mean) : 0)) / norm[i];
+            const Acc term = weight_term[i] *= weight[i];
+            dq[i] = weights.gamma_or_zero() * term / quality(i);
+            Acc radial = 0;  // dx_n has so many u_n
+            if (!call.normalized) radial = (slope[i] * weight[i] - term) / norm[i];
+            if (by_norm) radial += dq[i] + (by_softmax ? through_softmax(0, i, mean) : 0);
             const Acc part = by_softmax && !by_norm ? part_of_mean(0, i, from) : 0;
             write_row(i, radial);
             return part;
@@ -186,15 +206,18 @@ class Backpropagation {
         return dgamma;
     }
 
-    // dx_n = radial x_n + sum_j mix_j(n) x_j, and the gradient at the pick where this row is one.
+    // dx_n = radial u_n + sum_j mix_j(n) u_j, and the gradient at the pick where this row is one.
     void write_row(int64_t i, Acc radial) {
         // Copies, which the compiler knows that the stores do not change.
         const Acc *const weights = mix.data() + i * earlier, *const picks = picked.data();
         const int64_t mixed = earlier, stride = width, dim = call.dim;
         const bool is_pick = picked_here[i];
+        // radial / |x_n| may be infinite for a short row where dx is not
+        const bool is_short = norm[i] < Acc(1e-15);
+        const Acc first = is_short ? 1 / norm[i] : 1, second = is_short ? radial : radial / norm[i];
         Row* const to = dx + i * dim;
         for_columns(set.row(i), dim, [&](Vec x, int64_t c, int) {
-            Vec sum = radial * x;
+            Vec sum = second * (first * x);
             for (int64_t pick = 0; pick < mixed; ++pick) sum += weights[pick] * load_work(picks + pick * stride + c);
             if (is_pick)
                 for (int64_t pick = 0; pick < count; ++pick)

@@ -22,7 +22,8 @@ using Row = ROW;
 using Acc = std::conditional_t<std::is_same_v<Row, double>, double, float>;  // in which rows are summed
 
 constexpr Acc INFINITE = std::numeric_limits<Acc>::infinity();
-inline bool is_sound(Acc value) { return value > 0 && value < INFINITE; }  // NaN is neither
+inline bool is_sound(Acc value) { return value > 0 && value < INFINITE; }             // NaN is neither
+constexpr Acc LEAST_SQUARE = std::is_same_v<Acc, double> ? Acc(1e-280) : Acc(1e-30);  // of a norm, with all its digits
 
 #if defined(__AVX512F__)
 constexpr int BYTES = 64;
@@ -70,6 +71,8 @@ inline Vec load_part(const Row* from, int64_t count) {
     return load(whole);
 }
 
+inline Acc element(const Row* row, int64_t c) { return load_part(row + c, 1)[0]; }
+
 inline void store_part(Row* to, Vec values, int64_t count) {
     Row whole[LANES];
     store(whole, values);
@@ -113,17 +116,33 @@ inline void for_columns(const Row* row, int64_t dim, Use use) {
     return sum_of(sums);
 }
 
+// |x|, also where its square leaves the type's range, as hypot.
 [[gnu::noinline]] Acc norm_of(const Row* row, int64_t dim) {
     Vec sums[UNROLLED] = {};
     for_columns(row, dim, [&](Vec x, int64_t c, int u) {
         ask_for(row, c, dim);
         sums[u] += x * x;
     });
-    return std::sqrt(sum_of(sums));
+    const Acc square = sum_of(sums);
+    if (square > LEAST_SQUARE && square < 1 / LEAST_SQUARE) return std::sqrt(square);
+    Acc largest = 0, total = 0;
+    for (int64_t c = 0; c < dim; ++c) {
+        const Acc size = std::abs(element(row, c));
+        largest = size <= largest ? largest : size;  // NaN stays
+    }
+    if (!(largest > 0 && largest < INFINITE)) return largest;
+    for (int64_t c = 0; c < dim; ++c) {
+        const Acc part = element(row, c) / largest;
+        total += part * part;
+    }
+    return largest * std::sqrt(total);
 }
 
-inline void copy_row(const Row* row, Acc* to, int64_t dim) {
-    for_columns(row, dim, [&](Vec x, int64_t c, int) { store_work(to + c, x); });
+// A row times 2^-exponent, in two steps, as the power itself may leave the type's range.
+inline void copy_row(const Row* row, Acc* to, int64_t dim, int exponent) {
+    const int half = exponent / 2;
+    const Acc first = std::scalbn(Acc(1), -half), second = std::scalbn(Acc(1), half - exponent);
+    for_columns(row, dim, [&](Vec x, int64_t c, int) { store_work(to + c, x * first * second); });
 }
 
 // Two weighted sums of the same rows, four rows at a time, as each then reads and writes a quarter of the sums.

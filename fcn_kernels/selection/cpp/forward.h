@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "noise.h"
+#include "weights.h"
 
 namespace fcn_kernels {
 
@@ -24,8 +25,8 @@ struct Best {
     }
 };
 
-// One set's way through the K steps. A row's gap is |x| (1 - max cosine to the picks it met), its logit that times its
-// coefficient q^gamma s / |x|; rows of a set that is normalized have 1 for |x|.
+// One set's way through the K steps. A row's gap is 1 - max cosine to the picks it met, its logit that times its
+// weight.
 class Selection {
   public:
     Selection(const Set& set, const Selected& out)
@@ -37,12 +38,15 @@ class Selection {
           barred(new uint8_t[set.n]),
           norm(new Acc[set.n]),
           gap(new Acc[set.n]),
-          coefficient(new Acc[set.n]),
+          weight(new Acc[set.n]),
           met(new int32_t[set.n]),
           quality(call.quality ? call.quality + set.at : norm.get()),
-          directions(call.k * padded(call.dim)),
-          pick_norms(call.k),
-          picks(call.k) {}
+          weights(call),
+          most(std::min(call.k, set.n)),
+          directions(most * padded(call.dim)),
+          pick_norms(most),
+          own_cosines(most),
+          picks(most) {}
 
     void run() {
         const Best first = first_pick();
@@ -67,7 +71,7 @@ class Selection {
                 noise.advance(count);
                 pick = farthest(count);
             }
-            record(count, pick, gap[pick] * coefficient[pick]);
+            record(count, pick, weights.reported(gap[pick] * weight[pick]));
             if (keep) keep_softmax(count, pick);
         }
         out.counts[set.number] = count;
@@ -86,15 +90,22 @@ class Selection {
     const bool keep;
     Noise noise;
     std::unique_ptr<uint8_t[]> barred;  // rows that cannot be picked; of these, the rest is not set
-    std::unique_ptr<Acc[]> norm, gap, coefficient;
+    std::unique_ptr<Acc[]> norm, gap, weight;
     std::unique_ptr<int32_t[]> met;  // picks that the gap knows of
     const Acc* const quality;
-    std::vector<Acc> directions, pick_norms;
+    Weights weights;
+    Acc noise_scale = 1;
+    bool measured = false;  // all norms are known
+    const int64_t most;     // picks there can be
+    // Of each pick: its row times a power of two that keeps products with it in range, that row's norm, and the cosine
+    // to itself as it rounds.
+    std::vector<Acc> directions, pick_norms, own_cosines;
     std::vector<int64_t> picks;
 
     // What a step compares. fma, lest the compiler round differently here and there, and equal rows not be equal.
     Acc noisy(int64_t step, int64_t i) const {
-        return step ? std::fma(gap[i], coefficient[i], noise.at(i)) : quality[i] + noise.at(i);
+        const Acc score = step ? std::fma(gap[i], weight[i], noise.at(i) * noise_scale) : quality[i] + noise.at(i);
+        return score >= -INFINITE ? score : -INFINITE;  // NaN is the least
     }
 
     template <class Scan>
@@ -125,12 +136,12 @@ class Selection {
         if (call.start) {
             Best given;
             const int64_t i = call.start[set.number];
-            if (i >= 0 && i < set.n && !barred[i] && is_sound(norm[i] = norm_of(set.row(i), call.dim)))
+            if (i >= 0 && i < set.n && !barred[i] && std::isnormal(norm[i] = norm_of(set.row(i), call.dim)))
                 given.meet(0, i);
             return given;
         }
         if (best.row < 0 || measure) return best;
-        if (is_sound(norm[best.row] = norm_of(set.row(best.row), call.dim))) return best;
+        if (std::isnormal(norm[best.row] = norm_of(set.row(best.row), call.dim))) return best;
         measure = true;  // one row that cannot be used may be one of many
         return favourite();
     }
@@ -139,13 +150,32 @@ class Selection {
         for (int64_t i = begin; i < end; ++i)
             barred[i] = (call.mask && !call.mask[set.at + i]) || (call.quality && !is_sound(quality[i]));
         for (int64_t i = begin; measure && i < end; ++i)
-            if (!barred[i]) barred[i] = !is_sound(norm[i] = norm_of(set.row(i), call.dim));
+            if (!barred[i]) barred[i] = !std::isnormal(norm[i] = norm_of(set.row(i), call.dim));
+    }
+
+    Range qualities() const {
+        Range range;
+        for (int64_t i = 0; i < set.n; ++i)
+            if (!barred[i]) range.add(quality[i]);
+        return range;
+    }
+
+    // Only rows that can be picked have a say in how the weights are scaled, so that where these leave the ordinary
+    // range all norms have to be known first.
+    void fit_weights() {
+        const Range range = qualities();
+        if (!weights.fit(range.least, range.greatest) && call.quality) {
+            set.for_blocks([&](int64_t, int64_t begin, int64_t end) { admit(begin, end, true); });
+            const Range usable = qualities();
+            weights.fit(usable.least, usable.greatest);
+        }
+        noise_scale = weights.noise_scale();
     }
 
     // All rows' norms, coefficients and gaps to the first pick, and in inference the second pick, in one pass. Returns
     // how many rows can be picked. A row that has come from memory for its norm is in cache for the rest.
     int64_t meet_first(Best& second) {
-        const Acc gamma = *call.gamma, scale = Acc(call.distance_scale);
+        fit_weights();
         const int64_t taken = call.distinct ? picks[0] : -1;
         std::vector<int64_t> usable(set.blocks());
         if (!keep) noise.advance(1);
@@ -155,11 +185,11 @@ class Selection {
             for (int64_t i = begin; i < end; ++i) {
                 if (barred[i]) continue;
                 norm[i] = norm_of(set.row(i), call.dim);
-                if (!is_sound(norm[i])) {
+                if (!std::isnormal(norm[i])) {
                     barred[i] = true;
                     continue;
                 }
-                coefficient[i] = std::pow(quality[i], gamma) * scale / (call.normalized ? 1 : norm[i]);
+                weight[i] = weights.at(quality[i]);
                 gap[i] = INFINITE;
                 meet(i, 0);
                 if (!keep && i != taken) best.meet(noisy(1, i), i);
@@ -171,10 +201,15 @@ class Selection {
         return std::accumulate(usable.begin(), usable.end(), int64_t(0));
     }
 
-    void meet(int64_t i, int64_t pick) {
+    Acc cosine(int64_t i, int64_t pick) const {
         const Acc along = product(set.row(i), &directions[pick * padded(call.dim)], call.dim);
-        const Acc fresh = call.normalized ? 1 - along : norm[i] - along / pick_norms[pick];
-        const Acc positive = std::max<Acc>(fresh, 0);  // rounding can take it below a picked row's 0 to itself
+        return call.normalized ? along : along / norm[i] / pick_norms[pick];
+    }
+
+    void meet(int64_t i, int64_t pick) {
+        const Acc towards = cosine(i, pick);
+        // a pick and its duplicates are at 0, whatever their cosine rounds to
+        const Acc positive = towards == own_cosines[pick] ? 0 : std::max<Acc>(1 - towards, 0);
         if (keep && pick < call.k - 1) out.gaps[pick * call.all_rows + set.at + i] = positive;
         gap[i] = std::min(gap[i], positive);
         met[i] = pick + 1;
@@ -227,17 +262,22 @@ class Selection {
             return;
         }
         picks[step] = pick;
-        pick_norms[step] = norm[pick];
+        int exponent = 0;
+        if (!call.normalized) pick_norms[step] = std::frexp(norm[pick], &exponent);
         std::memcpy(copy, set.row(pick), call.dim * sizeof(Row));
-        copy_row(set.row(pick), &directions[step * padded(call.dim)], call.dim);
+        copy_row(set.row(pick), &directions[step * padded(call.dim)], call.dim, exponent);
+        own_cosines[step] = cosine(pick, step);
     }
 
     // softmax(noisy logits / tau) of a step; its pick has the greatest.
     void keep_softmax(int64_t step, int64_t pick) {
         Acc* const y = out.softmax + step * call.all_rows + set.at;
         const Acc greatest = noisy(step, pick), tau = Acc(call.tau);
-        const Acc total =
-            Acc(set.sum([&](int64_t i) { return y[i] = barred[i] ? 0 : std::exp((noisy(step, i) - greatest) / tau); }));
+        if (!std::isfinite(greatest)) return forget(out.softmax + step * call.all_rows);
+        const Acc total = Acc(set.sum([&](int64_t i) -> Acc {
+            const Acc below = barred[i] ? -INFINITE : noisy(step, i) - greatest;
+            return y[i] = std::exp((step ? weights.shifted(below) : below) / tau);
+        }));
         set.for_blocks([&](int64_t, int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) y[i] /= total;
         });

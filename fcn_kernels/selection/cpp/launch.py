@@ -19,6 +19,8 @@ from fcn_kernels import compiler
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
 from fcn_kernels.sets import accumulator
 
+OUT_OF_MEMORY = 1
+"""A status of the compiled functions; see select.cpp."""
 _SOURCE = Path(__file__).with_name("select.cpp")
 _ROWS = {
     torch.float32: ("ROW=float",),
@@ -94,11 +96,16 @@ def _run(name: str, p: Problem, selected: Sequence[Tensor | None], *tensors: Ten
         p.normalized,
         p.distinct,
         torch.get_num_threads(),
-        p.tau,
-        p.distance_scale,
+        float(p.tau),
+        float(p.distance_scale),
     )
     function = _function(name, p.features.dtype)
-    function(call, _SELECTED.pack(*map(_address, selected)), *map(_address, tensors))
+    status = function(call, _SELECTED.pack(*map(_address, selected)), *map(_address, tensors))
+    if status:
+        what = "memory ran out" if status == OUT_OF_MEMORY else "an unexpected error occurred"
+        raise (MemoryError if status == OUT_OF_MEMORY else RuntimeError)(
+            f"{what} in coreset_select's C++ ({name}) for {p.sets} sets, {p.rows} rows of {p.dim} and k = {p.k}"
+        )
 
 
 def _plain(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -114,6 +121,6 @@ def _address(values: Tensor | None) -> int:
 @functools.cache
 def _function(name: str, dtype: torch.dtype) -> Callable[..., Any]:
     function = getattr(compiler.load(_SOURCE, *_ROWS[dtype]), name)
-    function.restype = None
+    function.restype = ctypes.c_int
     function.argtypes = [ctypes.c_char_p] * 2 + [ctypes.c_void_p] * (0 if name == "forward" else 4)
     return function  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <vector>
 
 #include "columns.h"
@@ -42,6 +43,26 @@ struct Selected {  // of problem.py; the last three are null where they are not 
     Acc *softmax, *gaps, *norms;
 };
 
+// Keeps the first exception of a parallel loop, which must not leave it, until after.
+class Caught {
+  public:
+    template <class Work>
+    void run(Work work) noexcept {
+        try {
+            work();
+        } catch (...) {
+#pragma omp critical(fcn_kernels_caught)
+            if (!first) first = std::current_exception();
+        }
+    }
+    void rethrow() const {
+        if (first) std::rethrow_exception(first);
+    }
+
+  private:
+    std::exception_ptr first;
+};
+
 struct Set {
     const Call& call;
     int64_t number, at, n, threads;  // at: its first row among all R; threads: how many share it
@@ -52,7 +73,7 @@ struct Set {
         const auto within = [](int64_t value, int64_t most) { return std::clamp<int64_t>(value, 0, most); };
         if (call.cu_seqlens) {
             at = within(call.cu_seqlens[number], call.all_rows);
-            n = within(call.cu_seqlens[number + 1] - at, call.all_rows - at);
+            n = std::max<int64_t>(within(call.cu_seqlens[number + 1], call.all_rows) - at, 0);
             first = call.features + at * call.row_stride;
         } else {
             at = number * call.rows;
@@ -75,20 +96,22 @@ struct Set {
         if (threads == 1) {
             for (int64_t b = 0; b < count; ++b) one(b);
         } else {
+            Caught caught;
 #pragma omp parallel for schedule(static) num_threads(threads)
-            for (int64_t b = 0; b < count; ++b) one(b);
+            for (int64_t b = 0; b < count; ++b) caught.run([&] { one(b); });
+            caught.rethrow();
         }
     }
 
     // The sum of what part(row) is over the rows, by blocks.
     template <class Part>
     double sum(Part part) const {
-        std::vector<Acc> parts(blocks());
+        std::vector<double> parts(blocks());
         for_blocks([&](int64_t b, int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) parts[b] += part(i);
         });
         double total = 0;
-        for (const Acc p : parts) total += p;
+        for (const double p : parts) total += p;
         return total;
     }
 };
@@ -104,9 +127,11 @@ void for_sets(const Call& call, Work work) {
         if (is_shared(b)) work(Set(call, b, call.threads)), ++shared;
     if (shared == call.sets) return;
     const bool few = call.all_rows * call.dim < LEAST_SHARED || call.sets - shared == 1;
+    Caught caught;
 #pragma omp parallel for schedule(dynamic) num_threads(few ? 1 : call.threads)
     for (int64_t b = 0; b < call.sets; ++b)
-        if (!is_shared(b)) work(Set(call, b, 1));
+        if (!is_shared(b)) caught.run([&] { work(Set(call, b, 1)); });
+    caught.rethrow();
 }
 
 }  // namespace fcn_kernels
