@@ -12,9 +12,10 @@ from torch import Tensor
 from benchmarks.conftest import Bench
 from benchmarks.harness import Timing
 from benchmarks.workloads import BOTH, FORWARD, Case, Inputs, contender, fused, make_inputs
+from fcn_kernels.backends import resolve_backend
 from fcn_kernels.selection import op
+from fcn_kernels.selection.cpp import launch as cpp
 from fcn_kernels.selection.problem import Problem
-from fcn_kernels.selection.select import resolve_backend
 
 PUBLIC, OPERATOR, BARE = "coreset_select", "its operator", "an operator that does nothing"
 CALLS = {"quick": 5, "cpu": 50, "cuda": 200}
@@ -56,11 +57,10 @@ torch.library.register_autograd("fcn_benchmarks::bare", _gradient, setup_context
 
 def operator(i: Inputs, sample: bool) -> Tensor:
     """The registered operator, without the public function around it."""
-    p = Problem(
-        i.features, i.quality.reshape(-1), i.gamma, None, torch.tensor(1) if sample else None, None, None, None, None,
-        i.grad.shape[1], 1.0, 1.0, False, False,
-    )  # fmt: skip
-    return op.select(p, sample, resolve_backend(None, i.features)).features
+    seed = torch.tensor(1) if sample else None
+    p = Problem(i.features, i.quality.reshape(-1), i.gamma, seed=seed, k=i.grad.shape[1])
+    picked: Tensor = op.select(p, resolve_backend(None, i.features, cpp.unavailable))[0]
+    return picked
 
 
 def bare(i: Inputs, sample: bool) -> Tensor:

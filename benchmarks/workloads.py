@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness import CACHE_BYTES, Contender
 from fcn_kernels import coreset_select
-from fcn_kernels.selection.op import runs_on
+from fcn_kernels.backends import runs_on
+from fcn_kernels.selection.cpp import launch as cpp
 from fcn_kernels.selection.problem import Problem
 from fcn_kernels.sets import GROUP_BYTES, accumulator
 from reference.listing import coreset_listing
@@ -208,10 +209,7 @@ def implementations(
 
 def problem(case: Case, i: Inputs) -> Problem:
     """The call as the launcher sees it."""
-    return Problem(
-        features=i.features, quality=i.quality, gamma=i.gamma, noise=None, seed=None, start=None, mask=None,
-        lengths=None, cu_seqlens=i.cu_seqlens, k=case.k, tau=1.0, distance_scale=1.0, normalized=False, distinct=False,
-    )  # fmt: skip
+    return Problem(i.features, i.quality, i.gamma, cu_seqlens=i.cu_seqlens, k=case.k)
 
 
 def least_bytes(case: Case, work: str) -> int:
@@ -222,7 +220,7 @@ def least_bytes(case: Case, work: str) -> int:
 def tiers(case: Case, i: Inputs) -> tuple[str, str]:
     """The tiers of the forward and the backward pass."""
     if i.features.device.type == "cpu":
-        name = runs_on("cpu", case.dtype)
+        name = runs_on("cpu", case.dtype, cpp.unavailable)
         return name, name
     from fcn_kernels.selection.kernels import launch
 

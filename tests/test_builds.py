@@ -109,11 +109,7 @@ from fcn_kernels.selection.problem import Problem
 
 def built(rows, k, split=launch.WHOLE.value):
     launch.forward_plan = lambda *sizes: launch.Plan(launch.STREAMING_TIER.value, 32, 64, 4, 3, split)
-    nothing = dict.fromkeys(("noise", "seed", "start", "mask", "lengths", "cu_seqlens"))
-    problem = Problem(
-        torch.empty(2, rows, 64), torch.empty(2 * rows), torch.tensor(0.5), **nothing, k=k, tau=1.0,
-        distance_scale=1.0, normalized=False, distinct=False,
-    )
+    problem = Problem(torch.empty(2, rows, 64), torch.empty(2 * rows), torch.tensor(0.5), k=k)
     specs = builds.record("", launch, ("select_forward",), lambda: launch.forward(problem, True))
     return {str(spec) for spec in specs}
 

@@ -19,9 +19,9 @@ from problems import Case, pack, random_case, spoil
 
 from fcn_kernels import compiler, coreset_select
 from fcn_kernels.cli.info import DTYPES
-from fcn_kernels.selection import op, torch_backend
+from fcn_kernels.selection import torch_backend
 from fcn_kernels.selection.cpp import launch as cpp
-from fcn_kernels.selection.problem import Problem
+from fcn_kernels.selection.problem import Problem, Selected
 
 F64 = torch.float64
 needs_compiler = pytest.mark.skipif(bool(cpp.unavailable(torch.float32)), reason="no C++ compiler")
@@ -159,12 +159,8 @@ def test_values_that_a_compiled_call_does_not_check_stay_inside(changes: dict[st
     case = random_case(2, 7, 5, 3)
     (name, values), *_ = changes.items()
     features = case.features.flatten(0, 1) if name == "cu_seqlens" else case.features
-    nothing = dict.fromkeys(("noise", "seed", "start", "mask", "lengths", "cu_seqlens"))
-    problem = Problem(
-        features, case.quality.flatten(), case.gamma, **nothing, k=3, tau=1.0, distance_scale=1.0, normalized=False,
-        distinct=False,
-    )._replace(**{name: torch.tensor(values)})  # fmt: skip
-    out = op.select(problem, keep=True, backend="cpp")
+    problem = Problem(features, case.quality.flatten(), case.gamma, k=3, **{name: torch.tensor(values)})
+    out = Selected(*torch.ops.fcn_kernels.select.default(*problem, True, "cpp"))
     assert (out.indices < 14).all()
     assert (out.counts <= 3).all()
     gradients = torch.ops.fcn_kernels.select_backward.default(*problem, torch.ones(2, 3, 5), *out.saved, "cpp")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fcn_kernels import CoresetSelect, coreset_select
-from fcn_kernels.selection.select import resolve_backend
+from fcn_kernels.backends import resolve_backend
 
 X = torch.randn(2, 6, 4)
 ROWS = torch.randn(9, 4)
@@ -63,7 +63,7 @@ WRONG = {
         {"noise": torch.ones(1, 2, 6), "generator": torch.Generator()},
     ),
     "mask's shape": (ValueError, r"mask of shape \(2, 6\) .*, got \(6,\)", X, 1, {"mask": torch.ones(6).bool()}),
-    "mask's dtype": (TypeError, "mask of dtype bool, got torch.float32", X, 1, {"mask": Q}),
+    "mask's dtype": (TypeError, "mask of dtype bool, .*, got torch.float32", X, 1, {"mask": Q}),
     "two of three": (
         ValueError,
         "at most one of mask, lengths and cu_seqlens, got mask and lengths",
@@ -89,7 +89,7 @@ WRONG = {
         {"cu_seqlens": torch.tensor([0, 6])},
     ),
     "offsets' rank": (ValueError, r"shape \(B \+ 1,\), got \(1, 2\)", ROWS, 1, {"cu_seqlens": torch.tensor([[0, 9]])}),
-    "offsets' type": (ValueError, r"shape \(B \+ 1,\), got list", ROWS, 1, {"cu_seqlens": [0, 9]}),
+    "offsets' type": (TypeError, r"shape \(B \+ 1,\), got list", ROWS, 1, {"cu_seqlens": [0, 9]}),
     "offsets' dtype": (TypeError, "int32, int64, got torch.float32", ROWS, 1, {"cu_seqlens": torch.tensor([0.0, 9.0])}),
     "offsets' end": (ValueError, "from 0 to T = 9, got 0 to 8", ROWS, 1, {"cu_seqlens": torch.tensor([0, 8])}),
     "offsets' start": (ValueError, "from 0 to T = 9, got 1 to 9", ROWS, 1, {"cu_seqlens": torch.tensor([1, 9])}),
@@ -132,12 +132,12 @@ def test_bad_input_is_refused(name):
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
-    monkeypatch.setattr("fcn_kernels.selection.select.INTERPRETED", False)
+    monkeypatch.setattr("fcn_kernels.backends.INTERPRETED", False)
     with pytest.raises(RuntimeError, match=r"expected features on a CUDA device.*got cpu"):
-        resolve_backend("triton", X)
-    monkeypatch.setattr("fcn_kernels.selection.select.HAS_TRITON", False)
+        resolve_backend("triton", X, lambda _: "")
+    monkeypatch.setattr("fcn_kernels.backends.HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="expected triton to be installed"):
-        resolve_backend("triton", X)
+        resolve_backend("triton", X, lambda _: "")
 
 
 def test_too_many_columns_for_a_kernel():

@@ -8,8 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fcn_kernels import CoresetSelect, coreset_select
 from fcn_kernels.selection.cpp.launch import unavailable
-from fcn_kernels.selection.op import select
-from fcn_kernels.selection.problem import Problem
+from fcn_kernels.selection.problem import Problem, Selected
 
 
 def _inputs(batch=2, rows=7, dim=5, dtype=torch.float32, grad=True):
@@ -21,12 +20,8 @@ def _inputs(batch=2, rows=7, dim=5, dtype=torch.float32, grad=True):
 
 
 def _problem(features, quality, gamma, **changes):
-    nothing = dict.fromkeys(("noise", "seed", "start", "mask", "lengths", "cu_seqlens"))
-    problem = Problem(
-        features=features, quality=None if quality is None else quality.flatten(), gamma=gamma, **nothing,
-        k=3, tau=0.7, distance_scale=0.5, normalized=False, distinct=False,
-    )  # fmt: skip
-    return problem._replace(**changes)
+    quality = None if quality is None else quality.flatten()
+    return Problem(features, quality, gamma, torch.tensor(0.7), k=3, distance_scale=0.5, **changes)
 
 
 CASES = {
@@ -69,7 +64,7 @@ def test_opcheck_of_the_forward_operator(case, backend, device):
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck_of_the_backward_operator(case, backend, device):
     problem = _moved(CASES[case](*_inputs(grad=False)), device)
-    out = select(problem, keep=True, backend=backend)
+    out = Selected(*torch.ops.fcn_kernels.select.default(*problem, True, backend))
     grad = torch.randn_like(out.features)
     torch.library.opcheck(torch.ops.fcn_kernels.select_backward.default, (*problem, grad, *out.saved, backend))
 

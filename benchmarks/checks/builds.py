@@ -212,17 +212,9 @@ def selection_specs(target: str) -> Iterator[Spec]:
             features=features,
             quality=torch.empty(total),
             gamma=torch.tensor(0.5),
-            noise=None,
             seed=torch.tensor(2**40 + 1),
-            start=None,
-            mask=None,
-            lengths=None,
             cu_seqlens=torch.empty(sets + 1, dtype=torch.int32) if packed else None,
             k=k,
-            tau=1.0,
-            distance_scale=1.0,
-            normalized=False,
-            distinct=False,
         )._replace(**changes)
         saved = Saved(
             indices=torch.empty(sets, k, dtype=torch.int64),

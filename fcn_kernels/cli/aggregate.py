@@ -22,7 +22,8 @@ from fcn_kernels.files.embeddings import Embeddings, Keys, read
 from fcn_kernels.files.formats import EXTRA, InputError, format_of, reading, replacing
 from fcn_kernels.heads.facecoresetnet import Aggregate, CoresetAggregator
 from fcn_kernels.integrations.facecoresetnet import convert_state_dict
-from fcn_kernels.selection.select import DTYPES, coreset_select
+from fcn_kernels.selection.checks import DTYPES
+from fcn_kernels.selection.select import coreset_select
 from fcn_kernels.sets import RowSets, accumulator
 
 if TYPE_CHECKING:

@@ -7,10 +7,9 @@ import platform
 import torch
 
 from fcn_kernels._version import __version__
+from fcn_kernels.backends import HAS_TRITON, resolve_backend, runs_on
 from fcn_kernels.selection.cpp import launch as cpp
-from fcn_kernels.selection.op import runs_on
 from fcn_kernels.selection.problem import Problem
-from fcn_kernels.selection.select import HAS_TRITON, resolve_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -56,10 +55,12 @@ def describe(args: argparse.Namespace, device: str) -> list[str]:
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         return ["there is no CUDA device here"]
     try:
-        backend = resolve_backend(args.backend, torch.empty(0, dtype=DTYPES[args.dtype], device=device))
+        backend = resolve_backend(
+            args.backend, torch.empty(0, dtype=DTYPES[args.dtype], device=device), cpp.unavailable
+        )
     except (RuntimeError, TypeError) as error:
         return [str(error)]
-    found = runs_on(backend, DTYPES[args.dtype])
+    found = runs_on(backend, DTYPES[args.dtype], cpp.unavailable)
     if found == "cpp":
         return ["backend cpp: sets spread over the threads, large ones by blocks of rows"]
     if found == "torch":
@@ -69,26 +70,14 @@ def describe(args: argparse.Namespace, device: str) -> list[str]:
 
     problem = Problem(
         features=torch.empty(_shape(args), dtype=DTYPES[args.dtype], device="meta"),
-        quality=None,
-        gamma=torch.zeros(()),
-        noise=None,
-        seed=None,
-        start=None,
-        mask=None,
-        lengths=None,
         cu_seqlens=torch.empty(args.sets + 1, dtype=torch.int32, device="meta") if args.packed else None,
         k=args.k,
-        tau=1.0,
-        distance_scale=1.0,
-        normalized=False,
-        distinct=False,
     )
     forward, backward = launch.plans(problem)
     lines = ["backend triton"]
     for name, plan in (("forward", forward), ("backward", backward)):
-        lines.append(
-            f"{name:9}{plan.name}: {args.sets} programs of {plan.warps} warps, tiles of {plan.block_n} x {plan.block_c}"
-        )
+        tile = f"tiles of {plan.block_n} x {plan.block_c}"
+        lines.append(f"{name:9}{plan.name}: {args.sets * plan.parts} programs of {plan.warps} warps, {tile}")
     return lines
 
 

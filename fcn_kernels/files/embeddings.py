@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fcn_kernels.extras import require
 from fcn_kernels.files.formats import EXTRA, Columns, InputError, RowError, format_of, load_npy, reading
-from fcn_kernels.selection.select import DTYPES
+from fcn_kernels.selection.checks import DTYPES
 
 if TYPE_CHECKING:
     from fcn_kernels.files.formats import Array

@@ -3,6 +3,8 @@
 import torch
 from torch import Generator, Tensor, nn
 
+from fcn_kernels.backends import check_backend
+from fcn_kernels.selection import checks
 from fcn_kernels.selection.select import Coreset, coreset_select
 
 
@@ -13,6 +15,9 @@ class CoresetSelect(nn.Module):
         k: picks a set.
         gamma: initial value of the learned exponent of the quality.
         tau, distance_scale, normalized, distinct, backend: as in :func:`coreset_select`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or has no meaning; when the module is built.
 
     Example:
         >>> select = CoresetSelect(k=3)
@@ -25,14 +30,20 @@ class CoresetSelect(nn.Module):
         k: int,
         gamma: float = 0.01,
         *,
-        tau: float = 1.0,
+        tau: float | Tensor = 1.0,
         distance_scale: float = 1.0,
         normalized: bool = False,
         distinct: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.k = k
+        check_backend(backend)
+        checks.check_flags(normalized=normalized, distinct=distinct)
+        checks.scale("distance_scale", distance_scale, torch.float32)
+        if not isinstance(tau, Tensor):
+            checks.scale("tau", tau, torch.float32)
+        checks.exponent(gamma, torch.empty(0))
+        self.k = checks.picks(k)
         self.gamma = nn.Parameter(torch.tensor(float(gamma)))
         self.tau = tau
         self.distance_scale = distance_scale
@@ -51,6 +62,7 @@ class CoresetSelect(nn.Module):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        strict: bool = False,
     ) -> Coreset:
         """Select from ``features``; shapes, errors and result as in :func:`coreset_select`."""
         return coreset_select(
@@ -69,6 +81,7 @@ class CoresetSelect(nn.Module):
             mask=mask,
             lengths=lengths,
             cu_seqlens=cu_seqlens,
+            strict=strict,
             backend=self.backend,
         )
 

@@ -1,56 +1,66 @@
 """The registered operators ``fcn_kernels::select`` and ``fcn_kernels::select_backward``.
 
 They carry what PyTorch wants to know of an operation: shapes for tracing, a gradient, a FLOP count, and what happens
-under vmap and in a second derivative. What runs is the backend that the public function named.
+under vmap, in forward mode and in a second derivative. What runs is the backend that the public function named. The
+schemas are made from the fields of :class:`Problem`, :class:`Saved` and :class:`Gradients`.
 """
 
-from contextlib import nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from fcn_kernels.backends import runs_on
 from fcn_kernels.selection import torch_backend
 from fcn_kernels.selection.cpp import launch as cpp
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
 
-_PROBLEM = (
-    "Tensor features, Tensor? quality, Tensor gamma, Tensor? noise, Tensor? seed, Tensor? start, Tensor? mask, "
-    "Tensor? lengths, Tensor? cu_seqlens, int k, float tau, float distance_scale, bool normalized, bool distinct"
-)
+_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}
+
+
+def _schema(fields: Any) -> str:
+    return ", ".join(f"{_KINDS[kind]} {name}" for name, kind in get_type_hints(fields).items())
+
+
 _FIELDS = len(Problem._fields)
-_TENSORS = Problem._fields.index("k")  # what comes before it
+_TENSORS = sum(kind in (Tensor, Tensor | None) for kind in get_type_hints(Problem).values())  # they come first
+_DIFFERENTIABLE = ("features", "quality", "gamma")
 
 # A Library, not custom_op: the latter's wrappers cost more on the host than a call on small sets takes.
 _library = torch.library.Library("fcn_kernels", "DEF")
 _library.define(
-    f"select({_PROBLEM}, bool keep, str backend) -> "
+    f"select({_schema(Problem)}, bool keep, str backend) -> "
     "(Tensor features, Tensor distances, Tensor indices, Tensor counts, Tensor[] kept)"
 )
 _library.define(
-    f"select_backward({_PROBLEM}, Tensor grad, Tensor indices, Tensor counts, Tensor softmax, Tensor gaps, "
-    "Tensor norms, str backend) -> (Tensor features, Tensor quality, Tensor gamma)"
+    f"select_backward({_schema(Problem)}, Tensor grad, {_schema(Saved)}, str backend) -> "
+    "(Tensor features, Tensor quality, Tensor gamma)"
 )
 _run, _run_backward = torch.ops.fcn_kernels.select.default, torch.ops.fcn_kernels.select_backward.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def select(problem: Problem, keep: bool, backend: str) -> Selected:
-    """Run the forward operator; ``keep`` keeps what the gradient needs."""
-    # Without the dispatcher, which would call the same hook, where nothing else waits for the call there: a sixth of
-    # the time of one on a tiny set.
-    recorded = torch.compiler.is_compiling() or torch._C._is_tracing()
-    heard = recorded or torch._C._are_functorch_transforms_active()
-    return Selected(*(_run if heard else _select_autograd)(*problem, keep, backend))
+def select(problem: Problem, backend: str) -> tuple[Any, ...]:
+    """Run the forward operator: features, distances, indices and counts, and what else it gives."""
+    leaves = problem.features, problem.quality, problem.gamma
+    graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return _run(*problem, graded, backend)  # type: ignore[no-any-return]
+    # Skip the dispatcher's autograd layer where nothing needs to intercept the call; it costs 1/6 of a tiny call.
+    if graded or torch._C._are_functorch_transforms_active() or _has_tangent(leaves):
+        return _Select.apply(backend, *problem)  # type: ignore[no-any-return]
+    with _below_autograd():
+        return _run(*problem, False, backend)  # type: ignore[no-any-return]
 
 
-def runs_on(backend: str, dtype: torch.dtype) -> str:
-    """What a backend is for rows of this dtype: "cpu" is "cpp" where that can be compiled, else "torch"."""
-    if backend != "cpu":
-        return backend
-    return "torch" if cpp.unavailable(dtype) else "cpp"
+def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether forward-mode AD follows any of these."""
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
 
 
 def _backend(name: str, features: Tensor) -> ModuleType:
@@ -58,7 +68,7 @@ def _backend(name: str, features: Tensor) -> ModuleType:
         from fcn_kernels.selection.kernels import launch  # triton is imported only where it is used
 
         return launch
-    return cpp if runs_on(name, features.dtype) == "cpp" else torch_backend
+    return cpp if runs_on(name, features.dtype, cpp.unavailable) == "cpp" else torch_backend
 
 
 def _select(*args: Any) -> Selected:
@@ -86,8 +96,8 @@ def _select_fake(*args: Any) -> Selected:
 @torch.library.register_fake("fcn_kernels::select_backward", lib=_library)
 def _select_backward_fake(*args: Any) -> Gradients:
     p = Problem(*args[:_FIELDS])
-    norms = args[-2]
-    return Gradients(p.features.new_empty(p.features.shape), norms.new_empty(p.rows), norms.new_empty(()))
+    saved = Saved(*args[_FIELDS + 1 : -1])
+    return Gradients(p.features.new_empty(p.features.shape), saved.norms.new_empty(p.rows), saved.norms.new_empty(()))
 
 
 class _Select(torch.autograd.Function):
@@ -95,54 +105,90 @@ class _Select(torch.autograd.Function):
     up one by one, which costs each call more than a hundred microseconds."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, quality: Tensor | None, gamma: Tensor, rest: Any) -> tuple[Tensor, ...]:
+    def forward(backend: str, *fields: Any) -> tuple[Tensor, ...]:
         with _below_autograd():
-            out = Selected(*_run(features, quality, gamma, *rest))
-        ctx.save_for_backward(features, quality, gamma, *rest[: _TENSORS - 3], *out.saved)
-        ctx.constants = rest[_TENSORS - 3 :]
-        ctx.mark_non_differentiable(*out[1:4])
+            out = Selected(*_run(*fields, True, backend))
+        return (*out[:4], *out.kept)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        backend, *fields = inputs
+        _, _, *saved = output
+        ctx.save_for_backward(*fields[:_TENSORS], *saved)
+        ctx.constants = fields[_TENSORS:], backend
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        return out[:4]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * (1 + _FIELDS)
         if grad is None:
-            return None, None, None, None
+            return nothing
+        constants, backend = ctx.constants
         tensors = ctx.saved_tensors
-        *constants, _keep, backend = ctx.constants
-        # with create_graph, the hook that refuses a second derivative has its say
-        with nullcontext() if torch.is_grad_enabled() else _below_autograd():
-            dx, dq, dgamma = _run_backward(*tensors[:_TENSORS], *constants, grad, *tensors[_TENSORS:], backend)
-        _, quality, gamma = tensors[:3]
-        wanted = ctx.needs_input_grad
-        return (
-            dx if wanted[0] else None,
-            dq.to(quality.dtype) if wanted[1] else None,
-            dgamma.to(gamma) if wanted[2] else None,
-            None,
+        p, saved = Problem(*tensors[:_TENSORS], *constants), Saved(*tensors[_TENSORS:])
+        # with create_graph, the function that refuses a second derivative has its say
+        run = _SelectBackward.apply if torch.is_grad_enabled() else _run_backward_below
+        found = Gradients(*run(*p, grad, *saved, backend))
+        _, *wanted = ctx.needs_input_grad
+        dquality = found.quality.to(p.quality.dtype) if wanted[1] and p.quality is not None else None
+        grads = (found.features if wanted[0] else None, dquality, found.gamma.to(p.gamma) if wanted[2] else None)
+        return (None, *grads, *nothing[1 + len(grads) :])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "coreset_select has no forward-mode derivative (torch.func.jvp, jacfwd): its gradient is a "
+            "straight-through estimate, defined for reverse mode. Use torch.func.vjp, jacrev or grad."
         )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _no_vmap(info, in_dims, *args)
+
+
+def _run_backward_below(*args: Any) -> tuple[Tensor, ...]:
+    with _below_autograd():
+        return _run_backward(*args)  # type: ignore[no-any-return]
+
+
+class _SelectBackward(torch.autograd.Function):
+    """The backward operator, which has no derivative."""
+
+    forward = staticmethod(_run_backward_below)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise NotImplementedError(
+            "coreset_select has no second derivative: its gradient is a straight-through estimate. "
+            "Call backward() without create_graph=True."
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        """One after another: jacrev asks for the gradients of many outputs of one call."""
+        each = [
+            _SelectBackward.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(grads) for grads in zip(*each, strict=True)), (0,) * len(Gradients._fields)
 
 
 def _select_autograd(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
-    features, quality, gamma, *rest = args
-    wanted = features.requires_grad or gamma.requires_grad or (quality is not None and quality.requires_grad)
-    if wanted and torch.is_grad_enabled():
-        return *_Select.apply(features, quality, gamma, rest), []
+    *fields, _keep, backend = args
+    leaves = [getattr(Problem(*fields), name) for name in _DIFFERENTIABLE]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+        return *_Select.apply(backend, *fields)[:4], []
     with _below_autograd():
         return _run(*args)  # type: ignore[no-any-return]
 
 
 _library.impl("select", _select_autograd, "Autograd")
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise NotImplementedError(
-        "coreset_select has no second derivative: its gradient is a straight-through estimate. "
-        "Call backward() without create_graph=True."
-    )
-
-
-torch.library.register_autograd("fcn_kernels::select_backward", _no_second_derivative, lib=_library)
+_library.impl("select_backward", _SelectBackward.apply, "Autograd")
 
 
 def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -153,18 +199,18 @@ def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 torch.library.register_vmap("fcn_kernels::select", _no_vmap, lib=_library)
-torch.library.register_vmap("fcn_kernels::select_backward", _no_vmap, lib=_library)
+torch.library.register_vmap("fcn_kernels::select_backward", _SelectBackward.vmap, lib=_library)
 
 
 @register_flop_formula(torch.ops.fcn_kernels.select)
-def select_flops(features: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def select_flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """2 R C for each of the K - 1 distance passes, and for the norms: the most that a backend does."""
-    k, normalized = args[8], args[11]
-    return 2 * int(torch.Size(features).numel()) * (int(k) - 1 + (not normalized))
+    p = dict(zip(Problem._fields, args, strict=False))
+    return 2 * int(torch.Size(p["features"]).numel()) * (int(p["k"]) - 1 + (not p["normalized"]))
 
 
 @register_flop_formula(torch.ops.fcn_kernels.select_backward)
-def select_backward_flops(features: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def select_backward_flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """2 R C for each of K products with the arriving gradients, K - 1 row sums, and K - 1 terms of dx."""
-    k = args[8]
-    return 2 * int(torch.Size(features).numel()) * (3 * int(k) - 2)
+    p = dict(zip(Problem._fields, args, strict=False))
+    return 2 * int(torch.Size(p["features"]).numel()) * (3 * int(p["k"]) - 2)

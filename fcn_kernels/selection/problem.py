@@ -18,19 +18,19 @@ class Problem(NamedTuple):
     """
 
     features: Tensor  # (B, N, C) padded, or (T, C) packed
-    quality: Tensor | None  # (R,) float32 or float64; None: the rows' norms
-    gamma: Tensor  # 0-d, on the features' device or the CPU
-    noise: Tensor | None  # (K, R), Gumbel samples
-    seed: Tensor | None  # 0-d int64, on the features' device or the CPU; noise is drawn from it
-    start: Tensor | None  # (B,) int64, the first pick
-    mask: Tensor | None  # (R,) bool
-    lengths: Tensor | None  # (B,) int32 or int64
-    cu_seqlens: Tensor | None  # (B + 1,) int32 or int64; the features are packed
-    k: int
-    tau: float
-    distance_scale: float
-    normalized: bool
-    distinct: bool
+    quality: Tensor | None = None  # (R,) float32 or float64; None: the rows' norms
+    gamma: Tensor = torch.tensor(0.0)  # 0-d, on the features' device or the CPU
+    tau: Tensor = torch.tensor(1.0)  # 0-d, on the features' device or the CPU
+    noise: Tensor | None = None  # (K, R), Gumbel samples
+    seed: Tensor | None = None  # 0-d int64, on the features' device or the CPU; noise is drawn from it
+    start: Tensor | None = None  # (B,) int64, the first pick
+    mask: Tensor | None = None  # (R,) bool
+    lengths: Tensor | None = None  # (B,) int32 or int64
+    cu_seqlens: Tensor | None = None  # (B + 1,) int32 or int64; the features are packed
+    k: int = 1
+    distance_scale: float = 1.0
+    normalized: bool = False
+    distinct: bool = False
 
     @property
     def sets(self) -> int:

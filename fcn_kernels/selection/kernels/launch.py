@@ -296,7 +296,7 @@ def _sizes(p: Problem) -> tuple[Any, ...]:
     packed = p.cu_seqlens is not None
     stride_set, stride_row = (0, p.features.stride(0)) if packed else p.features.stride()[:2]
     n = 0 if packed else p.features.shape[1]
-    return stride_set, stride_row, n, p.dim, p.k, p.rows, p.tau, p.distance_scale
+    return stride_set, stride_row, n, p.dim, p.k, p.rows, float(p.tau), p.distance_scale
 
 
 def _check(p: Problem) -> None:

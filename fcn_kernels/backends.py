@@ -1,0 +1,62 @@
+"""Which backend a call goes to. An operation names its backends and says why its C++ cannot run here."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "cpp", "torch")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+Unavailable = Callable[[torch.dtype], str]
+"""Why an operation's C++ cannot run for rows of a dtype, or ""; may compile it."""
+
+
+def check_backend(backend: str | None) -> None:
+    """Raise ValueError unless ``backend`` is the name of one, or None for the default."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f'expected backend "triton", "cpp", "torch" or None, got {backend!r}')
+
+
+def resolve_backend(backend: str | None, features: Tensor, cpp_unavailable: Unavailable) -> str:
+    """The backend that a call with these features goes to: "triton", "cpp", "torch" or "cpu".
+
+    "cpu" is "cpp" where that can be compiled, else "torch". It is decided when the call runs (:func:`runs_on`), so that
+    a call that was traced or exported asks the machine that it runs on.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError, TypeError: it cannot run here, or not for rows of this dtype.
+    """
+    check_backend(backend)
+    device = features.device.type
+    if backend is None:
+        if device == "cpu":
+            return "cpu"
+        return "triton" if device == "cuda" and HAS_TRITON and features.dtype != torch.float64 else "torch"
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise RuntimeError('expected triton to be installed for backend="triton", and it is not')
+        if not (device == "cuda" or INTERPRETED):
+            raise RuntimeError(
+                f'expected features on a CUDA device for backend="triton" (or TRITON_INTERPRET=1 set before '
+                f"fcn_kernels is imported), got {features.device}"
+            )
+        if features.dtype == torch.float64:
+            raise TypeError('expected float32, bfloat16 or float16 features for backend="triton", got float64')
+    if backend == "cpp":
+        if device != "cpu":
+            raise RuntimeError(f'expected features on the CPU for backend="cpp", got {features.device}')
+        if not torch.compiler.is_compiling() and (reason := cpp_unavailable(features.dtype)):
+            raise RuntimeError(f'backend="cpp" is unavailable: {reason}')
+    return backend
+
+
+def runs_on(backend: str, dtype: torch.dtype, cpp_unavailable: Unavailable) -> str:
+    """What a resolved backend is on this machine for rows of a dtype: "triton", "cpp" or "torch"."""
+    if backend != "cpu":
+        return backend
+    return "torch" if cpp_unavailable(dtype) else "cpp"

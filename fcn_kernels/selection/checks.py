@@ -1,0 +1,232 @@
+"""What the arguments of a selection have to be. An error says what was expected and what came."""
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from fcn_kernels.selection.problem import Problem
+from fcn_kernels.selection.torch_backend import unpickable_row
+from fcn_kernels.sets import accumulator
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+REAL = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
+MOST_PICKS = 2**31 - 1
+
+
+def may_look(tensor: Tensor, strict: bool = False) -> bool:
+    """Whether the values of a tensor may be looked at: they are on the host, and no compiler records the call."""
+    return strict or (tensor.device.type == "cpu" and not torch.compiler.is_compiling())
+
+
+def check_features(features: Any, cu_seqlens: Any) -> None:
+    """Rows (B, N, C), (N, C), or (T, C) with offsets (B + 1,)."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"expected features to be a Tensor, got {type(features).__name__}")
+    if features.dtype not in DTYPES:
+        raise TypeError(f"expected features of dtype float32, bfloat16, float16 or float64, got {features.dtype}")
+    if cu_seqlens is not None:
+        if features.ndim != 2:
+            raise ValueError(f"expected packed features (T, C) with cu_seqlens, got shape {tuple(features.shape)}")
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"expected cu_seqlens to be a Tensor of shape (B + 1,), got {type(cu_seqlens).__name__}")
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"expected cu_seqlens to be a Tensor of shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+        check_tensor("cu_seqlens", cu_seqlens, features, tuple(cu_seqlens.shape), INTEGERS)
+    elif features.ndim not in (2, 3):
+        raise ValueError(f"expected features of shape (B, N, C) or (N, C), got {tuple(features.shape)}")
+    if features.shape[-1] == 0:
+        raise ValueError(f"expected features with at least one column, got shape {tuple(features.shape)}")
+
+
+def check_tensor(
+    name: str, value: Any, features: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """A tensor of this shape and of one of these dtypes, on the features' device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected {name} to be a Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"expected {name} of dtype {names}, got {value.dtype}")
+    if tuple(value.shape) != shape:  # torch.Size of symbols would fix them
+        raise ValueError(
+            f"expected {name} of shape {tuple(shape)} for features {tuple(features.shape)}, got {tuple(value.shape)}"
+        )
+    if value.device != features.device:
+        raise ValueError(f"expected {name} on the features' device {features.device}, got {value.device}")
+
+
+def check_flags(**flags: Any) -> None:
+    """Each is a bool."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"expected {name} to be a bool, got {value!r} of type {type(value).__name__}")
+
+
+def check_generator(generator: Any) -> None:
+    """A Generator or None."""
+    if generator is not None and not isinstance(generator, Generator):
+        raise TypeError(f"expected generator to be a torch.Generator, got {type(generator).__name__}")
+
+
+def picks(k: Any) -> Any:
+    """``k`` as an int, NumPy's integers too; or a symbol, which stays one."""
+    wanted = "an integer of at least 1"
+    if isinstance(k, torch.SymInt):
+        return k
+    if isinstance(k, bool) or not isinstance(k, int | numbers.Integral):
+        raise TypeError(f"expected k to be {wanted}, got {k!r} of type {type(k).__name__}")
+    k = int(k)
+    if k < 1:
+        raise ValueError(f"expected k to be {wanted}, got {k}")
+    if k > MOST_PICKS:
+        raise ValueError(f"expected k to be {wanted} and at most 2^31 - 1, got {k}")
+    return k
+
+
+def scale(name: str, value: Any, dtype: torch.dtype) -> Any:
+    """A number above 0 that is a normal one in the dtype in which rows are summed."""
+    wanted = "finite and above 0"
+    _check_real(name, value, wanted)
+    if not 0 < value < math.inf:
+        raise ValueError(f"expected {name} to be {wanted}, got {value!r}")
+    limits = torch.finfo(dtype)
+    if not limits.tiny <= value <= limits.max:
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"expected {name} to be a normal number in {kind}, {limits.tiny:g} to {limits.max:g}, got {value!r}"
+        )
+    return value
+
+
+def temperature(tau: Any, features: Tensor) -> Tensor:
+    """tau as a 0-d tensor of the dtype in which rows are summed."""
+    dtype = accumulator(features.dtype)
+    if not isinstance(tau, Tensor):
+        # not torch.tensor(float(tau)), which would compile anew for each value of an annealed tau
+        return torch.full((), scale("tau", tau, dtype), dtype=dtype)
+    _check_scalar("tau", tau, features)
+    if may_look(tau):
+        scale("tau", float(tau), dtype)
+    return tau.detach().to(dtype)
+
+
+def exponent(gamma: Any, features: Tensor) -> Tensor:
+    """gamma as a 0-d tensor."""
+    dtype = accumulator(features.dtype)
+    if isinstance(gamma, Tensor):
+        _check_scalar("gamma", gamma, features)
+        if may_look(gamma):
+            _check_finite("gamma", float(gamma.detach()), dtype)
+        return gamma
+    wanted = "a finite number or a 0-d tensor"
+    _check_real("gamma", gamma, wanted)
+    if not -math.inf < gamma < math.inf:
+        raise ValueError(f"expected gamma to be {wanted}, got {gamma!r}")
+    _check_finite("gamma", gamma, dtype)
+    return torch.full((), gamma, dtype=dtype)
+
+
+def _check_scalar(name: str, value: Tensor, features: Tensor) -> None:
+    if value.ndim != 0:
+        raise ValueError(f"expected {name} to be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"expected {name} to be a floating-point tensor, got {value.dtype}")
+    if value.device.type != "cpu" and value.device != features.device:
+        raise ValueError(f"expected {name} on {features.device} or the CPU, got {value.device}")
+
+
+def _check_real(name: str, value: Any, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, REAL):
+        raise TypeError(f"expected {name} to be {wanted}, got {value!r} of type {type(value).__name__}")
+
+
+def _check_finite(name: str, value: Any, dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    if not -largest <= value <= largest:
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f"expected {name} to be finite in {kind}, up to {largest:g}, got {value!r}")
+
+
+def given_noise(noise: Any, features: Tensor, shape: tuple[int, ...], look: bool) -> Tensor:
+    """Noise (K, R) of the dtype in which rows are summed, without values that would decide a pick by accident."""
+    check_tensor("noise", noise, features, shape, DTYPES)
+    below: Tensor = noise < math.inf  # NaN is not
+    if not look:
+        noise = torch.where(below, noise, -math.inf)
+    elif not below.all():
+        at = tuple((~below).nonzero()[0].tolist())
+        raise ValueError(f"expected noise that is neither NaN nor infinite, got {float(noise[at])} at {at}")
+    return noise.detach().to(accumulator(features.dtype)).reshape(shape[0], -1)  # type: ignore[no-any-return]
+
+
+def row_mask(mask: Any, features: Tensor, shape: tuple[int, ...], look: bool) -> Tensor:
+    """A mask (R,) of bool, from bool or from integers that are 0 or 1."""
+    check_tensor("mask", mask, features, shape, MASKS)
+    if mask.dtype != torch.bool:
+        if look and not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"expected mask of bool, or of integers 0 and 1, got values {mask.unique().tolist()[:5]}")
+        mask = mask != 0
+    return mask.reshape(-1)  # type: ignore[no-any-return]
+
+
+def set_lengths(lengths: Any, features: Tensor, single: bool, look: bool) -> Tensor:
+    """Lengths (B,) of padded sets (B, N, C)."""
+    if isinstance(lengths, Tensor) and single and lengths.ndim == 0:
+        lengths = lengths[None]
+    check_tensor("lengths", lengths, features, (features.shape[0],), INTEGERS)
+    if look:
+        outside = ((lengths < 0) | (lengths > features.shape[1])).nonzero()
+        if len(outside):
+            b = int(outside[0])
+            raise ValueError(f"expected lengths in [0, {features.shape[1]}], got {int(lengths[b])} for set {b}")
+    return lengths  # type: ignore[no-any-return]
+
+
+def check_offsets(cu_seqlens: Tensor, rows: int) -> None:
+    """Offsets that rise from 0 to T."""
+    ends = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if ends != (0, rows):
+        raise ValueError(f"expected cu_seqlens to run from 0 to T = {rows}, got {ends[0]} to {ends[1]}")
+    falls = (cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()
+    if len(falls):
+        b = int(falls[0])
+        raise ValueError(
+            f"expected cu_seqlens not to decrease, got {int(cu_seqlens[b])} then {int(cu_seqlens[b + 1])} at set {b}"
+        )
+
+
+def first_picks(
+    start: Any, features: Tensor, sets: int, lengths: Tensor | None, cu_seqlens: Tensor | None, single: bool, look: bool
+) -> Tensor:
+    """Given first picks (B,): rows of their sets. For a set without rows any value will do."""
+    if isinstance(start, bool) or not isinstance(start, int | Tensor | torch.SymInt | numbers.Integral):
+        raise TypeError(f"expected start to be an int or a Tensor of integers, got {type(start).__name__}")
+    if not isinstance(start, Tensor):
+        start = start if isinstance(start, torch.SymInt) else int(start)
+        known = not torch.compiler.is_compiling()  # a bound on symbols would bind them
+        if start < 0 or (known and cu_seqlens is None and start >= features.shape[1]):
+            raise ValueError(f"expected start in [0, {features.shape[-2]}), got {start}")
+        start = torch.full((sets,), start, device=features.device)
+    elif single and start.ndim == 0:
+        start = start[None]
+    check_tensor("start", start, features, (sets,), INTEGERS)
+    if look and sets:
+        if lengths is None:
+            lengths = torch.full_like(start, features.shape[1]) if cu_seqlens is None else cu_seqlens.diff()
+        outside = (((start < 0) | (start >= lengths)) & (lengths > 0)).nonzero()
+        if len(outside):
+            b = int(outside[0])
+            raise ValueError(f"expected start of set {b} in [0, {int(lengths[b])}), got {int(start[b])}")
+    return start  # type: ignore[no-any-return]
+
+
+def check_rows(p: Problem) -> None:
+    """Every row that takes part can be picked."""
+    bad = unpickable_row(p)
+    if bad is not None:
+        raise ValueError(f"row {bad[1]} of set {bad[0]} cannot be picked: {bad[2]}")
