@@ -16,6 +16,8 @@ INTEGERS = (torch.int32, torch.int64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REAL = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
 MOST_PICKS = 2**31 - 1
+LIMITS = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
+"""The least normal and the largest number of the dtypes in which rows are summed."""
 
 
 def may_look(tensor: Tensor, strict: bool = False) -> bool:
@@ -63,7 +65,7 @@ def check_tensor(
 def check_flags(**flags: Any) -> None:
     """Each is a bool."""
     for name, value in flags.items():
-        if not isinstance(value, bool):
+        if value is not True and value is not False:
             raise TypeError(f"expected {name} to be a bool, got {value!r} of type {type(value).__name__}")
 
 
@@ -94,12 +96,10 @@ def scale(name: str, value: Any, dtype: torch.dtype) -> Any:
     _check_real(name, value, wanted)
     if not 0 < value < math.inf:
         raise ValueError(f"expected {name} to be {wanted}, got {value!r}")
-    limits = torch.finfo(dtype)
-    if not limits.tiny <= value <= limits.max:
+    least, largest = LIMITS[dtype]
+    if not least <= value <= largest:
         kind = str(dtype).removeprefix("torch.")
-        raise ValueError(
-            f"expected {name} to be a normal number in {kind}, {limits.tiny:g} to {limits.max:g}, got {value!r}"
-        )
+        raise ValueError(f"expected {name} to be a normal number in {kind}, {least:g} to {largest:g}, got {value!r}")
     return value
 
 
@@ -107,8 +107,7 @@ def temperature(tau: Any, features: Tensor) -> Tensor:
     """tau as a 0-d tensor of the dtype in which rows are summed."""
     dtype = accumulator(features.dtype)
     if not isinstance(tau, Tensor):
-        # not torch.tensor(float(tau)), which would compile anew for each value of an annealed tau
-        return torch.full((), scale("tau", tau, dtype), dtype=dtype)
+        return _scalar(scale("tau", tau, dtype), dtype)
     _check_scalar("tau", tau, features)
     if may_look(tau):
         scale("tau", float(tau), dtype)
@@ -121,14 +120,19 @@ def exponent(gamma: Any, features: Tensor) -> Tensor:
     if isinstance(gamma, Tensor):
         _check_scalar("gamma", gamma, features)
         if may_look(gamma):
-            _check_finite("gamma", float(gamma.detach()), dtype)
+            _check_finite("gamma", gamma.item(), dtype)
         return gamma
     wanted = "a finite number or a 0-d tensor"
     _check_real("gamma", gamma, wanted)
     if not -math.inf < gamma < math.inf:
         raise ValueError(f"expected gamma to be {wanted}, got {gamma!r}")
     _check_finite("gamma", gamma, dtype)
-    return torch.full((), gamma, dtype=dtype)
+    return _scalar(gamma, dtype)
+
+
+def _scalar(value: Any, dtype: torch.dtype) -> Tensor:
+    # torch.tensor, which is faster, would be compiled anew for each value of an annealed tau
+    return torch.full((), value, dtype=dtype) if torch.compiler.is_compiling() else torch.tensor(value, dtype=dtype)
 
 
 def _check_scalar(name: str, value: Tensor, features: Tensor) -> None:
@@ -146,7 +150,7 @@ def _check_real(name: str, value: Any, wanted: str) -> None:
 
 
 def _check_finite(name: str, value: Any, dtype: torch.dtype) -> None:
-    largest = torch.finfo(dtype).max
+    _, largest = LIMITS[dtype]
     if not -largest <= value <= largest:
         kind = str(dtype).removeprefix("torch.")
         raise ValueError(f"expected {name} to be finite in {kind}, up to {largest:g}, got {value!r}")

@@ -132,7 +132,8 @@ def coreset_select(
         noise = checks.given_noise(noise, features, (k, *shape), look)
     if quality is not None:
         checks.check_tensor("quality", quality, features, shape, checks.DTYPES)
-        quality = quality.reshape(-1).to(accumulate)
+        quality = quality.reshape(-1)
+        quality = quality if quality.dtype == accumulate else quality.to(accumulate)
     if mask is not None:
         mask = checks.row_mask(mask, features, shape, look)
     if single:
