@@ -29,7 +29,7 @@ def _inputs(lengths, dim=16, queries=5, dtype=torch.float64, seed=0):
 
 def _plain(queries, features, quality, weight, sets, keep=None, dropout=0.0):
     """Softmax attention with keys x + enc(q), set by set; `keep` (B, H, n) is the dropout mask."""
-    outs, masses = [], []
+    outs, sums = [], []
     dim = features.shape[1]
     for b, (first, n) in enumerate(zip(sets.offsets.tolist(), sets.lengths.tolist(), strict=False)):
         norms = quality[first : first + n]
@@ -42,8 +42,8 @@ def _plain(queries, features, quality, weight, sets, keep=None, dropout=0.0):
         if keep is not None:
             share = share * keep[b, :, :n] / (1 - dropout)
         outs.append(share @ rows)
-        masses.append(share.sum(-1))
-    return torch.stack(outs), torch.stack(masses)
+        sums.append(share.sum(-1))
+    return torch.stack(outs), torch.stack(sums)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -80,10 +80,10 @@ def test_padded_sets_are_as_packed_ones():
     rows[inside], norms[inside] = features, quality
     padded = RowSets.padded(4, 7, packed.lengths, rows.device)
     inputs = [rows.flatten(0, 1).requires_grad_(), features.requires_grad_()]
-    out, mass = set_attention(queries, inputs[0], norms.flatten(), weight, padded)
+    out, weight_sum = set_attention(queries, inputs[0], norms.flatten(), weight, padded)
     expected, _ = set_attention(queries, inputs[1], quality, weight, packed)
     assert torch.allclose(out, expected, rtol=0, atol=1e-13)
-    assert mass[:, 0].tolist() == pytest.approx([1, 1, 0, 1])
+    assert weight_sum[:, 0].tolist() == pytest.approx([1, 1, 0, 1])
     assert out[2].abs().max() == 0
     out.square().sum().backward()
     expected.square().sum().backward()

@@ -56,11 +56,11 @@ def _to(p, *args, **kwargs):
 
 
 def _run(backend, p, arriving):
-    """out, mass and the four gradients."""
-    out, mass, log_normalizer = backend.forward(p)
-    grad_out, grad_mass = (t.to(p.queries.dtype) for t in arriving)
-    mean = (grad_out * out).sum(-1) + grad_mass * mass
-    return out, mass, *backend.backward(p, Arriving(log_normalizer, grad_out, grad_mass, mean))
+    """out, weight_sum and the four gradients."""
+    out, weight_sum, lse = backend.forward(p)
+    grad_out, grad_weight_sum = (t.to(p.queries.dtype) for t in arriving)
+    delta = (grad_out * out).sum(-1) + grad_weight_sum * weight_sum
+    return out, weight_sum, *backend.backward(p, Arriving(lse, grad_out, grad_weight_sum, delta))
 
 
 def _eager(p, arriving):
@@ -69,7 +69,7 @@ def _eager(p, arriving):
     tensors = [t.to(dtype).detach().requires_grad_() for t in p[:4]]
     queries, features, quality, weight = tensors
     dim = features.shape[1]
-    outs, masses = [], []
+    outs, sums = [], []
     for b in range(len(p.lengths)):
         first, last = int(p.offsets[b]), int(p.offsets[b + 1])
         norms = quality[first:last]
@@ -87,13 +87,13 @@ def _eager(p, arriving):
             )
             share = share * keep[0] / (1 - p.dropout)
         outs.append(share @ rows)
-        masses.append(share.sum(-1))
-    out, mass = torch.stack(outs), torch.stack(masses)
-    loss = (out * arriving[0].to(dtype)).sum() + (mass * arriving[1].to(dtype)).sum()
-    return out, mass, *torch.autograd.grad(loss, tensors)
+        sums.append(share.sum(-1))
+    out, weight_sum = torch.stack(outs), torch.stack(sums)
+    loss = (out * arriving[0].to(dtype)).sum() + (weight_sum * arriving[1].to(dtype)).sum()
+    return out, weight_sum, *torch.autograd.grad(loss, tensors)
 
 
-NAMES = ("out", "mass", "queries", "features", "quality", "encoding_weight")
+NAMES = ("out", "weight_sum", "queries", "features", "quality", "encoding_weight")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -158,7 +158,7 @@ def test_strided_rows_and_repeated_bits(device):
 
 def test_no_sets_and_no_rows(device):
     p, arriving = _call([0, 0], 16, 5, torch.float32, device)
-    out, mass, *grads = _run(attention_launch, p, arriving)
-    assert out.abs().max() == mass.abs().max() == grads[0].abs().max() == grads[3].abs().max() == 0
+    out, weight_sum, *grads = _run(attention_launch, p, arriving)
+    assert out.abs().max() == weight_sum.abs().max() == grads[0].abs().max() == grads[3].abs().max() == 0
     p, arriving = _call([], 16, 5, torch.float32, device)
     assert _run(attention_launch, p, arriving)[0].shape == (0, 5, 16)

@@ -8,7 +8,10 @@ DROPOUT_STREAM = 1  # of the counter-based noise; the selection draws from strea
 
 
 class Inputs(NamedTuple):
-    """The arguments of a call in the form that the backends take: float32, or float64 for float64 features."""
+    """The arguments of a call in the form that the backends take: float32, or float64 for float64 features.
+
+    Rows that are not usable (see :func:`fcn_kernels.sets.usable_rows`) take no part. A quality of 0 masks a row.
+    """
 
     queries: Tensor  # (B, H, C)
     features: Tensor  # (T, C), of any floating dtype
@@ -30,17 +33,17 @@ class Outputs(NamedTuple):
     """What the forward pass gives."""
 
     out: Tensor  # (B, H, C)
-    mass: Tensor  # (B, H)
-    log_normalizer: Tensor  # (B, H), -inf for a set with no row to attend to
+    weight_sum: Tensor  # (B, H)
+    lse: Tensor  # (B, H), log sum exp of the scores; -inf for a set with no row to attend to
 
 
 class Arriving(NamedTuple):
     """What the backward pass takes beside the inputs."""
 
-    log_normalizer: Tensor  # (B, H)
+    lse: Tensor  # (B, H)
     out: Tensor  # (B, H, C), gradient
-    mass: Tensor  # (B, H), gradient
-    mean: Tensor  # (B, H), sum_n p'(n) dp'(n), p' the weights after dropout
+    weight_sum: Tensor  # (B, H), gradient
+    delta: Tensor  # (B, H), sum_n p'(n) dp'(n), p' the weights after dropout
 
 
 class Gradients(NamedTuple):

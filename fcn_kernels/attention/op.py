@@ -5,7 +5,7 @@ enc is the sinusoid of the norm after a LayerNorm. Each query t_h comes with the
 that
 
     score_h(n) = t_h . (x_n + enc(q_n)),  p_h = softmax of score_h over the set,
-    out_h = sum_n p'_h(n) x_n,            mass_h = sum_n p'_h(n),
+    out_h = sum_n p'_h(n) x_n,            weight_sum_h = sum_n p'_h(n),
 
 p' being p after dropout. The LayerNorm's bias adds the same to every row's score and drops out. Nothing of
 the size of the set's features is made or kept: forward keeps the softmax's log-normalisers for backward.
@@ -49,7 +49,7 @@ def set_attention(
             from torch's default generator if None.
 
     Returns:
-        out (B, H, C) and mass (B, H), float32 (float64 for float64 rows). Without dropout the mass of a set
+        out (B, H, C) and weight_sum (B, H), float32 (float64 for float64 rows). Without dropout the weight_sum of a set
         is 1, and 0 if it has no row to attend to. Rows that the selection can never pick (features or norm
         not finite, norm not above 0, features all zero) are left out here too, and take no gradient.
         Gradients reach queries, features, quality and encoding_weight.
@@ -66,8 +66,8 @@ def set_attention(
     inputs = Inputs(
         queries.to(dtype), features, quality.to(dtype), encoding_weight.to(dtype), *sets, seed, dropout, encoding_eps
     )
-    out, mass, _ = torch.ops.fcn_kernels.set_attention.default(*inputs)
-    return out, mass
+    out, weight_sum, _ = torch.ops.fcn_kernels.set_attention.default(*inputs)
+    return out, weight_sum
 
 
 _FIELDS = len(Inputs._fields)
@@ -76,9 +76,9 @@ _INPUTS = (
     "Tensor lengths, Tensor? seed, float dropout, float encoding_eps"
 )
 _library = torch.library.Library("fcn_kernels", "FRAGMENT")
-_library.define(f"set_attention({_INPUTS}) -> (Tensor out, Tensor mass, Tensor log_normalizer)")
+_library.define(f"set_attention({_INPUTS}) -> (Tensor out, Tensor weight_sum, Tensor lse)")
 _library.define(
-    f"set_attention_backward({_INPUTS}, Tensor log_normalizer, Tensor grad_out, Tensor grad_mass, Tensor mean) -> "
+    f"set_attention_backward({_INPUTS}, Tensor lse, Tensor grad_out, Tensor grad_weight_sum, Tensor delta) -> "
     "(Tensor queries, Tensor features, Tensor quality, Tensor encoding_weight)"
 )
 
@@ -125,10 +125,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.mark_non_differentiable(output[2])
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, grad_mass: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, out, mass, log_normalizer = ctx.saved_tensors
-    mean = (grad_out * out).sum(-1) + grad_mass * mass
-    arriving = Arriving(log_normalizer, grad_out, grad_mass, mean)
+def _differentiate(ctx: Any, grad_out: Tensor, grad_weight_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, out, weight_sum, lse = ctx.saved_tensors
+    delta = (grad_out * out).sum(-1) + grad_weight_sum * weight_sum
+    arriving = Arriving(lse, grad_out, grad_weight_sum, delta)
     grads = torch.ops.fcn_kernels.set_attention_backward.default(*tensors, *ctx.constants, *arriving)
     return *grads, *(None,) * (_FIELDS - len(grads))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fcn_kernels.attention.encoding import sinusoid, sinusoid_backward, waves
 from fcn_kernels.attention.inputs import DROPOUT_STREAM, Arriving, Gradients, Inputs, Outputs
 from fcn_kernels.noise import STEPS_PER_DRAW, philox
+from fcn_kernels.sets import usable_rows
 
 # Rows, their sinusoids and their keys have to stay in the last-level cache, and a block to outweigh the
 # host's cost: 4 MiB of each measured best of 1/2 to 8 on an EPYC with 32 MiB of shared L3, C = 512, float32.
@@ -36,18 +37,20 @@ class _Group(NamedTuple):
             shape = (self.numbers.numel(), last - first, *values.shape[1:])
             where = values.storage_offset() + (int(self.starts[0]) + first) * row
             return values.as_strided(shape, (self.stride * row, row, *values.stride()[1:]), where)
-        return values[self._places(first, last)]
+        return values[self._places(first, last, len(values))]
 
     def put(self, out: Tensor, first: int, last: int, values: Tensor, valid: Tensor) -> None:
         """Write rows (G, last - first, ...) to their places."""
         if isinstance(self.sets, slice):
             self.rows(out, first, last).copy_(values)
         else:
-            out[self._places(first, last)[valid]] = values[valid].to(out.dtype)
+            out[self._places(first, last, len(out))[valid]] = values[valid].to(out.dtype)
 
-    def _places(self, first: int, last: int) -> Tensor:
+    def _places(self, first: int, last: int, rows: int) -> Tensor:
         row = torch.arange(first, last, device=self.starts.device)
-        return self.starts[:, None] + torch.minimum(row, self.lengths[:, None] - 1).clamp_(min=0)
+        # a set with no row left has any, of all `rows` there are
+        within = torch.minimum(row, self.lengths[:, None] - 1).clamp_(min=0)
+        return (self.starts[:, None] + within).clamp_(max=rows - 1)
 
 
 class _Block(NamedTuple):
@@ -93,10 +96,7 @@ def _blocks(p: Inputs, group: _Group) -> Iterator[_Block]:
         rows = group.rows(p.features, first, last).to(dtype)
         norms = group.rows(p.quality, first, last)
         inside = torch.arange(first, last, device=device) < group.lengths[:, None]
-        size = rows.sum(-1)
-        if (size == 0).any():  # may be a row of zeros, which never takes part
-            size = rows.abs().sum(-1)
-        valid = inside & (norms > 0) & norms.isfinite() & (size != 0) & size.isfinite()
+        valid = inside & _usable(rows, norms)
         if not valid.all():
             rows = rows.where(valid[..., None], 0)
             norms = norms.where(valid, 0)
@@ -104,6 +104,13 @@ def _blocks(p: Inputs, group: _Group) -> Iterator[_Block]:
         encoding, mean, rstd = torch.native_layer_norm(wave, (dim,), p.encoding_weight, None, p.encoding_eps)
         key = encoding.addcmul_(norms[..., None], rows)
         yield _Block(first, last, valid, rows, norms, wave, mean, rstd, key)
+
+
+def _usable(rows: Tensor, norms: Tensor) -> Tensor:
+    total = rows.sum(-1)  # half the time of the test itself, and clears rows that are neither zeros nor near the end
+    if bool((total.isfinite() & (total != 0)).all()):
+        return (norms > 0) & norms.isfinite()
+    return usable_rows(rows, norms)
 
 
 def keep_mask(p: Inputs, sets: Tensor, rows: Tensor) -> Tensor:
@@ -124,12 +131,12 @@ def _kept(p: Inputs, group: _Group, block: _Block, weight: Tensor) -> Tensor:
 
 def forward(p: Inputs) -> Outputs:
     """Attend; an online softmax carries each query's maximum, total and sums from block to block."""
-    out, mass = torch.zeros_like(p.queries), p.queries.new_zeros(p.queries.shape[:2])
-    log_normalizer = torch.full_like(mass, -torch.inf)
+    out, weight_sum = torch.zeros_like(p.queries), p.queries.new_zeros(p.queries.shape[:2])
+    lse = torch.full_like(weight_sum, -torch.inf)
     for group in _groups(p):
         sets = group.sets
-        query, top = p.queries[sets], log_normalizer[sets]
-        total, kept_total, weighted = mass[sets], mass[sets], out[sets]
+        query, top = p.queries[sets], lse[sets]
+        total, kept_total, weighted = weight_sum[sets], weight_sum[sets], out[sets]
         for block in _blocks(p, group):
             score = (query @ block.key.mT).masked_fill_(~block.valid[:, None], -torch.inf)  # (G, H, l)
             new_top = torch.maximum(top, score.amax(-1))
@@ -142,9 +149,9 @@ def forward(p: Inputs) -> Outputs:
             weighted = weighted * shrink[..., None] + (kept * block.quality[:, None]) @ block.features
             top = new_top
         share = total.reciprocal().masked_fill_(total == 0, 0)
-        out[sets], mass[sets] = weighted * share[..., None], kept_total * share
-        log_normalizer[sets] = top + total.log()
-    return Outputs(out, mass, log_normalizer)
+        out[sets], weight_sum[sets] = weighted * share[..., None], kept_total * share
+        lse[sets] = top + total.log()
+    return Outputs(out, weight_sum, lse)
 
 
 def backward(p: Inputs, arriving: Arriving) -> Gradients:
@@ -156,11 +163,11 @@ def backward(p: Inputs, arriving: Arriving) -> Gradients:
         sets = group.sets
         query, grad = p.queries[sets], arriving.out[sets]
         for block in _blocks(p, group):
-            weight = (query @ block.key.mT).sub_(arriving.log_normalizer[sets][..., None]).exp_()
+            weight = (query @ block.key.mT).sub_(arriving.lse[sets][..., None]).exp_()
             weight.masked_fill_(~block.valid[:, None], 0)  # (G, H, l)
             kept = _kept(p, group, block, weight)
-            reach = (grad @ block.features.mT).mul_(block.quality[:, None]).add_(arriving.mass[sets][..., None])
-            grad_score = kept * reach - weight * arriving.mean[sets][..., None]
+            reach = (grad @ block.features.mT).mul_(block.quality[:, None]).add_(arriving.weight_sum[sets][..., None])
+            grad_score = kept * reach - weight * arriving.delta[sets][..., None]
             grads.queries[sets] += grad_score @ block.key
             grad_key = grad_score.mT @ query  # (G, l, C)
             grad_wave, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(

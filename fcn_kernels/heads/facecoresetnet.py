@@ -1,25 +1,31 @@
 """FaceCoresetNet's aggregation head: from a set of face embeddings to one descriptor."""
 
-from typing import NamedTuple
+import math
+import operator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 from fcn_kernels.attention.encoding import Waves, sinusoid
 from fcn_kernels.attention.op import set_attention
 from fcn_kernels.selection.select import Coreset, coreset_select
-from fcn_kernels.sets import RowSets
+from fcn_kernels.sets import RowSets, accumulator, usable_rows
+
+DISTANCE_SCALE = 0.5  # of the authors' code: (1 - cos) / 2
 
 
 class Aggregate(NamedTuple):
-    """What :class:`CoresetAggregator` returns."""
+    """What :class:`CoresetAggregator` returns. One set alone has no leading B."""
 
     descriptor: Tensor
-    """(B, C), unit length; zero for a set with no row to pick."""
+    """(B, C), unit length, in the dtype of the head's weights; zero for a set with no row to pick."""
     norm: Tensor
-    """(B,), the descriptor's length before it was made unit."""
+    """(B,), the descriptor's length before it was made unit; float32, or float64 for a float64 head."""
     coreset: Coreset
-    """The picks, rows scaled to their norms."""
+    """The picks; their rows scaled to their norms, in float32 (float64 for float64 features)."""
 
 
 class HeadLayers(NamedTuple):
@@ -45,19 +51,24 @@ class CoresetAggregator(nn.Module):
         agg   = mean over the picks of core + delta
         descriptor = agg / |agg|,  norm = |agg|
 
-    The second attention never projects the set: see :mod:`fcn_kernels.attention.op`. Its cost is two thin
-    products over the rows, and so it is linear in their number. Picks are samples in ``train()``, argmax in
-    ``eval()``.
+    The second attention never projects the set (see :mod:`fcn_kernels.attention.op`): its cost is two thin products
+    over the rows, so it grows linearly with their number. Picks are samples in ``train()``, argmax in ``eval()``.
+    Everything after the selection is computed in float32 (float64 for a float64 head), also under autocast and for
+    float16 and bfloat16 weights, so norms above 65,504 are fine.
 
     Args:
-        dim: C, even and divisible by num_heads.
-        k: picks a set, at least 1.
-        num_heads: of both attentions.
-        dropout: on attention weights and on each attention's output.
-        gamma: initial value of the learned exponent of the quality in the distance.
+        dim: C, columns of the features; even and divisible by num_heads.
+        k: rows to pick per set, at least 1.
+        num_heads: heads of both attentions, at least 1.
+        dropout: probability in [0, 1), for attention weights and for each attention's output.
+        gamma: initial value of the learned exponent of the quality in the distance, finite.
+
+    Raises:
+        TypeError: a number is of the wrong type.
+        ValueError: a number is out of range.
 
     Source: Shapira and Keller, "FaceCoresetNet: Differentiable Coresets for Face Set Recognition", AAAI 2024,
-    section 3. Checkpoints of the authors load by way of :mod:`fcn_kernels.integrations.facecoresetnet`.
+    section 3. Checkpoints of the authors load through :mod:`fcn_kernels.integrations.facecoresetnet`.
 
     Example:
         >>> head = CoresetAggregator(dim=512).eval()
@@ -71,8 +82,15 @@ class CoresetAggregator(nn.Module):
         self, dim: int = 512, k: int = 3, num_heads: int = 8, dropout: float = 0.1, gamma: float = 0.01
     ) -> None:
         super().__init__()
+        dim, k, num_heads = (
+            _at_least_one(name, value) for name, value in (("dim", dim), ("k", k), ("num_heads", num_heads))
+        )
         if dim % 2 or dim % num_heads:
             raise ValueError(f"expected dim even and divisible by num_heads = {num_heads}, got {dim}")
+        if not 0 <= _number("dropout", dropout) < 1:
+            raise ValueError(f"expected dropout in [0, 1), got {dropout!r}")
+        if not math.isfinite(torch.tensor(_number("gamma", gamma)).item()):
+            raise ValueError(f"expected gamma finite in float32, got {gamma!r}")
         self.dim = dim
         self.k = k
         self.gamma = nn.Parameter(torch.tensor(float(gamma)))
@@ -89,25 +107,42 @@ class CoresetAggregator(nn.Module):
         quality: Tensor,
         *,
         noise: Tensor | None = None,
+        generator: Generator | None = None,
+        distinct: bool = False,
+        mask: Tensor | None = None,
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        strict: bool = False,
     ) -> Aggregate:
         """Aggregate each set.
 
         Args:
-            features: (B, N, C) unit rows, or (T, C) packed with cu_seqlens.
-            quality: (B, N) or (T,), the norms the rows had, above 0.
-            noise: (k, B, N) or (k, T) Gumbel samples to pick with; drawn while training if None.
-            lengths: (B,), the rows of each padded set that take part.
-            cu_seqlens: (B + 1,), offsets of packed sets. At most one of the two is given.
+            features: (B, N, C) unit rows; (N, C) for one set; or (T, C) packed sets with cu_seqlens. float32,
+                bfloat16, float16 or float64.
+            quality: (B, N), (N,) or (T,), the norms the rows had, above 0; a last axis of size 1 may follow.
+            noise: (k, B, N), (k, N) or (k, T) Gumbel samples to pick with; drawn while training if None.
+            generator: draws the seed of the picks. Dropout follows torch's default generators.
+            distinct: never pick a row twice.
+            mask, lengths, cu_seqlens: which rows take part, at most one of the three, as in
+                :func:`fcn_kernels.coreset_select`. No row and no set at all are fine.
+            strict: raise if a row that takes part cannot be picked, naming set and row. Waits for the device.
 
         Returns:
-            An :class:`Aggregate` of descriptor (B, C), norm (B,) and coreset. A set with fewer than k rows
-            uses those it has. Rows that can never be picked (see :func:`coreset_select`) take no part at all.
+            An :class:`Aggregate` of descriptor (B, C), norm (B,) and coreset; without B for one set alone. A set
+            with fewer than k rows uses those it has; one without any has descriptor and norm 0. Rows that can never
+            be picked (features or quality not finite, features all 0, quality not above 0) take no part at all: they
+            change nothing, and their gradient is 0. Gradients reach features, quality and all parameters.
+
+        Raises:
+            TypeError, ValueError: as :func:`fcn_kernels.coreset_select`, naming what was expected.
         """
-        expected = 3 if cu_seqlens is None else 2
-        if features.ndim != expected or features.shape[-1] != self.dim:
-            shape = f"(B, N, {self.dim})" if cu_seqlens is None else f"(T, {self.dim}) with cu_seqlens"
+        if not isinstance(features, Tensor) or not isinstance(quality, Tensor):
+            got = f"{type(features).__name__} and {type(quality).__name__}"
+            raise TypeError(f"expected features and quality to be Tensors, got {got}")
+        if features.ndim not in ((2, 3) if cu_seqlens is None else (2,)) or features.shape[-1] != self.dim:
+            shape = (
+                f"(B, N, {self.dim}) or (N, {self.dim})" if cu_seqlens is None else f"(T, {self.dim}) with cu_seqlens"
+            )
             raise ValueError(f"expected features of shape {shape}, got {tuple(features.shape)}")
         coreset, aggregate = aggregate_sets(
             self._layers(),
@@ -117,12 +152,16 @@ class CoresetAggregator(nn.Module):
             self.gamma,
             sample=self.training,
             noise=noise,
+            generator=generator,
+            distinct=distinct,
+            mask=mask,
             lengths=lengths,
             cu_seqlens=cu_seqlens,
+            strict=strict,
         )
-        norm = torch.linalg.vector_norm(aggregate, dim=-1)
-        descriptor = aggregate / torch.where(norm > 0, norm, 1)[:, None]
-        return Aggregate(descriptor, norm, coreset)
+        norm = _length(aggregate)
+        descriptor = aggregate / torch.where(norm > 0, norm, 1)[..., None]
+        return Aggregate(descriptor.to(self.self_norm.weight.dtype), norm, coreset)
 
     def _layers(self) -> HeadLayers:
         return HeadLayers(
@@ -139,6 +178,35 @@ class CoresetAggregator(nn.Module):
         return f"dim={self.dim}, k={self.k}"
 
 
+def select_scaled(
+    features: Tensor,
+    quality: Tensor,
+    k: int,
+    gamma: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    **options: Any,
+) -> Coreset:
+    """The coreset of rows x = q f, from unit rows f and their norms q; its rows are float32, or float64 for float64.
+
+    The straight-through mean runs over x and weighs each row by its norm, so x is made where a gradient is asked for.
+    The picks themselves do not depend on the rows' lengths: without a gradient, only the picked rows are scaled.
+    """
+    options |= {"distance_scale": DISTANCE_SCALE, "cu_seqlens": cu_seqlens}
+    scale = quality.to(accumulator(features.dtype))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (features, quality, gamma) if isinstance(t, Tensor)):
+        # A row that is not usable is left as it is: the gradient of its product would be 0 times NaN.
+        scale = scale.where(usable_rows(features.detach(), scale.detach()), 1)
+        return coreset_select(features * scale[..., None], k, quality, gamma, **options)
+    coreset = coreset_select(features, k, quality, gamma, **options)
+    if cu_seqlens is not None:
+        scale = RowSets.packed(cu_seqlens, features.device).take(scale, coreset.indices)
+    else:
+        last = torch.where(coreset.indices < 0, scale.shape[-1], coreset.indices)
+        scale = F.pad(scale, (0, 1)).gather(-1, last)
+    return coreset._replace(features=coreset.features * scale[..., None])
+
+
 def aggregate_sets(
     layers: HeadLayers,
     features: Tensor,
@@ -146,68 +214,72 @@ def aggregate_sets(
     k: int,
     gamma: Tensor | float,
     *,
-    sample: bool,
-    noise: Tensor | None = None,
+    mask: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Coreset, Tensor]:
-    """The head with given layers: the picks, and (B, C) before it is made unit. As in CoresetAggregator."""
+    """The head with given layers: the picks, and (B, C) before it is made unit. As in CoresetAggregator.
+
+    ``options`` are those of :func:`coreset_select`, which checks them all.
+    """
+    if quality.ndim == features.ndim and quality.shape[-1] == 1:
+        quality = quality[..., 0]
     if quality.shape != features.shape[:-1]:
         shape = tuple(features.shape[:-1])
         raise ValueError(f"expected quality of shape {shape}, got {tuple(quality.shape)}")
-    # The straight-through mean runs over x = q f and weighs each row by its norm, so x is made where a
-    # gradient is asked for. The picks themselves do not depend on the rows' lengths.
-    graded = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (features, quality, gamma) if isinstance(t, Tensor)
-    )
-    coreset = coreset_select(
-        features * quality[..., None].to(features.dtype) if graded else features,
-        k,
-        quality,
-        gamma,
-        sample=sample,
-        noise=noise,
-        distance_scale=0.5,
-        lengths=lengths,
-        cu_seqlens=cu_seqlens,
-    )
+    coreset = select_scaled(features, quality, k, gamma, mask=mask, lengths=lengths, cu_seqlens=cu_seqlens, **options)
+    single = features.ndim == 2 and cu_seqlens is None
+    if mask is not None:
+        quality = quality.where(mask.to(torch.bool), 0)  # such rows are not usable
     if cu_seqlens is not None:
         sets = RowSets.packed(cu_seqlens, features.device)
     else:
-        sets = RowSets.padded(features.shape[0], features.shape[1], lengths, features.device)
-        features, quality = features.flatten(0, 1), quality.flatten()
-    if not graded:
-        scale = sets.take(quality, coreset.indices)[..., None].to(features.dtype)
-        coreset = coreset._replace(features=coreset.features * scale)
-    return coreset, refine(layers, coreset.features, coreset.counts, features, quality, sets)
+        if lengths is not None:
+            lengths = lengths.reshape(-1)
+        sets = RowSets.padded(1 if single else features.shape[0], features.shape[-2], lengths, features.device)
+        features, quality = features.reshape(-1, features.shape[-1]), quality.flatten()
+    core, counts = (coreset.features[None], coreset.counts[None]) if single else (coreset.features, coreset.counts)
+    aggregate = refine(layers, core, counts, features, quality, sets)
+    return coreset, aggregate[0] if single else aggregate
 
 
 def refine(
     layers: HeadLayers, core: Tensor, counts: Tensor, features: Tensor, quality: Tensor, sets: RowSets
 ) -> Tensor:
-    """Let the picks (B, K, C) attend to each other and to their set; their mean, with what they gathered."""
-    core = core.to(layers.self_norm.weight.dtype)
-    picked = torch.arange(core.shape[1], device=core.device) < counts[:, None]
-    target = core + _encode(torch.linalg.vector_norm(core, dim=-1), layers.encoding_norm)
-    # A set without picks attends to its zero rows, as a softmax over nothing is NaN; the mean leaves them
-    # out.
-    missing = ~picked & (counts > 0)[:, None]
-    attended, _ = layers.self_attention(target, target, target, key_padding_mask=missing, need_weights=False)
-    target = layers.self_norm(target + layers.self_dropout(attended))
-    attended = _attend(layers.cross_attention, layers.encoding_norm, target, features, quality, sets)
-    delta = layers.cross_norm(core + layers.cross_dropout(attended))
-    total = torch.where(picked[..., None], core + delta, 0).sum(1)
-    return total / counts.clamp(min=1)[:, None]
+    """Let the picks (B, K, C) attend to each other and to their set; their mean, with what they gathered.
+
+    In float32, or float64 for float64 weights, whatever the weights' dtype and autocast are.
+    """
+    with _no_autocast(core.device.type):
+        core = core.to(accumulator(layers.self_norm.weight.dtype))
+        picked = torch.arange(core.shape[1], device=core.device) < counts[:, None]
+        target = core + _encode(_length(core), layers.encoding_norm)
+        # A set without picks attends to its zero rows, as a softmax over nothing is NaN; the mean leaves them out.
+        attended = _attend_picks(layers.self_attention, target, picked | (counts == 0)[:, None])
+        target = _normalized(target + layers.self_dropout(attended), layers.self_norm)
+        attended = _attend_set(layers.cross_attention, layers.encoding_norm, target, features, quality, sets)
+        delta = _normalized(core + layers.cross_dropout(attended), layers.cross_norm)
+        total = torch.where(picked[..., None], core + delta, 0).sum(1)
+        return total / counts.clamp(min=1)[:, None]
 
 
-def _encode(norms: Tensor, encoding_norm: nn.LayerNorm) -> Tensor:
-    """enc(|r|), (...,) -> (..., C); angles of half precision would be off by whole turns."""
-    angles = norms.to(torch.promote_types(norms.dtype, torch.float32))
-    wave = sinusoid(angles, Waves.of(encoding_norm.normalized_shape[0], angles.dtype, angles.device))
-    return encoding_norm(wave.to(norms.dtype))  # type: ignore[no-any-return]
+def _attend_picks(layer: nn.MultiheadAttention, rows: Tensor, mask: Tensor) -> Tensor:
+    """`layer(rows, rows, rows)` among the rows (B, K, C) that the mask (B, K) leaves, (B, K, C).
+
+    Written out, as PyTorch's own neither takes an empty batch nor half-precision weights with float32 rows.
+    """
+    heads = layer.num_heads
+    projected = _linear(rows, layer.in_proj_weight, layer.in_proj_bias).unflatten(-1, (3, heads, layer.head_dim))
+    query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, heads, K, d)
+    score = _bounded(query) @ _bounded(key).mT / layer.head_dim**0.5
+    weight = torch.softmax(score.masked_fill(~mask[:, None, None], -torch.inf), -1)
+    weight = F.dropout(weight, layer.dropout, layer.training)
+    gathered = (weight @ value).transpose(1, 2).flatten(-2)
+    return _linear(gathered, layer.out_proj.weight, layer.out_proj.bias)
 
 
-def _attend(
+def _attend_set(
     layer: nn.MultiheadAttention,
     encoding_norm: nn.LayerNorm,
     query: Tensor,
@@ -221,12 +293,12 @@ def _attend(
     goes through the weighted sum: (B, K, C) -> (B, K, C).
     """
     heads = layer.num_heads
-    in_weight, in_bias = layer.in_proj_weight, layer.in_proj_bias
+    in_weight, in_bias = layer.in_proj_weight.to(query.dtype), layer.in_proj_bias.to(query.dtype)
     query_weight, key_weight, value_weight = in_weight.view(3, heads, -1, in_weight.shape[1])  # (heads, d, C)
     query_bias, _, value_bias = in_bias.view(3, heads, -1)  # (heads, d)
     projected = torch.einsum("bkc,hdc->bkhd", query, query_weight) + query_bias
     folded = torch.einsum("bkhd,hdc->bkhc", projected, key_weight) / layer.head_dim**0.5
-    gathered, mass = set_attention(
+    gathered, weight_sum = set_attention(
         folded.flatten(1, 2),
         features,
         quality,
@@ -235,7 +307,69 @@ def _attend(
         encoding_eps=encoding_norm.eps,
         dropout=layer.dropout if layer.training else 0.0,
     )
-    gathered = gathered.view(folded.shape).to(value_weight.dtype)
-    mass = mass.view(*folded.shape[:3], 1).to(value_bias.dtype)
-    values = torch.einsum("bkhc,hdc->bkhd", gathered, value_weight) + mass * value_bias
-    return layer.out_proj(values.flatten(-2))  # type: ignore[no-any-return]
+    gathered = gathered.view(folded.shape).to(query.dtype)
+    weight_sum = weight_sum.view(*folded.shape[:3], 1).to(query.dtype)
+    values = torch.einsum("bkhc,hdc->bkhd", gathered, value_weight) + weight_sum * value_bias
+    return _linear(values.flatten(-2), layer.out_proj.weight, layer.out_proj.bias)
+
+
+def _encode(norms: Tensor, encoding_norm: nn.LayerNorm) -> Tensor:
+    """enc(|r|), (...,) -> (..., C)."""
+    wave = sinusoid(norms, Waves.of(encoding_norm.normalized_shape[0], norms.dtype, norms.device))
+    return _layer_norm(wave, encoding_norm)
+
+
+# Rows of any finite length: their squares and products must not leave float32's range.
+_LARGE, _SMALL = 2.0**60, 2.0**-60
+
+
+def _length(rows: Tensor) -> Tensor:
+    """|r| of rows (..., C), scaled by a power of two where the squares would overflow or vanish."""
+    largest = torch.linalg.vector_norm(rows.detach(), math.inf, dim=-1)
+    scale = torch.where(largest > _LARGE, 2.0**-100, torch.where(largest < _SMALL, 2.0**100, 1.0))
+    return torch.linalg.vector_norm(rows * scale[..., None], dim=-1) / scale
+
+
+def _bounded(rows: Tensor) -> Tensor:
+    """Rows (..., d), those with elements above 2^40 shortened to it: softmax and LayerNorm give the same for them."""
+    largest = torch.linalg.vector_norm(rows.detach(), math.inf, dim=-1, keepdim=True)
+    return rows * (2.0**40 / largest).clamp(max=1)
+
+
+def _normalized(rows: Tensor, layer: nn.LayerNorm) -> Tensor:
+    return _layer_norm(_bounded(rows), layer)
+
+
+def _layer_norm(rows: Tensor, layer: nn.LayerNorm) -> Tensor:
+    weight, bias = layer.weight.to(rows.dtype), layer.bias.to(rows.dtype)
+    return F.layer_norm(rows, layer.normalized_shape, weight, bias, layer.eps)
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(rows, weight.to(rows.dtype), bias.to(rows.dtype))
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Products in the dtype of their operands; without the cost of entering it where autocast is off anyway."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def _at_least_one(name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"expected {name} to be an integer of at least 1, got {value!r} of type {type(value).__name__}")
+    if not 1 <= number < 2**63:
+        raise ValueError(f"expected {name} to be an integer of at least 1, got {value!r}")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, str)):
+        raise TypeError(f"expected {name} to be a number, got {value!r} of type {type(value).__name__}")
+    try:
+        return float(value)
+    except TypeError:
+        raise TypeError(f"expected {name} to be a number, got {type(value).__name__}") from None

@@ -50,9 +50,9 @@ def forward(p: Inputs) -> Outputs:
     _launch(attention_forward, p, parts, stages=FORWARD_STAGES)
     if splits == 1:
         return Outputs(*(tensor[:, 0] for tensor in parts))
-    whole = parts.log_normalizer.logsumexp(1)
-    share = (parts.log_normalizer - whole[:, None]).exp().masked_fill(parts.log_normalizer == -torch.inf, 0)
-    return Outputs((parts.out * share[..., None]).sum(1), (parts.mass * share).sum(1), whole)
+    whole = parts.lse.logsumexp(1)
+    share = (parts.lse - whole[:, None]).exp().masked_fill(parts.lse == -torch.inf, 0)
+    return Outputs((parts.out * share[..., None]).sum(1), (parts.weight_sum * share).sum(1), whole)
 
 
 def backward(p: Inputs, arriving: Arriving) -> Gradients:
