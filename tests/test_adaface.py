@@ -145,6 +145,32 @@ def test_eval_before_any_training_judges_a_batch_by_itself() -> None:
     assert head.norm_statistics.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_its_margin_and_statistics_in_float32(dtype: torch.dtype) -> None:
+    head = AdaFace(4, 3).to(dtype)
+    assert (head.weight.dtype, head.norm_statistics.dtype) == (dtype, torch.float32)
+    points = F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0))).to(dtype)
+    points[0] = F.normalize(head.weight.detach())[1]
+    points.requires_grad_()
+    norms, labels = torch.linspace(80000, 90000, 6), torch.tensor([1, 0, 2, 1, 0, 2])
+    for _ in range(3):
+        loss = F.cross_entropy(head(points, norms, labels).float(), labels)
+    loss.backward()
+    assert points.grad is not None
+    assert points.grad.isfinite().all()
+    assert head.norm_statistics.tolist() == pytest.approx([85000, norms.std().item()])
+    assert head.float().norm_statistics.tolist() == pytest.approx([85000, norms.std().item()])
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_a_norm_that_is_not_finite_does_not_stay_in_the_statistics(norm: float) -> None:
+    head = AdaFace(2, 2, t_alpha=0.5)
+    points, labels = F.normalize(torch.randn(2, 2)), torch.tensor([0, 1])
+    head(points, torch.tensor([8.0, 12.0]), labels)
+    head(points, torch.tensor([8.0, norm]), labels)
+    assert head.norm_statistics.tolist() == pytest.approx([10, 8**0.5])
+
+
 def test_training_with_it_tells_identities_apart() -> None:
     torch.manual_seed(0)
     centres = F.normalize(torch.randn(5, 8))
@@ -164,9 +190,9 @@ def test_training_with_it_tells_identities_apart() -> None:
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        (((3, 5), (3,), (3,)), "expected descriptor of shape (B, 4) with B at least 1, got (3, 5)"),
+        (((3, 5), (3,), (3,)), "expected descriptor of shape (B, 4), got (3, 5)"),
         (((4,), (3,), (3,)), "got (4,)"),
-        (((0, 4), (0,), (0,)), "got (0, 4)"),
+        (((0, 4), (1,), (0,)), "expected norm and labels of shape (0,), got (1,) and (0,)"),
         (((3, 4), (3, 1), (3,)), "expected norm and labels of shape (3,), got (3, 1) and (3,)"),
         (((3, 4), (3,), (2,)), "got (3,) and (2,)"),
     ],
@@ -177,7 +203,10 @@ def test_wrong_shapes_are_refused(shapes: tuple[tuple[int, ...], ...], message: 
         AdaFace(4, 2)(points, norm, labels.long())
 
 
-@pytest.mark.parametrize("options", [{"m": -0.1}, {"h": 0.0}, {"s": 0.0}, {"t_alpha": 0.0}, {"t_alpha": 1.5}])
+@pytest.mark.parametrize(
+    "options",
+    [{"m": -0.1}, {"m": math.inf}, {"h": 0.0}, {"h": math.nan}, {"s": 0.0}, {"t_alpha": 0.0}, {"t_alpha": 1.5}],
+)
 def test_wrong_settings_are_refused(options: dict[str, float]) -> None:
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=re.escape(f"{name}={value}")):

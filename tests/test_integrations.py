@@ -1,6 +1,8 @@
 """The authors' checkpoints and model. The model here is a stand-in with their names and formulas, not their code."""
 
 import copy
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fcn_kernels import CoresetAggregator
-from fcn_kernels.integrations.facecoresetnet import convert_state_dict, load_state_dict, patch, unpatch
+from fcn_kernels.integrations.facecoresetnet import build_head, convert_state_dict, load_state_dict, patch, unpatch
 from reference.head import attention, norm_encoding
 from reference.listing import coreset_listing
 
@@ -133,6 +135,78 @@ def test_unknown_and_missing_keys_are_named():
         convert_state_dict({"state_dict": [1]})
 
 
+def _prefixed(state, *prefixes):
+    return {prefix + key: value for key, value in state.items() for prefix in prefixes}
+
+
+WRAPPINGS = {
+    "DDP": lambda model: _prefixed(model.state_dict(), "module."),
+    "compiled": lambda model: _prefixed(model.state_dict(), "_orig_mod."),
+    "compiled DDP": lambda model: _prefixed(model.state_dict(), "module._orig_mod."),
+    "DDP, compiled": lambda model: _prefixed(model.state_dict(), "_orig_mod.module."),
+    "within": lambda model: _prefixed(model.aggregate_model.state_dict(), "aggregate_model.module._orig_mod."),
+    "a layer": lambda model: {
+        key.replace("norm1.", "norm1._orig_mod."): value for key, value in model.state_dict().items()
+    },
+    "deeper": lambda model: _prefixed(model.state_dict(), "net.module."),
+    "bare": lambda model: _prefixed(model.aggregate_model.state_dict(), "module."),
+    "our own": lambda model: _prefixed(convert_state_dict(model.state_dict()), "_orig_mod.module."),
+}
+
+
+@pytest.mark.parametrize("lightning", [False, True])
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_what_wrappers_put_before_the_names_is_stripped(wrapping, lightning):
+    model = _model()
+    state = WRAPPINGS[wrapping](model)
+    got = convert_state_dict({"state_dict": state} if lightning else state)
+    expected = convert_state_dict(model.state_dict())
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_two_aggregation_modules_are_not_taken_for_one():
+    state = _prefixed(_model().aggregate_model.state_dict(), "teacher.aggregate_model.", "student.aggregate_model.")
+    with pytest.raises(ValueError, match=r"got two values of gamma, the second as student.aggregate_model.gamma"):
+        convert_state_dict(state)
+
+
+def test_a_model_trained_with_a_fixed_gamma_loads():
+    model = _model()
+    del model.aggregate_model.gamma
+    model.aggregate_model.gamma = torch.tensor(0.25)  # as theirs, in no state dict
+    state = model.state_dict()
+    assert "aggregate_model.gamma" not in state
+    with pytest.raises(ValueError, match=r"missing keys \['gamma'\]"):
+        convert_state_dict({"state_dict": state, "hyper_parameters": {"gamma": -1.0}})
+    told = {"state_dict": state, "hyper_parameters": {"gamma": 0.25, "coreset_size": 3}}
+    for head in (build_head(told, num_heads=4), build_head(state, num_heads=4, gamma=0.25)):
+        assert head.gamma.item() == 0.25
+        descriptor, *_ = model(*_rows())
+        assert (head.double()(*_rows()).descriptor - descriptor).abs().max() <= 1e-7  # parameters were float32 between
+    assert build_head(_model().state_dict(), num_heads=4, gamma=7.0).gamma.item() == 7
+
+
+def test_k_of_the_hyper_parameters_is_used_or_the_difference_said():
+    checkpoint = {"state_dict": _model().state_dict(), "hyper_parameters": {"coreset_size": 5, "gamma": -1}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head = build_head(checkpoint, num_heads=4)
+        assert (head.k, head.training, head.dim) == (5, False, 32)
+        assert build_head(checkpoint, k=5, num_heads=4).k == 5
+        assert build_head(checkpoint["state_dict"], num_heads=4).k == 3
+    with pytest.warns(UserWarning, match="trained with k = 5, and is used with k = 2"):
+        assert build_head(checkpoint, k=2, num_heads=4).k == 2
+
+
+def test_parameters_that_are_not_finite_are_named():
+    state = _model().state_dict()
+    state["aggregate_model.decoder_layer1.norm2.weight"][3] = torch.nan
+    state["aggregate_model.quality_measure.weight"].fill_(torch.nan)  # never used
+    with pytest.raises(ValueError, match=r"NaN or infinity in \['decoder_layer1.norm2.weight'\]"):
+        convert_state_dict(state)
+
+
 def test_parameters_they_never_use_may_be_missing():
     state = _model().aggregate_model.state_dict()
     for name in ("tau", "ur_center", "quality_measure.weight", "decoder_layer1.norm4.bias"):
@@ -164,31 +238,114 @@ def test_a_patched_model_gives_their_results_and_gradients(attention, only_FPS):
 @pytest.mark.parametrize("attention", [False, True])
 def test_patching_leaves_parameters_alone_and_is_undone(attention):
     model = _model()
-    before = model.state_dict()
+    before, theirs = model.state_dict(), vars(model.aggregate_model).copy()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     patch(patch(model, attention=attention), attention=attention).train()
     assert list(model.state_dict()) == list(before)
+    assert isinstance(model.aggregate_model, Aggregation)
+    assert type(model.aggregate_model).__name__ == "Aggregation"
     gamma = model.aggregate_model.gamma.item()
     model(*_rows())[0].cumsum(-1).sum().backward()
     optimizer.step()
     assert model.aggregate_model.gamma.item() != gamma
     assert unpatch(model) is model
-    assert not {"differential_farthest_point_sample", "aggregate_fps_with_norm_priority"} & set(
-        vars(model.aggregate_model)
-    )
+    assert type(model.aggregate_model) is Aggregation
+    assert type(model) is Model
+    assert vars(model.aggregate_model).keys() == theirs.keys()
     calls = model.aggregate_model.calls
     model.eval()(*_rows())
     assert model.aggregate_model.calls == calls + 1
+    assert type(unpatch(model).aggregate_model) is Aggregation
 
 
-def test_a_copy_of_a_patched_model_uses_its_own_parameters():
-    model = patch(_model(), attention=True)
-    other = copy.deepcopy(model)
+def test_patching_again_replaces_the_choice():
+    model = _model()
+    plain = vars(Aggregation)["aggregate_fps_with_norm_priority"]
+    for whole in (True, False):
+        patch(model, attention=whole)
+        assert (model.aggregate_model.aggregate_fps_with_norm_priority.__func__ is plain) is not whole
+
+
+COPIES = {
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "pickle, protocol 0": lambda model: pickle.loads(pickle.dumps(model, protocol=0)),
+    "deepcopy": copy.deepcopy,
+    "copy of a copy": lambda model: pickle.loads(pickle.dumps(copy.deepcopy(model))),
+}
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_of_a_patched_model_is_patched_and_uses_its_own_parameters(way, attention):
+    model = patch(_model(), attention=attention)
+    other = COPIES[way](model)
+    assert type(other.aggregate_model) is type(model.aggregate_model)
+    assert torch.equal(other(*_rows())[0], model(*_rows())[0])
+    assert other.aggregate_model.calls == 0, "their selection ran"
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
-    assert other(*_rows())[0].sub(model(*_rows())[0]).abs().max() > 0
-    assert other.aggregate_model.differential_farthest_point_sample.__self__ is other.aggregate_model
+    assert other(*_rows())[0].nan_to_num().sub(model(*_rows())[0]).abs().max() > 0
+    assert type(unpatch(other).aggregate_model) is Aggregation
+    assert type(model.aggregate_model) is not Aggregation
+
+
+def test_a_patched_model_goes_through_a_file(tmp_path):
+    model = patch(_model(), attention=True)
+    torch.save(model, tmp_path / "model.pt")
+    other = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(other(*_rows())[0], model(*_rows())[0])
+    assert other.aggregate_model.calls == 0
+
+
+class Reduced(Aggregation):
+    """With a pickling of its own, that takes arguments."""
+
+    def __reduce__(self):
+        return type(self), (32, self.coreset_size), {"extra": 7, **self.__dict__}
+
+
+def test_a_class_that_pickles_itself_its_own_way_is_copied():
+    model = patch(Reduced(coreset_size=2), attention=True).double().eval()
+    other = pickle.loads(pickle.dumps(model))
+    assert type(other) is type(model)
+    assert (other.extra, other.coreset_size) == (7, 2)
+    assert torch.equal(other(*_rows())[0], model(*_rows())[0])
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_data_parallel_replica_uses_its_own_parameters(attention):
+    model = patch(_model(), attention=attention)
+    replica = model.aggregate_model._replicate_for_data_parallel()
+    parameters = {name: p.detach().clone() for name, p in model.aggregate_model.named_parameters(recurse=False)}
+    for name, value in parameters.items():  # as torch.nn.parallel.replicate sets them
+        setattr(replica, name, value)
+    rows, norms = _rows()[0] * 7, _rows()[1]
+    assert torch.equal(
+        replica.differential_farthest_point_sample(rows, 5, norms),
+        model.aggregate_model.differential_farthest_point_sample(rows, 5, norms),
+    )
+    replica.gamma.fill_(-9.0)
+    assert not torch.equal(
+        replica.differential_farthest_point_sample(rows, 5, norms),
+        model.aggregate_model.differential_farthest_point_sample(rows, 5, norms),
+    )
+    assert replica.aggregate_fps_with_norm_priority.__self__ is replica
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_patched_model_compiles(attention):
+    model = patch(_model(), attention=attention)
+    expected = model(*_rows())[0]
+    got = torch.compile(model, backend="aot_eager")(*_rows())[0]
+    assert (got - expected).abs().max() <= 1e-12
+
+
+def test_a_method_of_the_module_itself_is_not_passed_over():
+    model = _model()
+    model.aggregate_model.differential_farthest_point_sample = lambda x, npoint, norms: x[:, :npoint]
+    with pytest.raises(ValueError, match="to be a method of Aggregation, got one of the module's own"):
+        patch(model)
 
 
 def test_patched_training_samples_with_torchs_seed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,17 @@ class AdaFace(nn.Module):
     z_hat: the norm sets the margin, the margin does not set the norm. The angle theta_y + g_angle is kept within
     (0, pi); where that clips it, the gradient to theta_y is zero.
 
+    Angles and statistics are float32 (or float64) also where descriptors and weights have half precision.
+
     Args:
         dim: C, size of a descriptor.
         classes: number of identities.
         m: margin, at least 0. h: concentration of z_hat, above 0; 0.333 puts 99.7% of normally distributed norms
             inside the clip. s: scale of the logits, above 0. The defaults of m, h and s are FaceCoresetNet's.
         t_alpha: share of a batch in the running statistics, above 0 and at most 1. The first batch starts them.
+
+    Raises:
+        ValueError: a number is out of range.
 
     Source: Kim, Jain and Liu, "AdaFace: Quality Adaptive Margin for Face Recognition", CVPR 2022, section 3.3; the
     values of s, m and h from Shapira and Keller, "FaceCoresetNet", AAAI 2024, supplement.
@@ -57,9 +63,9 @@ class AdaFace(nn.Module):
         t_alpha: float = 0.01,
     ) -> None:
         super().__init__()
-        if not (m >= 0 and h > 0 and s > 0 and 0 < t_alpha <= 1):
+        if not (0 <= m < math.inf and 0 < h < math.inf and 0 < s < math.inf and 0 < t_alpha <= 1):
             raise ValueError(
-                f"expected m >= 0, h > 0, s > 0 and 0 < t_alpha <= 1, got m={m}, h={h}, s={s}, t_alpha={t_alpha}"
+                f"expected finite m >= 0, h > 0, s > 0 and 0 < t_alpha <= 1, got m={m}, h={h}, s={s}, t_alpha={t_alpha}"
             )
         self.m, self.h, self.s, self.t_alpha = m, h, s, t_alpha
         self.weight = nn.Parameter(torch.randn(classes, dim))
@@ -68,32 +74,47 @@ class AdaFace(nn.Module):
     def forward(self, descriptor: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
         """Logits (B, classes) of unit descriptors (B, C) with the norms (B,) they had and their labels (B,) int64.
 
-        In ``train()`` the batch's norms enter the running statistics first.
+        In ``train()`` the batch's norms enter the running statistics first; an empty batch leaves these as they are.
+
+        Raises:
+            ValueError: a shape does not fit.
         """
-        batch = (len(descriptor),)
-        if descriptor.ndim != 2 or descriptor.shape[1] != self.weight.shape[1] or not len(descriptor):
-            expected = f"(B, {self.weight.shape[1]}) with B at least 1"
+        if descriptor.ndim != 2 or descriptor.shape[1] != self.weight.shape[1]:
+            expected = f"(B, {self.weight.shape[1]})"
             raise ValueError(f"expected descriptor of shape {expected}, got {tuple(descriptor.shape)}")
+        batch = (descriptor.shape[0],)
         if norm.shape != batch or labels.shape != batch:
             got = f"{tuple(norm.shape)} and {tuple(labels.shape)}"
             raise ValueError(f"expected norm and labels of shape {batch}, got {got}")
-        margin = self.m * self._standardised(norm.detach().to(self.norm_statistics.dtype))[:, None]
+        margin = self.m * self._standardized(norm.detach().to(self.norm_statistics.dtype))[:, None]
         cosine = F.linear(descriptor, F.normalize(self.weight))
-        own = cosine.gather(1, labels[:, None])
+        # half precision has no number between 1 - EPS and 1, where the angle has no gradient
+        own = cosine.gather(1, labels[:, None]).to(torch.promote_types(cosine.dtype, torch.float32))
         angle = own.clamp(-1 + EPS, 1 - EPS).acos() - margin
         own = angle.clamp(EPS, math.pi - EPS).cos() - (margin + self.m)
         logits: Tensor = self.s * cosine.scatter(1, labels[:, None], own.to(cosine.dtype))
         return logits
 
-    def _standardised(self, norm: Tensor) -> Tensor:
+    def _standardized(self, norm: Tensor) -> Tensor:
+        if norm.shape[0] == 0:
+            return norm
         # of one norm alone, the deviation is 0 and not the NaN of an unbiased estimate
-        batch = torch.stack([norm.mean(), norm.std(correction=min(1, len(norm) - 1))])
+        batch = torch.stack([norm.mean(), norm.std(correction=min(1, norm.shape[0] - 1))])
         running = torch.where(self.norm_statistics.isnan(), batch, self.norm_statistics)
         if self.training:
-            running = torch.lerp(running, batch, self.t_alpha)
+            # a batch whose norms are not finite must not spoil all later ones
+            running = torch.where(batch.isfinite(), torch.lerp(running, batch, self.t_alpha), running)
             self.norm_statistics.copy_(running)
         mean, deviation = running.unbind()
         return ((norm - mean) / (deviation + EPS) * self.h).clamp(-1, 1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaFace:
+        """Leave the statistics in float32 when the head is cast to half precision, which would lose small changes."""
+        statistics = self.norm_statistics
+        super()._apply(fn, recurse)
+        if self.norm_statistics.dtype in (torch.float16, torch.bfloat16):
+            self.norm_statistics = statistics.to(self.norm_statistics.device)
+        return self
 
     def extra_repr(self) -> str:
         classes, dim = self.weight.shape

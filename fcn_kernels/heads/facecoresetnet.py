@@ -327,13 +327,15 @@ def _length(rows: Tensor) -> Tensor:
     """|r| of rows (..., C), scaled by a power of two where the squares would overflow or vanish."""
     largest = torch.linalg.vector_norm(rows.detach(), math.inf, dim=-1)
     scale = torch.where(largest > _LARGE, 2.0**-100, torch.where(largest < _SMALL, 2.0**100, 1.0))
-    return torch.linalg.vector_norm(rows * scale[..., None], dim=-1) / scale
+    length: Tensor = torch.linalg.vector_norm(rows * scale[..., None], dim=-1) / scale
+    return length
 
 
 def _bounded(rows: Tensor) -> Tensor:
     """Rows (..., d), those with elements above 2^40 shortened to it: softmax and LayerNorm give the same for them."""
     largest = torch.linalg.vector_norm(rows.detach(), math.inf, dim=-1, keepdim=True)
-    return rows * (2.0**40 / largest).clamp(max=1)
+    bounded: Tensor = rows * (2.0**40 / largest).clamp(max=1)
+    return bounded
 
 
 def _normalized(rows: Tensor, layer: nn.LayerNorm) -> Tensor:

@@ -7,22 +7,31 @@ Their code is never imported. Their aggregation module is known by what it has: 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache
 from operator import attrgetter
-from types import MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fcn_kernels.heads.facecoresetnet import HeadLayers, aggregate_sets
-from fcn_kernels.selection.select import Coreset, coreset_select
+from fcn_kernels.heads.facecoresetnet import (
+    DISTANCE_SCALE,
+    CoresetAggregator,
+    HeadLayers,
+    aggregate_sets,
+    select_scaled,
+)
+from fcn_kernels.selection.select import coreset_select
 
 Model = TypeVar("Model", bound=nn.Module)
 
+PAPER_K = 3  # the paper's best size of a coreset
 _SELECT = "differential_farthest_point_sample"
 _AGGREGATE = "aggregate_fps_with_norm_priority"
-_PREFIX = "aggregate_model."
+_HOLDER = "aggregate_model"  # what a model calls the aggregation module that it holds
+_WRAPPERS = ("module", "_orig_mod")  # of DataParallel and DistributedDataParallel, and of torch.compile
 _LAYERS = {  # a field of HeadLayers, and where it is in their module
     "encoding_norm": "pos_trans_norm",
     "self_attention": "decoder_layer1.self_attn1",
@@ -40,6 +49,7 @@ _LEAVES = {
 _NAMES = {"gamma": "gamma"} | {
     f"{theirs}.{leaf}": f"{ours}.{leaf}" for ours, theirs in _LAYERS.items() for leaf in _LEAVES[ours.split("_")[1]]
 }
+_WIDTH = "pos_trans_norm.weight"  # (C,)
 # In their state dict, but in no forward pass of theirs.
 _UNUSED = ("tau", "feature_norm_normalizer", "ur_center", "dist_from_ur_center_norm_size_balance")
 _UNUSED_LAYERS = (
@@ -52,33 +62,103 @@ _UNUSED_LAYERS = (
 )
 
 
-def convert_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict of a :class:`fcn_kernels.CoresetAggregator` from that of the authors' aggregation
-    module.
+def convert_state_dict(state_dict: Mapping[str, Any], *, gamma: float | None = None) -> dict[str, Tensor]:
+    """The state dict of a :class:`fcn_kernels.CoresetAggregator` from that of the authors' aggregation module.
 
     Args:
-        state_dict: of their ``TemplateAggregateModel``; or of a model that holds it as ``aggregate_model``,
-            of which the other keys are passed over; or a Lightning checkpoint, ``{"state_dict": ...}``.
-            Parameters that their forward pass never uses may be there or not.
+        state_dict: of their ``TemplateAggregateModel``; of a model that holds it as ``aggregate_model``, of which the
+            other keys are passed over; of a :class:`fcn_kernels.CoresetAggregator`; or a Lightning checkpoint,
+            ``{"state_dict": ..., "hyper_parameters": ...}``, of any of these. Keys may carry the prefixes ``module.``
+            and ``_orig_mod.`` that DistributedDataParallel and torch.compile leave, in any mixture. Parameters that
+            their forward pass never uses may be there or not.
+        gamma: to use instead of the checkpoint's. A model that was trained with a fixed gamma does not have it in its
+            state dict; it is then taken from the ``gamma`` of the hyper-parameters.
 
     Raises:
         TypeError: what is under "state_dict" is no mapping.
-        ValueError: keys of the aggregation module are missing or unknown; the message names them all.
+        ValueError: keys of the aggregation module are missing, unknown, there twice or not finite; the message names
+            them all.
+
+    Example:
+        >>> theirs = {"state_dict": {f"module.{name}": v for name, v in CoresetAggregator(32).state_dict().items()}}
+        >>> CoresetAggregator(32).load_state_dict(convert_state_dict(theirs))
+        <All keys matched successfully>
     """
     inner = state_dict.get("state_dict", state_dict)
     if not isinstance(inner, Mapping):
         raise TypeError(f'expected a mapping under "state_dict", got {type(inner).__name__}')
-    if any(key.startswith(_PREFIX) for key in inner):
-        inner = {key.removeprefix(_PREFIX): v for key, v in inner.items() if key.startswith(_PREFIX)}
-    missing = [key for key in _NAMES if key not in inner]
-    known = {*_NAMES, *_UNUSED}
+    inner = _aggregation_part(inner)
+    names = {name: name for name in _NAMES.values()} if _NAMES[_WIDTH] in inner else _NAMES
+    if gamma is None and "gamma" not in inner:
+        gamma = _fixed_gamma(state_dict)
+    if gamma is not None:
+        inner["gamma"] = torch.tensor(float(gamma))
+    missing = [key for key in names if key not in inner]
+    known = {*names, *_UNUSED}
     unknown = [key for key in inner if key not in known and not key.startswith(_UNUSED_LAYERS)]
     if missing or unknown:
         raise ValueError(
             "expected the state dict of FaceCoresetNet's aggregation module, got one with missing keys "
             f"{missing} and unknown keys {unknown}"
         )
-    return {ours: inner[theirs] for theirs, ours in _NAMES.items()}
+    bad = [key for key in names if not inner[key].isfinite().all()]
+    if bad:
+        raise ValueError(f"expected finite parameters, got NaN or infinity in {bad}")
+    return {ours: inner[theirs] for theirs, ours in names.items()}
+
+
+def _aggregation_part(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The aggregation module's own keys, without what wrappers and the module around it put before them."""
+    parts = {key: [part for part in key.split(".") if part not in _WRAPPERS] for key in state_dict}
+    held = any(_HOLDER in path for path in parts.values())
+    inner: dict[str, Any] = {}
+    for key, path in parts.items():
+        if held and _HOLDER not in path:
+            continue
+        name = ".".join(path[path.index(_HOLDER) + 1 :] if held else path)
+        if name in inner:
+            raise ValueError(f"expected one aggregation module, got two values of {name}, the second as {key}")
+        inner[name] = state_dict[key]
+    return inner
+
+
+def _hyper_parameters(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = checkpoint.get("hyper_parameters")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _fixed_gamma(checkpoint: Mapping[str, Any]) -> float | None:
+    gamma = _hyper_parameters(checkpoint).get("gamma")
+    return None if gamma is None or gamma == -1 else float(gamma)  # their -1 says that it is learned
+
+
+def build_head(
+    checkpoint: Mapping[str, Any], *, k: int | None = None, num_heads: int = 8, gamma: float | None = None
+) -> CoresetAggregator:
+    """The head of a checkpoint, in ``eval()``.
+
+    Args:
+        checkpoint: as in :func:`convert_state_dict`.
+        k: rows to pick per set. None: ``coreset_size`` of the checkpoint's hyper-parameters, or 3 without these.
+        num_heads: heads of both attentions, which a state dict does not tell.
+        gamma: to use instead of the checkpoint's.
+
+    Raises:
+        TypeError, ValueError: as :func:`convert_state_dict` and :class:`fcn_kernels.CoresetAggregator`.
+        RuntimeError: a parameter has the wrong shape.
+
+    Warns:
+        UserWarning: k is given and is not what the checkpoint was trained with.
+    """
+    state = convert_state_dict(checkpoint, gamma=gamma)
+    trained = _hyper_parameters(checkpoint).get("coreset_size")
+    if k is None:
+        k = PAPER_K if trained is None else trained
+    elif trained is not None and trained != k:
+        warnings.warn(f"the checkpoint was trained with k = {trained}, and is used with k = {k}", stacklevel=2)
+    head = CoresetAggregator(len(state[_NAMES[_WIDTH]]), k, num_heads)
+    head.load_state_dict(state)
+    return head.eval()
 
 
 def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -98,29 +178,92 @@ def patch(model: Model, *, attention: bool = False) -> Model:
     and gradients stay theirs. Picks are samples while training, as theirs, though from other random numbers,
     and plain argmax in ``eval()``.
 
+    Each such module becomes an instance of a subclass of its own class. Copies, pickles and DataParallel's replicas
+    of it are patched too and use their own parameters. Patching again replaces the choice of ``attention``.
+
     Raises:
         ValueError: no such module is in the model; or, with ``attention=True``, one lacks a layer or method.
     """
     found = [module for module in model.modules() if hasattr(module, _SELECT) and hasattr(module, "gamma")]
     if not found:
         raise ValueError(f"expected a module with {_SELECT} and gamma in {type(model).__name__}, found none")
-    if attention:
-        for module in found:
+    for module in found:
+        own = [name for name in (_SELECT, _AGGREGATE) if name in vars(module)]
+        if own:
+            raise ValueError(
+                f"expected {own[0]} to be a method of {type(module).__name__}, got one of the module's own"
+            )
+        if attention:
             _check_layers(module)
     for module in found:
-        setattr(module, _SELECT, MethodType(_select, module))
-        if attention:
-            setattr(module, _AGGREGATE, MethodType(_aggregate, module))
+        module.__class__ = _patched(_theirs(module), attention)
     return model
 
 
 def unpatch(model: Model) -> Model:
     """Undo :func:`patch`; in place, and returned. A model that is not patched stays as it is."""
     for module in model.modules():
-        for name, ours in ((_SELECT, _select), (_AGGREGATE, _aggregate)):
-            if getattr(vars(module).get(name), "__func__", None) is ours:
-                delattr(module, name)
+        if isinstance(module, _Patched):
+            module.__class__ = _theirs(module)
     return model
+
+
+def _theirs(module: Any) -> Any:
+    """A module's class as it was before :func:`patch`."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, _Patched))
+
+
+@cache
+def _patched(theirs: Any, attention: bool) -> Any:
+    ours = _PatchedAttention if attention else _Patched
+    return type(theirs.__name__, (ours, theirs), {"__module__": theirs.__module__, "__doc__": theirs.__doc__})
+
+
+def _rebuild(make: Callable[..., Any], args: tuple[Any, ...], attention: bool) -> Any:
+    """A patched module from what pickle makes one of their class with."""
+    module = make(*args)
+    theirs: Any = type(module)
+    module.__class__ = _patched(theirs, attention)
+    return module
+
+
+class _Patched:
+    """What a patched module finds before its own class."""
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        """As their class, which can be found by its name, and patched again on the way back."""
+        made = super().__reduce_ex__(protocol)
+        if isinstance(made, str):
+            return made
+        make, args, *rest = made
+        make, *args = (_theirs(self) if value is type(self) else value for value in (make, *args))
+        return _rebuild, (make, tuple(args), isinstance(self, _PatchedAttention)), *rest
+
+    def differential_farthest_point_sample(self: Any, x: Tensor, npoint: int | Tensor, norms: Tensor) -> Tensor:
+        """Rows (B, N, C) as they are and their norms (B, N) to picks (B, npoint, C)."""
+        return coreset_select(
+            x, int(npoint), norms, _gamma(self), sample=self.training, distance_scale=DISTANCE_SCALE
+        ).features
+
+
+class _PatchedAttention(_Patched):
+    """With the whole head."""
+
+    def aggregate_fps_with_norm_priority(
+        self: Any, template_features: Tensor, template_norms: Tensor, only_FPS: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Unit rows (B, N, C) and their norms (B, N) to the aggregate (B, C) and the picks (B, min(k, N), C)."""
+        k = min(int(self.coreset_size), template_features.shape[1])
+        if only_FPS:
+            coreset = select_scaled(template_features, template_norms, k, _gamma(self), sample=self.training)
+            aggregate = coreset.features.sum(1) / coreset.counts.clamp(min=1)[:, None]
+        else:
+            layers = HeadLayers(**{ours: attrgetter(theirs)(self) for ours, theirs in _LAYERS.items()})
+            coreset, aggregate = aggregate_sets(
+                layers, template_features, template_norms, k, _gamma(self), sample=self.training
+            )
+        dtype = template_features.dtype
+        return aggregate.to(dtype), coreset.features.to(dtype)
 
 
 def _check_layers(module: nn.Module) -> None:
@@ -130,30 +273,6 @@ def _check_layers(module: nn.Module) -> None:
         raise ValueError(f"expected FaceCoresetNet's aggregation module, got one where {error}") from error
 
 
-def _coreset(module: Any, x: Tensor, k: int, norms: Tensor) -> Coreset:
-    return coreset_select(x, k, norms, _gamma(module), sample=module.training, distance_scale=0.5)
-
-
-def _gamma(module: Any) -> Tensor:
-    """Their exponent: a learned part and, in later versions of their code, a constant."""
+def _gamma(module: Any) -> Tensor | float:
+    """Their exponent: a learned or a fixed part and, in later versions of their code, a constant."""
     return module.gamma + getattr(module, "gamma_base", 0.0)  # type: ignore[no-any-return]
-
-
-def _select(self: Any, x: Tensor, npoint: int | Tensor, norms: Tensor) -> Tensor:
-    """Rows (B, N, C) as they are and their norms (B, N) to picks (B, npoint, C)."""
-    return _coreset(self, x, int(npoint), norms).features
-
-
-def _aggregate(
-    self: Any, template_features: Tensor, template_norms: Tensor, only_FPS: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Unit rows (B, N, C) and their norms (B, N) to the aggregate (B, C) and the picks (B, min(k, N), C)."""
-    k = min(int(self.coreset_size), template_features.shape[1])
-    if only_FPS:
-        coreset = _coreset(self, template_features * template_norms[..., None], k, template_norms)
-        return coreset.features.sum(1) / coreset.counts.clamp(min=1)[:, None], coreset.features
-    layers = HeadLayers(**{ours: attrgetter(theirs)(self) for ours, theirs in _LAYERS.items()})
-    coreset, aggregate = aggregate_sets(
-        layers, template_features, template_norms, k, _gamma(self), sample=self.training
-    )
-    return aggregate, coreset.features
