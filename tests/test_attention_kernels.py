@@ -55,12 +55,12 @@ def _to(p, *args, **kwargs):
     )
 
 
-def _run(backend, p, arriving):
+def _run(backend, p, arriving, *plan):
     """out, weight_sum and the four gradients."""
-    out, weight_sum, lse = backend.forward(p)
+    out, weight_sum, lse = backend.forward(p, *plan)
     grad_out, grad_weight_sum = (t.to(p.queries.dtype) for t in arriving)
     delta = (grad_out * out).sum(-1) + grad_weight_sum * weight_sum
-    return out, weight_sum, *backend.backward(p, Arriving(lse, grad_out, grad_weight_sum, delta))
+    return out, weight_sum, *backend.backward(p, Arriving(lse, grad_out, grad_weight_sum, delta), *plan)
 
 
 def _eager(p, arriving):
@@ -117,14 +117,13 @@ def test_error_is_within_twice_eagers(dtype, lengths, dim, queries, dropout, dev
 
 
 @pytest.mark.parametrize("processors", [1, 64])
-def test_parts_of_a_set_are_put_together(monkeypatch, processors, device):
+def test_parts_of_a_set_are_put_together(processors, device):
     lengths = [100, 0, 3, 65]
     p, arriving = _call(lengths, 32, 24, torch.float32, device, dropout=0.2)
-    plan = attention_launch.plan
-    monkeypatch.setattr(attention_launch, "plan", lambda *args: plan(*args[:-1], processors))
-    assert attention_launch._plan(p).splits == (1 if processors == 1 else 2)
+    plan = attention_launch.make_plan(4, 168, 24, torch.float32, processors)
+    assert plan.parts == (1 if processors == 1 else 2)
     exact = _run(attention_blocks, _to(p, dtype=torch.float64), arriving)
-    for truth, got in zip(exact, _run(attention_launch, p, arriving), strict=True):
+    for truth, got in zip(exact, _run(attention_launch, p, arriving, plan), strict=True):
         assert (got - truth).abs().max() <= 2e-5 * truth.abs().max()
 
 

@@ -1,13 +1,14 @@
 # mypy: ignore-errors
 """Set attention on the device: all queries of a set attend to a tile of its rows at once.
 
-A program works through one of SPLITS equal parts of one set, tile by tile, and through a tile in blocks of columns,
+A program works through one of `parts` equal parts of one set, tile by tile, and through a tile in blocks of columns,
 twice: first for the scores, then, with the rows still in L1 or L2, for what the scores are for. So rows are read
 from memory once, whatever C is, nothing stays in registers but a tile's scores, and sums over rows grow in the
 program's own place in memory. Shapes in comments: n rows of a tile, c columns of a block, h queries.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -20,12 +21,51 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 STREAM = tl.constexpr(DROPOUT_STREAM)
 TAU = tl.constexpr(2 * math.pi)
 SQRT_2 = tl.constexpr(math.sqrt(2))
-UNSPECIALIZED = ["seed_value", "threshold", "T", "H", "SPLITS"]  # as in kernels.common
+MAX_TURNS = tl.constexpr(2.0**22)  # float32 has no fraction of a turn beyond, and `cosine` no bound
+INFINITY_BITS = tl.constexpr(0x7F800000)
+# The fewest rows of a product that Triton gives to wgmma on sm_90.
+WGMMA_ROWS = tl.constexpr(64)
+UNSPECIALIZED = ["seed_value", "threshold", "T", "H", "parts"]  # as in the selection's kernels
+
+
+class Set(NamedTuple):
+    """A set and its layer, from the set's first row on."""
+
+    rows: Any  # [N, C] by stride_row
+    quality: Any  # [N] float32
+    queries: Any  # [H, C] float32
+    encoding_weight: Any  # [C] float32
+    turns: Any  # [C / 2] float32, turns of each pair of channels per unit of norm
+    stride_row: Any
+    count: Any  # rows that take part
+    C: Any
+    H: Any
+    eps: Any
+
+
+class Tile(NamedTuple):
+    """Some rows of a set."""
+
+    rows: Any  # the first one's address
+    row_mask: Any  # [n], rows of the set
+    quality: Any  # [n], 0 for a row that takes no part
+    mean: Any  # [n], of the norm's sinusoid,
+    rstd: Any  # [n], its reciprocal deviation,
+    slope: Any  # [n], and the mean's derivative
+
+
+class Dropout(NamedTuple):
+    """Which weights are dropped."""
+
+    seed: Any
+    set_id: Any
+    threshold: Any
+    keep_scale: Any
 
 
 @triton.jit
 def cosine(turns):
-    """cos(2 pi turns) within 2e-7, |turns| < 2^22. The library's takes angles of any size, and a stack to do so."""
+    """cos(2 pi turns) within 2e-7, |turns| <= 2^22. The library's takes angles of any size, and a stack to do so."""
     fraction = turns - ((turns + 12582912.0) - 12582912.0)  # adding 1.5 * 2^23 rounds to an integer
     z = 0.25 - tl.abs(fraction)  # cos(2 pi f) = sin(2 pi z); the minimax polynomial of degree 9 on |z| <= 1/4
     u = z * z
@@ -36,16 +76,25 @@ def cosine(turns):
 
 
 @triton.jit
-def product(a, b, onto, PRECISION: tl.constexpr):
-    """onto + a b, summed in float32."""
+def product(a, b, onto, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """onto + a b, summed in float32, from operands rounded to OPERAND.
+
+    With fewer than 64 rows Triton uses mma.sync on sm_90, else wgmma with `a` in registers, which ptxas before 13.3
+    may reuse before the product has read them (Triton issue 9433). So the side with fewer is made the rows.
+    """
+    a, b = a.to(OPERAND), b.to(OPERAND)
     if INTERPRETED:
         # whose dot takes bfloat16 for integers; in float32 the products of the same values are the same
         a, b = a.to(tl.float32), b.to(tl.float32)
+    if a.shape[0] >= WGMMA_ROWS and b.shape[1] < WGMMA_ROWS:
+        if onto is not None:
+            onto = tl.trans(onto)
+        return tl.trans(tl.dot(tl.trans(b), tl.trans(a), onto, input_precision=PRECISION))
     return tl.dot(a, b, onto, input_precision=PRECISION)
 
 
 @triton.jit
-def part_of_set(offsets_ptr, lengths_ptr, set_id, split, T, SPLITS, BLOCK_N: tl.constexpr):
+def part_of_set(offsets_ptr, lengths_ptr, set_id, part, T, parts, BLOCK_N: tl.constexpr):
     """A program's rows, begin to end within the set; the set's first row, and how many of its rows take part.
 
     Clamped to the tensor whatever the offsets say, as their values cannot be checked without waiting.
@@ -54,16 +103,15 @@ def part_of_set(offsets_ptr, lengths_ptr, set_id, split, T, SPLITS, BLOCK_N: tl.
     owned = tl.maximum(tl.minimum(tl.load(offsets_ptr + set_id + 1), T) - first, 0)
     count = tl.minimum(tl.maximum(tl.load(lengths_ptr + set_id), 0), owned).to(tl.int32)
     owned = owned.to(tl.int32)
-    part = tl.cdiv(tl.cdiv(owned, SPLITS), BLOCK_N) * BLOCK_N
-    begin = tl.minimum(split * part, owned)
-    return begin, tl.minimum(begin + part, owned), first, count
+    share = tl.cdiv(tl.cdiv(owned, parts), BLOCK_N) * BLOCK_N
+    begin = tl.minimum(part * share, owned)
+    return begin, tl.minimum(begin + share, owned), first, count
 
 
 @triton.jit
-def load_quality(quality_ptr, rows, inside):
-    """Norms [n], 0 for a row that takes no part: NaN or inf would come back from it as 0 * NaN in sums over rows."""
-    quality = tl.load(quality_ptr + rows, mask=inside, other=0.0)
-    return tl.where((quality > 0) & (quality < float("inf")), quality, 0.0)
+def angles(quality, turns):
+    """Turns [n, c] of norms [n] with `turns` [c] per unit of norm."""
+    return tl.minimum(quality[:, None] * turns[None, :], MAX_TURNS)
 
 
 @triton.jit
@@ -75,20 +123,25 @@ def moments(quality, turns_ptr, C, eps, BLOCK_C: tl.constexpr):
     mean, slope = tl.zeros_like(quality), tl.zeros_like(quality)
     for begin in range(0, C // 2, BLOCK_C):
         pairs = begin + tl.arange(0, BLOCK_C)
-        inside = pairs < C // 2
-        turns = tl.load(turns_ptr + pairs, mask=inside, other=0.0)
-        angle = quality[:, None] * turns[None, :] - 0.125
-        mean += tl.sum(tl.where(inside[None, :], cosine(angle), 0.0), axis=1)
+        column_mask = pairs < C // 2
+        turns = tl.load(turns_ptr + pairs, mask=column_mask, other=0.0)
+        angle = angles(quality, turns) - 0.125
+        mean += tl.sum(tl.where(column_mask[None, :], cosine(angle), 0.0), axis=1)
         slope += tl.sum(cosine(angle + 0.25) * turns[None, :], axis=1)  # turns are 0 past the end
     mean *= SQRT_2 / C
     return mean, 1 / tl.sqrt_rn(0.5 + eps - mean * mean), slope * (SQRT_2 * TAU / C)
 
 
 @triton.jit
-def angles(quality, turns_ptr, cols, here):
-    """Angle of each channel's cosine, [n, c], and its turns a unit of norm, [c]; sines are a quarter turn late."""
-    turns = tl.load(turns_ptr + cols // 2, mask=here, other=0.0)
-    return quality[:, None] * turns[None, :] + tl.where(cols % 2 == 0, -0.25, 0.0)[None, :], turns
+def load_tile(s, at, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows at, at + 1, ... of a set, but for their columns."""
+    rows = at + tl.arange(0, BLOCK_N)
+    row_mask = rows < s.count
+    quality = tl.load(s.quality + rows, mask=row_mask, other=0.0)
+    # NaN or inf would come back from a row that takes no part as 0 * NaN in sums over rows
+    quality = tl.where((quality > 0) & (quality < float("inf")), quality, 0.0)
+    mean, rstd, slope = moments(quality, s.turns, s.C, s.eps, BLOCK_C)
+    return Tile(s.rows + tl.cast(at, tl.int64) * s.stride_row, row_mask, quality, mean, rstd, slope)
 
 
 @triton.jit
@@ -96,6 +149,58 @@ def load_block(pointer, head, cols, H, C):
     """A block [h, c] of a set's (H, C)."""
     mask = (head < H)[:, None] & (cols < C)[None, :]
     return tl.load(pointer + (head[:, None] * C + cols[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def standardized(tile, s, cols):
+    """The norms' sinusoids after their LayerNorm but for its weight [n, c]; that weight [c]; their angles and turns.
+
+    A sine is the cosine a quarter turn later.
+    """
+    column_mask = cols < s.C
+    turns = tl.load(s.turns + cols // 2, mask=column_mask, other=0.0)
+    angle = angles(tile.quality, turns) + tl.where(cols % 2 == 0, -0.25, 0.0)[None, :]
+    unit = (cosine(angle) - tile.mean[:, None]) * tile.rstd[:, None]
+    return unit, tl.load(s.encoding_weight + cols, mask=column_mask, other=0.0), angle, turns
+
+
+@triton.jit
+def scores(
+    tile, s, grad_ptr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """t_h . key_n [h, n]; g_h . f_n [h, n] for gradients g [H, C] of the outputs, if any; the usable rows [n]."""
+    head = tl.arange(0, BLOCK_H)
+    score = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+    reach = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+    largest = tl.zeros((BLOCK_N,), tl.int32)
+    for column in range(0, s.C, BLOCK_C):
+        cols = column + tl.arange(0, BLOCK_C)
+        stored = load_rows(tile.rows, tl.arange(0, BLOCK_N), tile.row_mask, s.stride_row, cols, s.C)  # [n, c]
+        rows = stored.to(tl.float32)
+        # bits of magnitudes are in their order, infinity and NaN above all, whatever a sum would lose
+        largest = tl.maximum(largest, tl.max(rows.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1))
+        unit, weight, _angle, _turns = standardized(tile, s, cols)
+        key = tile.quality[:, None] * rows + unit * weight[None, :]
+        query = load_block(s.queries, head, cols, s.H, s.C)
+        score = product(query, tl.trans(key), score, OPERAND, PRECISION)
+        if grad_ptr is not None:
+            grad = load_block(grad_ptr, head, cols, s.H, s.C)
+            reach = product(grad, tl.trans(stored), reach, OPERAND, PRECISION)
+    return score, reach, (tile.quality > 0) & (largest > 0) & (largest < INFINITY_BITS)
+
+
+@triton.jit
+def after_dropout(share, rows, head, dropout, DROPOUT: tl.constexpr):
+    """Attention weights [h, n] after dropout, dropped as `fcn_kernels.attention.torch_backend.keep_mask` says."""
+    if DROPOUT:
+        row = rows[None, :] + tl.zeros_like(head)[:, None]
+        word = philox_word(
+            dropout.seed, row, head[:, None] // 4, dropout.set_id.to(tl.int32), STREAM, head[:, None] % 4
+        )
+        share = tl.where(word >= dropout.threshold.to(tl.uint32), share * dropout.keep_scale, 0.0)
+    return share
 
 
 @triton.jit
@@ -107,166 +212,135 @@ def accumulate(pointer, where, mask, started, scale, value):
     tl.debug_barrier()  # the next to read it may be another thread
 
 
-@triton.jit
-def after_dropout(share, rows, head, set_id, seed, threshold, keep_scale, DROPOUT: tl.constexpr):
-    """Attention weights [n, h] after dropout, dropped as `fcn_kernels.attention.torch_backend.keep_mask` says."""
-    if DROPOUT:
-        row = rows[:, None] + tl.zeros_like(head)[None, :]
-        word = philox_word(seed, row, head[None, :] // 4, set_id.to(tl.int32), STREAM, head[None, :] % 4)
-        share = tl.where(word >= threshold.to(tl.uint32), share * keep_scale, 0.0)
-    return share
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_forward(
     queries_ptr, rows_ptr, quality_ptr, weight_ptr, turns_ptr, offsets_ptr, lengths_ptr, seed_ptr, seed_value: "i64",
-    out_ptr, mass_ptr, normalizer_ptr, stride_row, T, C, H, SPLITS, threshold: "i64", keep_scale, eps,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    out_ptr, weight_sum_ptr, lse_ptr, stride_row, T, C, H, parts, threshold: "i64", keep_scale, eps,
+    DROPOUT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out [B, SPLITS, H, C], mass and log-normalisers [B, SPLITS, H], each of its part of the set alone."""
+    """out [B, parts, H, C], weight_sum and lse [B, parts, H], each of its part of the set alone."""
     program = tl.program_id(0).to(tl.int64)
-    set_id, split = program // SPLITS, (program % SPLITS).to(tl.int32)
+    set_id, part = program // parts, (program % parts).to(tl.int32)
     head, lane = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
-    there = head < H
-    dtype = rows_ptr.dtype.element_ty
-    seed = seed_of(seed_ptr, seed_value)
-    begin, end, first, count = part_of_set(offsets_ptr, lengths_ptr, set_id, split, T, SPLITS, BLOCK_N)
-    quality_ptr += first
-    queries_ptr += set_id * H * C
+    valid = head < H
+    begin, end, first, count = part_of_set(offsets_ptr, lengths_ptr, set_id, part, T, parts, BLOCK_N)
+    s = Set(
+        rows_ptr + first * stride_row, quality_ptr + first, queries_ptr + set_id * H * C,
+        weight_ptr, turns_ptr, stride_row, count, C, H, eps,
+    )  # fmt: skip
+    dropout = Dropout(seed_of(seed_ptr, seed_value), set_id, threshold, keep_scale)
     out_ptr += program * H * C
     top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
-    mass = tl.zeros((BLOCK_H,), tl.float32)
+    weight_sum = tl.zeros((BLOCK_H,), tl.float32)
     stop = tl.maximum(tl.minimum(end, count), begin + 1)  # a part with no rows still has zeros to write
     for at in range(begin, stop, BLOCK_N):
-        rows = at + lane
-        inside = rows < count
-        tile_ptr = rows_ptr + (first + at) * stride_row
-        quality = load_quality(quality_ptr, rows, inside)
-        mean, rstd, _slope = moments(quality, turns_ptr, C, eps, BLOCK_C)
-        score = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
-        size = tl.zeros((BLOCK_N,), tl.float32)
-        for column in range(0, C, BLOCK_C):
-            cols = column + tl.arange(0, BLOCK_C)
-            here = cols < C
-            tile = load_rows(tile_ptr, lane, inside, stride_row, cols, C).to(tl.float32)
-            size += tl.sum(tl.abs(tile), axis=1)
-            angle, _turns = angles(quality, turns_ptr, cols, here)
-            weight = tl.load(weight_ptr + cols, mask=here, other=0.0)
-            key = quality[:, None] * tile + (cosine(angle) - mean[:, None]) * rstd[:, None] * weight[None, :]
-            query = load_block(queries_ptr, head, cols, H, C)
-            score = product(key.to(dtype), tl.trans(query.to(dtype)), score, PRECISION)
-        valid = (quality > 0) & (size > 0) & (size < float("inf"))
-        score = tl.where(valid[:, None], score, float("-inf"))
+        tile = load_tile(s, at, BLOCK_N, BLOCK_C)
+        score, _reach, usable = scores(tile, s, None, OPERAND, PRECISION, BLOCK_N, BLOCK_H, BLOCK_C)
+        score = tl.where(usable[None, :], score, float("-inf"))
 
-        peak = tl.maximum(top, tl.max(score, axis=0))
+        # -- update the running softmax --
+        peak = tl.maximum(top, tl.max(score, axis=1))
         shift = tl.where(peak == float("-inf"), 0.0, peak)
-        share = tl.exp(score - shift[None, :])
+        share = tl.exp(score - shift[:, None])
         before = total * tl.exp(top - shift)
-        total = before + tl.sum(share, axis=0)
+        total = before + tl.sum(share, axis=1)
         positive = tl.where(total > 0, total, 1.0)  # 0 where no row has taken part yet
         shrink = before / positive
-        share = share / positive[None, :]
-        share = after_dropout(share, rows, head, set_id, seed, threshold, keep_scale, DROPOUT)
-        mass = mass * shrink + tl.sum(share, axis=0)
+        share = share / positive[:, None]
+        share = after_dropout(share, at + lane, head, dropout, DROPOUT)
+        weight_sum = weight_sum * shrink + tl.sum(share, axis=1)
         top = peak
 
-        pull = tl.trans(tl.where(valid[:, None], share * quality[:, None], 0.0)).to(dtype)  # [h, n]
+        # -- gather the rows --
+        weight = tl.where(usable[None, :], share * tile.quality[None, :], 0.0)  # [h, n]
         for column in range(0, C, BLOCK_C):
             cols = column + tl.arange(0, BLOCK_C)
-            tile = load_rows(tile_ptr, lane, inside & valid, stride_row, cols, C)
-            gathered = product(pull, tile, None, PRECISION)
+            rows = load_rows(tile.rows, lane, tile.row_mask & usable, stride_row, cols, C)
+            gathered = product(weight, rows, None, OPERAND, PRECISION)
             where = head[:, None] * C + cols[None, :]
-            mask = there[:, None] & (cols < C)[None, :]
+            mask = valid[:, None] & (cols < C)[None, :]
             accumulate(out_ptr, where, mask, at > begin, shrink[:, None], gathered)
-    tl.store(mass_ptr + program * H + head, mass, mask=there)
-    tl.store(normalizer_ptr + program * H + head, top + tl.log(tl.where(total > 0, total, 1.0)), mask=there)
+    tl.store(weight_sum_ptr + program * H + head, weight_sum, mask=valid)
+    tl.store(lse_ptr + program * H + head, top + tl.log(tl.where(total > 0, total, 1.0)), mask=valid)
+
+
+@triton.jit
+def write_gradients(
+    tile, s, usable, kept, dscore, started, grad_ptr, dqueries_ptr, drows_ptr, dweight_ptr, tile_end,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Of a tile's rows, and its share of those of queries and weight; returns those of its norms [n]."""
+    head, lane = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
+    kept, dscore = kept.to(OPERAND), dscore.to(OPERAND)  # [h, n]
+    dquality = tl.zeros((BLOCK_N,), tl.float32)
+    for column in range(0, s.C, BLOCK_C):
+        cols = column + tl.arange(0, BLOCK_C)
+        column_mask = cols < s.C
+        rows = load_rows(tile.rows, lane, tile.row_mask & usable, s.stride_row, cols, s.C).to(tl.float32)
+        unit, weight, angle, turns = standardized(tile, s, cols)
+        key = tile.quality[:, None] * rows + unit * weight[None, :]
+        query = load_block(s.queries, head, cols, s.H, s.C)
+        grad = load_block(grad_ptr, head, cols, s.H, s.C)
+        dkey = product(tl.trans(dscore), query, None, OPERAND, PRECISION)  # [n, c]
+        drow = product(tl.trans(kept), grad, dkey, OPERAND, PRECISION)  # of x = q f
+        # -- to the norm: of x = q f, and through the standardized sinusoid --
+        wave_slope = cosine(angle + 0.25) * (turns * TAU)[None, :]
+        unit_slope = wave_slope + (tile.slope * tile.rstd * tile.mean)[:, None] * unit - tile.slope[:, None]
+        dquality += tl.sum(drow * rows + dkey * weight[None, :] * (tile.rstd[:, None] * unit_slope), axis=1)
+        where = lane[:, None] * s.C + cols[None, :]
+        mask = (lane < tile_end)[:, None] & column_mask[None, :]
+        tl.store(drows_ptr + where, (drow * tile.quality[:, None]).to(drows_ptr.dtype.element_ty), mask=mask)
+        # -- sums over the rows --
+        dweight = tl.sum(tl.where(usable[:, None], dkey * unit, 0.0), axis=0)
+        accumulate(dweight_ptr, cols, column_mask, started, 1.0, dweight)
+        dquery = product(dscore, key, None, OPERAND, PRECISION)  # [h, c]
+        where = head[:, None] * s.C + cols[None, :]
+        accumulate(dqueries_ptr, where, (head < s.H)[:, None] & column_mask[None, :], started, 1.0, dquery)
+    return tl.where(usable, dquality, 0.0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward(
     queries_ptr, rows_ptr, quality_ptr, weight_ptr, turns_ptr, offsets_ptr, lengths_ptr, seed_ptr, seed_value: "i64",
-    normalizer_ptr, grad_ptr, grad_mass_ptr, mean_grad_ptr, dqueries_ptr, drows_ptr, dquality_ptr, dweight_ptr,
-    stride_row, T, C, H, SPLITS, threshold: "i64", keep_scale, eps,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    lse_ptr, grad_ptr, grad_weight_sum_ptr, delta_ptr, dqueries_ptr, drows_ptr, dquality_ptr, dweight_ptr,
+    stride_row, T, C, H, parts, threshold: "i64", keep_scale, eps,
+    DROPOUT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of rows [T, C] and norms [T]; of queries [B, SPLITS, H, C] and weight [B, SPLITS, C], a part each."""
+    """Gradients of rows [T, C] and norms [T]; of queries [B, parts, H, C] and weight [B, parts, C], a part each."""
     program = tl.program_id(0).to(tl.int64)
-    set_id, split = program // SPLITS, (program % SPLITS).to(tl.int32)
+    set_id, part = program // parts, (program % parts).to(tl.int32)
     head, lane = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
-    there = head < H
-    dtype = rows_ptr.dtype.element_ty
-    seed = seed_of(seed_ptr, seed_value)
-    begin, end, first, count = part_of_set(offsets_ptr, lengths_ptr, set_id, split, T, SPLITS, BLOCK_N)
-    quality_ptr += first
-    queries_ptr += set_id * H * C
+    valid = head < H
+    begin, end, first, count = part_of_set(offsets_ptr, lengths_ptr, set_id, part, T, parts, BLOCK_N)
+    s = Set(
+        rows_ptr + first * stride_row, quality_ptr + first, queries_ptr + set_id * H * C,
+        weight_ptr, turns_ptr, stride_row, count, C, H, eps,
+    )  # fmt: skip
+    dropout = Dropout(seed_of(seed_ptr, seed_value), set_id, threshold, keep_scale)
     grad_ptr += set_id * H * C
-    dquality_ptr += first
     dqueries_ptr += program * H * C
     dweight_ptr += program * C
     of_set = set_id * H + head
-    normalizer = tl.load(normalizer_ptr + of_set, mask=there, other=0.0)
-    grad_mass = tl.load(grad_mass_ptr + of_set, mask=there, other=0.0)
-    mean_grad = tl.load(mean_grad_ptr + of_set, mask=there, other=0.0)
+    lse = tl.load(lse_ptr + of_set, mask=valid, other=0.0)
+    grad_weight_sum = tl.load(grad_weight_sum_ptr + of_set, mask=valid, other=0.0)
+    delta = tl.load(delta_ptr + of_set, mask=valid, other=0.0)
     stop = tl.maximum(end, begin + 1)  # a part with no rows still has zeros to write
     for at in range(begin, stop, BLOCK_N):
-        rows = at + lane
-        inside = rows < count
-        tile_ptr = rows_ptr + (first + at) * stride_row
-        quality = load_quality(quality_ptr, rows, inside)
-        mean, rstd, slope = moments(quality, turns_ptr, C, eps, BLOCK_C)
-        score = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
-        reach = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
-        size = tl.zeros((BLOCK_N,), tl.float32)
-        for column in range(0, C, BLOCK_C):
-            cols = column + tl.arange(0, BLOCK_C)
-            here = cols < C
-            tile = load_rows(tile_ptr, lane, inside, stride_row, cols, C)
-            size += tl.sum(tl.abs(tile.to(tl.float32)), axis=1)
-            angle, _turns = angles(quality, turns_ptr, cols, here)
-            weight = tl.load(weight_ptr + cols, mask=here, other=0.0)
-            unit = (cosine(angle) - mean[:, None]) * rstd[:, None]
-            key = quality[:, None] * tile.to(tl.float32) + unit * weight[None, :]
-            query = load_block(queries_ptr, head, cols, H, C)
-            grad = load_block(grad_ptr, head, cols, H, C)
-            score = product(key.to(dtype), tl.trans(query.to(dtype)), score, PRECISION)
-            reach = product(tile, tl.trans(grad.to(dtype)), reach, PRECISION)
-        valid = (quality > 0) & (size > 0) & (size < float("inf"))
-        open_to = valid[:, None] & there[None, :]
-        share = tl.exp(tl.where(open_to, score - normalizer[None, :], float("-inf")))
-        kept = after_dropout(share, rows, head, set_id, seed, threshold, keep_scale, DROPOUT)
-        reach = reach * quality[:, None] + grad_mass[None, :]
-        dscore = tl.where(open_to, kept * reach - share * mean_grad[None, :], 0.0).to(dtype)
-        kept = kept.to(dtype)
-
-        norm = tl.where(valid, quality, 0.0)
-        dquality = tl.zeros((BLOCK_N,), tl.float32)
-        for column in range(0, C, BLOCK_C):
-            cols = column + tl.arange(0, BLOCK_C)
-            here = cols < C
-            tile = load_rows(tile_ptr, lane, inside & valid, stride_row, cols, C).to(tl.float32)
-            angle, turns = angles(norm, turns_ptr, cols, here)
-            weight = tl.load(weight_ptr + cols, mask=here, other=0.0)
-            unit = (cosine(angle) - mean[:, None]) * rstd[:, None]
-            key = norm[:, None] * tile + unit * weight[None, :]
-            query = load_block(queries_ptr, head, cols, H, C)
-            grad = load_block(grad_ptr, head, cols, H, C)
-            dkey = product(dscore, query.to(dtype), None, PRECISION)  # [n, c]
-            drow = product(kept, grad.to(dtype), dkey, PRECISION)  # of x = q f
-            # to the norm: of x = q f, and through the standardised sinusoid
-            wave_slope = cosine(angle + 0.25) * (turns * TAU)[None, :]
-            unit_slope = rstd[:, None] * (wave_slope + (slope * rstd * mean)[:, None] * unit - slope[:, None])
-            dquality += tl.sum(drow * tile + dkey * weight[None, :] * unit_slope, axis=1)
-            where = lane[:, None] * C + cols[None, :]
-            mask = (rows < end)[:, None] & here[None, :]
-            tl.store(drows_ptr + (first + at) * C + where, (drow * norm[:, None]).to(dtype), mask=mask)
-            # sums over the rows
-            dweight = tl.sum(tl.where(valid[:, None], dkey * unit, 0.0), axis=0)
-            accumulate(dweight_ptr, cols, here, at > begin, 1.0, dweight)
-            dquery = product(tl.trans(dscore), key.to(dtype), None, PRECISION)  # [h, c]
-            where = head[:, None] * C + cols[None, :]
-            mask = there[:, None] & here[None, :]
-            accumulate(dqueries_ptr, where, mask, at > begin, 1.0, dquery)
-        tl.store(dquality_ptr + rows, tl.where(valid, dquality, 0.0), mask=rows < end)
+        tile = load_tile(s, at, BLOCK_N, BLOCK_C)
+        score, reach, usable = scores(tile, s, grad_ptr, OPERAND, PRECISION, BLOCK_N, BLOCK_H, BLOCK_C)
+        mask = valid[:, None] & usable[None, :]
+        # never above 1, however large a score's rounding is
+        share = tl.exp(tl.where(mask, tl.minimum(score - lse[:, None], 0.0), float("-inf")))
+        kept = after_dropout(share, at + lane, head, dropout, DROPOUT)
+        reach = reach * tile.quality[None, :] + grad_weight_sum[:, None]
+        dscore = tl.where(mask, kept * reach - share * delta[:, None], 0.0)
+        tile = Tile(tile.rows, tile.row_mask, tl.where(usable, tile.quality, 0.0), tile.mean, tile.rstd, tile.slope)
+        dquality = write_gradients(
+            tile, s, usable, kept, dscore, at > begin, grad_ptr, dqueries_ptr, drows_ptr + (first + at) * C,
+            dweight_ptr, end - at, OPERAND, PRECISION, BLOCK_N, BLOCK_H, BLOCK_C,
+        )  # fmt: skip
+        tl.store(dquality_ptr + first + at + lane, dquality, mask=at + lane < end)

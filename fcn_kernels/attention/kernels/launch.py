@@ -1,11 +1,11 @@
 """Launch geometry of set attention, computed once for a call, and the two launchers that the op calls."""
 
-from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from fcn_kernels.attention.inputs import Arriving, Gradients, Inputs, Outputs
@@ -19,15 +19,15 @@ BACKWARD_STAGES = 1
 
 
 class Plan(NamedTuple):
-    """How the kernels are launched: programs a set, and the sizes of a block."""
+    """How the kernels are launched: programs per set, and the sizes of a block."""
 
-    splits: int
+    parts: int
     block_n: int
     block_h: int
     block_c: int
 
 
-def plan(sets: int, rows: int, queries: int, dtype: torch.dtype, processors: int) -> Plan:
+def make_plan(sets: int, rows: int, queries: int, dtype: torch.dtype, processors: int) -> Plan:
     """For so many sets with `rows` rows in all, on a device of so many multiprocessors.
 
     Built for sm_80, sm_90 and sm_100, these blocks spill no register up to 64 queries, and larger ones do. Blocks of
@@ -42,67 +42,97 @@ def plan(sets: int, rows: int, queries: int, dtype: torch.dtype, processors: int
     return Plan(max(1, min(programs, triton.cdiv(mean, block_n))), block_n, block_h, block_c)
 
 
-def forward(p: Inputs) -> Outputs:
+def forward(p: Inputs, plan: Plan | None = None) -> Outputs:
     """One launch, and the parts of each set put together."""
     (sets, count, dim), new = p.queries.shape, p.queries.new_empty
-    splits = _plan(p).splits
-    parts = Outputs(new(sets, splits, count, dim), new(sets, splits, count), new(sets, splits, count))
-    _launch(attention_forward, p, parts, stages=FORWARD_STAGES)
-    if splits == 1:
+    plan = plan or _plan(p)
+    parts = Outputs(
+        out=new(sets, plan.parts, count, dim),
+        weight_sum=new(sets, plan.parts, count),
+        lse=new(sets, plan.parts, count),
+    )
+    pointers = {f"{name}_ptr": tensor for name, tensor in parts._asdict().items()}
+    _launch(attention_forward, p, plan, pointers, stages=FORWARD_STAGES)
+    if plan.parts == 1:
         return Outputs(*(tensor[:, 0] for tensor in parts))
     whole = parts.lse.logsumexp(1)
     share = (parts.lse - whole[:, None]).exp().masked_fill(parts.lse == -torch.inf, 0)
     return Outputs((parts.out * share[..., None]).sum(1), (parts.weight_sum * share).sum(1), whole)
 
 
-def backward(p: Inputs, arriving: Arriving) -> Gradients:
+def backward(p: Inputs, arriving: Arriving, plan: Plan | None = None) -> Gradients:
     """One launch, and the sums over parts and sets."""
     (sets, count, dim), new = p.queries.shape, p.queries.new_empty
-    splits = _plan(p).splits
+    plan = plan or _plan(p)
     parts = Gradients(
-        queries=new(sets, splits, count, dim),
+        queries=new(sets, plan.parts, count, dim),
         features=p.features.new_empty(p.features.shape),
         quality=torch.empty_like(p.quality),
-        encoding_weight=new(sets, splits, dim),
+        encoding_weight=new(sets, plan.parts, dim),
     )
-    _launch(attention_backward, p, (*(t.contiguous() for t in arriving), *parts), stages=BACKWARD_STAGES)
+    pointers = {
+        "lse_ptr": arriving.lse.contiguous(),
+        "grad_ptr": arriving.out.contiguous(),
+        "grad_weight_sum_ptr": arriving.weight_sum.contiguous(),
+        "delta_ptr": arriving.delta.contiguous(),
+        "dqueries_ptr": parts.queries,
+        "drows_ptr": parts.features,
+        "dquality_ptr": parts.quality,
+        "dweight_ptr": parts.encoding_weight,
+    }
+    _launch(attention_backward, p, plan, pointers, stages=BACKWARD_STAGES)
     return parts._replace(queries=parts.queries.sum(1), encoding_weight=parts.encoding_weight.sum((0, 1)))
 
 
 def _plan(p: Inputs) -> Plan:
     (sets, count, _), rows = p.queries.shape, p.features.shape[0]
-    return plan(sets, rows, count, p.features.dtype, device_of(p.features).processors)
+    return make_plan(sets, rows, count, p.features.dtype, device_of(p.features).processors)
 
 
-def _launch(kernel: Any, p: Inputs, tensors: Iterable[Tensor], stages: int) -> None:
-    (sets, count, dim), chosen = p.queries.shape, _plan(p)
+def _operand(dtype: torch.dtype) -> tuple[tl.dtype, str]:
+    """What the products of rows of a dtype run in, and how.
+
+    q f leaves float16's range where the norm is above 65,504; tf32 has float16's precision and float32's range.
+    AMD's products take no tf32 on every device.
+    """
+    if dtype == torch.bfloat16:
+        return tl.bfloat16, "ieee"
+    return tl.float32, "tf32" if dtype == torch.float16 and torch.version.hip is None else "ieee"
+
+
+def _launch(kernel: Any, p: Inputs, plan: Plan, pointers: dict[str, Tensor], stages: int) -> None:
+    sets, count, dim = p.queries.shape
     if sets == 0:
         return
     features = p.features if p.features.stride(1) == 1 else p.features.contiguous()
+    seed_ptr, seed_value = seed_argument(p.seed, p.offsets)
+    operand, precision = _operand(features.dtype)
     with torch.cuda.device_of(features):
-        kernel[(sets * chosen.splits,)](
-            p.queries.contiguous(),
-            features,
-            p.quality.contiguous(),
-            p.encoding_weight.contiguous(),
-            _turns(dim, features.device),
-            p.offsets,
-            p.lengths,
-            *seed_argument(p.seed, p.offsets),
-            *tensors,
-            features.stride(0),
-            features.shape[0],
-            dim,
-            count,
-            chosen.splits,
-            p.threshold,
-            1 / (1 - p.dropout),
-            p.encoding_eps,
+        kernel[(sets * plan.parts,)](
+            queries_ptr=p.queries.contiguous(),
+            rows_ptr=features,
+            quality_ptr=p.quality.contiguous(),
+            weight_ptr=p.encoding_weight.contiguous(),
+            turns_ptr=_turns(dim, features.device),
+            offsets_ptr=p.offsets.contiguous(),
+            lengths_ptr=p.lengths.contiguous(),
+            seed_ptr=seed_ptr,
+            seed_value=seed_value,
+            **pointers,
+            stride_row=features.stride(0),
+            T=features.shape[0],
+            C=dim,
+            H=count,
+            parts=plan.parts,
+            threshold=p.threshold,
+            keep_scale=1 / (1 - p.dropout),
+            eps=p.encoding_eps,
             DROPOUT=p.seed is not None,
-            PRECISION="ieee",
-            BLOCK_N=chosen.block_n,
-            BLOCK_H=chosen.block_h,
-            BLOCK_C=chosen.block_c,
+            OPERAND=operand,
+            PRECISION=precision,
+            BLOCK_N=plan.block_n,
+            BLOCK_H=plan.block_h,
+            BLOCK_C=plan.block_c,
             num_warps=WARPS,
             num_stages=stages,
             **MOST_REGISTERS,
@@ -111,5 +141,5 @@ def _launch(kernel: Any, p: Inputs, tensors: Iterable[Tensor], stages: int) -> N
 
 @cache
 def _turns(dim: int, device: torch.device) -> Tensor:
-    """Turns of each pair of channels a unit of norm, 10000^(-2i / dim), rounded once from float64."""
+    """Turns of each pair of channels per unit of norm, 10000^(-2i / dim), rounded once from float64."""
     return (10000 ** (-2 * torch.arange(dim // 2, dtype=torch.float64) / dim)).to(device, torch.float32)
