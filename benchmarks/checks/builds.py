@@ -270,7 +270,7 @@ def attention_specs() -> Iterator[Spec]:
     from fcn_kernels.attention.inputs import Arriving, Inputs
     from fcn_kernels.attention.kernels import launch
 
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for queries, dropout in ((24, 0.1), (24, 0.0), (64, 0.1)):
             empty = torch.empty
             inputs = Inputs(

@@ -89,8 +89,10 @@ def product(a, b, onto, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     if a.shape[0] >= WGMMA_ROWS and b.shape[1] < WGMMA_ROWS:
         if onto is not None:
             onto = tl.trans(onto)
-        return tl.trans(tl.dot(tl.trans(b), tl.trans(a), onto, input_precision=PRECISION))
-    return tl.dot(a, b, onto, input_precision=PRECISION)
+        result = tl.trans(tl.dot(tl.trans(b), tl.trans(a), onto, input_precision=PRECISION))
+    else:
+        result = tl.dot(a, b, onto, input_precision=PRECISION)
+    return result
 
 
 @triton.jit
