@@ -272,7 +272,7 @@ def _attend_picks(layer: nn.MultiheadAttention, rows: Tensor, mask: Tensor) -> T
     heads = layer.num_heads
     projected = _linear(rows, layer.in_proj_weight, layer.in_proj_bias).unflatten(-1, (3, heads, layer.head_dim))
     query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, heads, K, d)
-    score = _bounded(query) @ _bounded(key).mT / layer.head_dim**0.5
+    score = _bounded(query) @ _bounded(key).mT / layer.head_dim**0.5  # (B, heads, K, K)
     weight = torch.softmax(score.masked_fill(~mask[:, None, None], -torch.inf), -1)
     weight = F.dropout(weight, layer.dropout, layer.training)
     gathered = (weight @ value).transpose(1, 2).flatten(-2)
@@ -325,7 +325,7 @@ _LARGE, _SMALL = 2.0**60, 2.0**-60
 
 def _length(rows: Tensor) -> Tensor:
     """|r| of rows (..., C), scaled by a power of two where the squares would overflow or vanish."""
-    largest = torch.linalg.vector_norm(rows.detach(), math.inf, dim=-1)
+    largest = rows.detach().abs().amax(-1)  # a vector_norm of order inf takes 8 times as long on CPUs
     scale = torch.where(largest > _LARGE, 2.0**-100, torch.where(largest < _SMALL, 2.0**100, 1.0))
     length: Tensor = torch.linalg.vector_norm(rows * scale[..., None], dim=-1) / scale
     return length
@@ -333,7 +333,7 @@ def _length(rows: Tensor) -> Tensor:
 
 def _bounded(rows: Tensor) -> Tensor:
     """Rows (..., d), those with elements above 2^40 shortened to it: softmax and LayerNorm give the same for them."""
-    largest = torch.linalg.vector_norm(rows.detach(), math.inf, dim=-1, keepdim=True)
+    largest = rows.detach().abs().amax(-1, keepdim=True)
     bounded: Tensor = rows * (2.0**40 / largest).clamp(max=1)
     return bounded
 
