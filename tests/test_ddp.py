@@ -1,4 +1,4 @@
-"""The head under distributed data parallel: two processes train as one does on both their batches."""
+"""The head under distributed data parallel: two processes train as one does, also where one of them has no set."""
 
 import socket
 from pathlib import Path
@@ -15,23 +15,36 @@ from fcn_kernels import CoresetAggregator
 STEPS, SETS, ROWS, DIM = 4, 4, 10, 16
 
 
-def _train(rank: int, world: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+# The sets of each rank, and in the second case one without any.
+SHARES = {"halves": (slice(0, 2), slice(2, 4)), "one rank empty": (slice(0, 4), slice(4, 4))}
+
+
+def _train(share: slice, world: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Losses of this rank's share of the batches, and the parameters at the end."""
     torch.manual_seed(0)
     head = CoresetAggregator(DIM, num_heads=4, dropout=0.0).double()
     model = DistributedDataParallel(head) if world > 1 else head
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    share = slice(rank * SETS // world, (rank + 1) * SETS // world)
     losses = []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         features = F.normalize(torch.randn(SETS, ROWS, DIM, generator=generator, dtype=torch.float64), dim=-1)
         quality = torch.rand(SETS, ROWS, generator=generator, dtype=torch.float64) * 5 + 1
         noise = -torch.empty(3, SETS, ROWS, dtype=torch.float64).exponential_(generator=generator).log()
-        output = model(features[share], quality[share], noise=noise[:, share])
-        loss = (output.descriptor.cumsum(-1).mean(-1) + output.norm.log()).mean()
+        if step % 2:
+            output = model(features[share], quality[share], noise=noise[:, share])
+        else:  # packed: a rank without sets has no offset but 0
+            sets = features[share].shape[0]
+            output = model(
+                features[share].flatten(0, 1),
+                quality[share].flatten(),
+                noise=noise[:, share].flatten(1),
+                cu_seqlens=torch.arange(sets + 1) * ROWS,
+            )
+        loss = (output.descriptor.cumsum(-1).mean(-1) + output.norm.log()).sum() * world / SETS
         optimizer.zero_grad()
         loss.backward()
+        assert all(parameter.grad is not None for parameter in head.parameters())
         optimizer.step()
         losses.append(loss.detach())
     return losses, head.state_dict()
@@ -41,11 +54,12 @@ def _process(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     try:
-        losses, parameters = _train(rank, world)
-        for loss in losses:
-            dist.all_reduce(loss)
-            loss /= world
-        torch.save((torch.stack(losses), parameters), Path(folder) / f"{rank}.pt")
+        for name, shares in SHARES.items():
+            losses, parameters = _train(shares[rank], world)
+            for loss in losses:
+                dist.all_reduce(loss)
+                loss /= world
+            torch.save((torch.stack(losses), parameters), Path(folder) / f"{name} {rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -56,10 +70,11 @@ def test_two_processes_train_as_one(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(_process, args=(2, port, str(tmp_path)), nprocs=2)
-    expected_losses, expected = _train(0, 1)
-    for rank in range(2):
-        losses, parameters = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        # float64, and only the order of sums differs
-        assert torch.allclose(losses, torch.stack(expected_losses), rtol=0, atol=1e-10)
-        for name, value in expected.items():
-            assert torch.allclose(parameters[name], value, rtol=0, atol=1e-10), name
+    expected_losses, expected = _train(slice(0, SETS), 1)
+    for name in SHARES:
+        for rank in range(2):
+            losses, parameters = torch.load(tmp_path / f"{name} {rank}.pt", weights_only=True)
+            # float64, and only the order of sums differs
+            assert torch.allclose(losses, torch.stack(expected_losses), rtol=0, atol=1e-10), name
+            for parameter, value in expected.items():
+                assert torch.allclose(parameters[parameter], value, rtol=0, atol=1e-10), (name, parameter)

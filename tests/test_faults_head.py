@@ -1,6 +1,11 @@
 """The head and its attention where things are missing, poisoned or at the ends of a dtype."""
 
 import copy
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +14,12 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fcn_kernels import CoresetAggregator, coreset_select
+from fcn_kernels.attention import op as attention_op
 from fcn_kernels.attention import torch_backend
 from fcn_kernels.attention.inputs import Arriving, Inputs
 from fcn_kernels.attention.kernels import launch
 from fcn_kernels.attention.op import set_attention
+from fcn_kernels.heads import facecoresetnet
 from fcn_kernels.heads.adaface import AdaFace
 from fcn_kernels.sets import RowSets, usable_rows
 
@@ -107,25 +114,31 @@ def test_a_bad_row_reaches_no_backbone(training):
     assert grads[:, [0, 1, 2, 4, 5]].isfinite().all()
 
 
-LAYOUTS = ("lengths", "mask", "packed")
+BACKENDS = {"cpp": torch_backend, "torch": torch_backend, "triton": launch}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """What the head's selection and attention run on."""
+    monkeypatch.setattr(facecoresetnet, "coreset_select", partial(coreset_select, backend=request.param))
+    monkeypatch.setattr(attention_op, "_backend", lambda features: BACKENDS[request.param])
+    return request.param
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("poison", POISON)
-def test_nothing_is_read_where_nothing_may_be_read(poison, layout, training):
-    """Padding, masked rows and rows of no quality, with their noise, full of NaN or infinities."""
+@pytest.mark.parametrize("layout", ["lengths", "mask", "packed"])
+def test_nothing_is_read_where_nothing_may_be_read(layout, training, backend):
+    """Padding, masked rows and rows of no quality, full of NaN or infinities."""
     features, quality = _rows(4, 7)
     lengths = torch.tensor([7, 0, 3, 5])
     noise = _gumbel(K, 4, 7) if training else None
     outside = torch.arange(7) >= lengths[:, None]
     head = _head().train(training)
-    if layout == "packed":  # packed sets have no padding: a row of no quality stands in their place
+    if layout == "packed":  # packed sets have no padding: a row of no quality stands in its place
         options = {"cu_seqlens": torch.tensor([0, 7, 14, 21, 28])}
-        clean = quality.masked_fill(outside, 0)
+        quality = quality.masked_fill(outside, 0)
     else:
         options = {"lengths": lengths} if layout == "lengths" else {"mask": ~outside}
-        clean = quality
 
     def run(features, quality, noise):
         if layout == "packed":
@@ -133,12 +146,57 @@ def test_nothing_is_read_where_nothing_may_be_read(poison, layout, training):
             noise = None if noise is None else noise.flatten(1)
         return _results(head, features, quality, noise=noise, **options)
 
-    expected = run(features, clean, noise)
-    poisoned = [features.masked_fill(outside[..., None], poison), clean.masked_fill(outside, poison)]
-    got = run(*poisoned, noise)
+    expected = run(features, quality, noise)
+    for poison in POISON:
+        poisoned = features.masked_fill(outside[..., None], poison), quality.masked_fill(outside, poison)
+        got = run(*poisoned, None if noise is None else noise.masked_fill(outside, -torch.inf))
+        _same(got, expected)
+        assert all(grad.view(4, 7, -1)[outside].count_nonzero() == 0 for grad in got[1])
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**16), rows=st.integers(1, 6), sets=st.integers(1, 3), training=st.booleans())
+def test_any_unusable_rows_are_as_if_they_were_masked(seed, rows, sets, training):
+    generator = torch.Generator().manual_seed(seed)
+    features, quality = _rows(sets, rows, seed=seed)
+    noise = _gumbel(K, sets, rows, seed=seed) if training else None
+    mask = torch.rand(sets, rows, generator=generator) < 0.6
+    head = _head().train(training)
+    expected = _results(head, features, quality, noise=noise, mask=mask)
+    values = torch.tensor([*POISON, 0.0])
+    for b, n in (~mask).nonzero().tolist():
+        value = values[torch.randint(4, (), generator=generator)]
+        if torch.rand((), generator=generator) < 0.5:
+            quality[b, n] = value
+        elif value == 0:
+            features[b, n] = 0
+        else:
+            features[b, n, torch.randint(DIM, (), generator=generator)] = value
+    got = _results(head, features, quality, noise=noise)
     _same(got, expected)
-    grads = [grad.view(4, 7, -1)[outside] for grad in got[1]]
-    assert all(grad.abs().max() == 0 for grad in grads)
+    assert all(grad[~mask].count_nonzero() == 0 for grad in got[1])
+
+
+STRIDED = {
+    "transposed sets": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "every second row": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "strided columns": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", STRIDED)
+def test_memory_may_be_laid_out_in_any_way(layout, dtype):
+    features, quality = _rows(3, 8, dtype=dtype)
+    head = _head(dropout=0.0)
+    noise, spread = _gumbel(K, 3, 8), STRIDED[layout]
+    expected = head(features, quality, noise=noise)
+    rows, norms = spread(features).requires_grad_(), spread(quality[..., None])[..., 0].requires_grad_()
+    got = head(rows, norms, noise=noise)
+    assert torch.equal(got.coreset.indices, expected.coreset.indices)
+    assert (got.descriptor - expected.descriptor).abs().max() <= 1e-6
+    grads = torch.autograd.grad(got.descriptor.cumsum(-1).sum(), (rows, norms))
+    assert all(grad.isfinite().all() for grad in grads)
 
 
 # Attention: the same rows on both backends
@@ -262,6 +320,54 @@ def test_norms_of_any_size_give_finite_results(backend):
                 assert (got[0] - exact.out).abs().max() <= 0.02 * exact.out.abs().max(), (size, dtype)
 
 
+def test_forward_mode_raises_instead_of_giving_zeros():
+    features, quality = _rows(6)
+    sets = RowSets.padded(2, 3, None, features.device)
+
+    def attend(features):
+        return set_attention(torch.ones(2, 2, DIM), features, quality, torch.ones(DIM), sets)[0].sum()
+
+    for derivative in (torch.func.jvp, lambda f, x, t: torch.func.jacfwd(f)(*x)):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            derivative(attend, (features,), (torch.ones_like(features),))
+    rows = features.clone().requires_grad_()
+    expected = torch.autograd.grad(attend(rows), rows)[0]
+    assert torch.equal(torch.func.grad(attend)(features), expected)
+    assert torch.allclose(torch.func.jacrev(attend)(features), expected)
+
+
+PRODUCTS = """
+import importlib
+from benchmarks.checks import builds
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+seen = set()
+for spec in builds.attention_specs():
+    if not spec.label.startswith("bfloat16") or "dropout 0.0" in spec.label:
+        continue
+    order = list(spec.signature)
+    source = ASTSource(
+        fn=getattr(importlib.import_module(spec.module), spec.kernel),
+        signature=spec.signature,
+        constexprs={(order.index(name),): value for name, value in spec.constants.items()},
+    )
+    text = compile(source, target=GPUTarget(*builds.TARGETS["sm_90"]), options=spec.options).asm["ptx"]
+    assert "mma.sync" in text, spec
+    assert "wgmma" not in text, spec
+    seen.add((spec.label, spec.kernel))
+assert len(seen) == 4, seen
+"""
+
+
+def test_no_product_is_of_the_kind_that_ptxas_may_break():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", PRODUCTS], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # Nothing there
 
 
@@ -358,6 +464,25 @@ def test_a_mask_is_the_set_without_the_rows(training):
         assert (one - other).abs().max() <= 1e-4 * other.abs().max()
     assert (masked[1][0][mask] - packed[1][0]).abs().max() <= 1e-4 * packed[1][0].abs().max()
     assert masked[1][0][~mask].count_nonzero() == 0
+
+
+def test_nested_sets_are_packed_ones():
+    features, quality = _rows(9)
+    lengths = [4, 0, 5]
+    head = _head(dropout=0.0).eval()
+    expected = _results(head, features, quality, cu_seqlens=torch.tensor([0, 4, 4, 9]))
+    rows = features.clone().requires_grad_()
+    nested = torch.nested.as_nested_tensor(list(rows.split(lengths)), layout=torch.jagged)
+    norms = torch.nested.as_nested_tensor(list(quality.split(lengths)), layout=torch.jagged)
+    for either in (norms, quality):
+        output = head(nested, either)
+        assert torch.equal(output.descriptor, expected[0][0])
+        grad = torch.autograd.grad(output.descriptor.cumsum(-1).sum() + output.norm.sum(), rows, retain_graph=True)[0]
+        assert torch.equal(grad, expected[1][0])
+    with pytest.raises(ValueError, match="no cu_seqlens with nested features"):
+        head(nested, norms, cu_seqlens=torch.tensor([0, 4, 4, 9]))
+    with pytest.raises(TypeError, match=r"layout torch\.jagged, got torch\.strided"):
+        head(torch.nested.nested_tensor([features]), quality)
 
 
 def test_generator_distinct_and_strict_are_the_selections():

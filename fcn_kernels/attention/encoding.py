@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Waves(NamedTuple):
-    """What the sinusoid needs for each channel: e(r)_c = sin(r * frequency_c + phase_c)."""
+    """The sinusoid's constants per channel: e(r)_c = sin(r * frequency_c + phase_c)."""
 
     frequency: Tensor  # (C,), 2 pi / 10000^(2i / C) for both channels of pair i
     phase: Tensor  # (C,), 0 and pi / 2 in turn: sine and cosine
@@ -25,7 +25,7 @@ class Waves(NamedTuple):
         return cls(*(table.to(device, dtype) for table in (frequency, channel % 2 * (math.pi / 2))))
 
 
-waves = cache(Waves.of)  # for op bodies alone: under tracing it would keep fake tensors
+waves = cache(Waves.of)  # for op bodies only: under tracing it would keep fake tensors
 
 
 def sinusoid(norms: Tensor, table: Waves, out: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ that
     out_h = sum_n p'_h(n) x_n,            weight_sum_h = sum_n p'_h(n),
 
 p' being p after dropout. The LayerNorm's bias adds the same to every row's score and drops out. Nothing of
-the size of the set's features is made or kept: forward keeps the softmax's log-normalisers for backward.
+the size of the set's features is made or kept: forward keeps the log-sum-exp of each query's scores for backward.
 """
 
 from types import ModuleType
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fcn_kernels.attention import torch_backend
@@ -41,23 +42,38 @@ def set_attention(
     Args:
         queries: (B, H, C), projected into the space of the rows, and scaled.
         features: (T, C) unit rows, C even; float32, bfloat16 or float16, summed in float32, or float64.
-        quality: (T,), the rows' norms.
-        encoding_weight: (C,), the weight of the LayerNorm over the norms' sinusoids; encoding_eps, its
-        epsilon. sets: which rows belong to which set. dropout: probability with which each p_h(n) is dropped;
-        those kept are divided by 1 - dropout. seed: 0-d int64; the weights dropped depend on it and on set,
-        query and row within the set alone. Drawn
-            from torch's default generator if None.
+        quality: (T,), the rows' norms. A row of quality 0 is masked.
+        encoding_weight: (C,), the weight of the LayerNorm over the norms' sinusoids.
+        sets: which rows belong to which set. No rows and no sets at all are fine.
+        encoding_eps: epsilon of that LayerNorm.
+        dropout: probability in [0, 1) with which each p_h(n) is dropped; those kept are divided by 1 - dropout.
+        seed: 0-d int64; which weights are dropped depends on it and on set, query and row within the set alone.
+            Drawn from torch's default generator if None.
 
     Returns:
-        out (B, H, C) and weight_sum (B, H), float32 (float64 for float64 rows). Without dropout the weight_sum of a set
-        is 1, and 0 if it has no row to attend to. Rows that the selection can never pick (features or norm
-        not finite, norm not above 0, features all zero) are left out here too, and take no gradient.
-        Gradients reach queries, features, quality and encoding_weight.
+        out (B, H, C) and weight_sum (B, H), float32 (float64 for float64 rows). Without dropout the weight_sum of a
+        set is 1, and 0 if it has no usable row. Rows that are not usable (:func:`fcn_kernels.sets.usable_rows`) are
+        left out, whatever they hold, as the selection leaves them out, and their gradient is 0. Gradients reach
+        queries, features, quality and encoding_weight.
+
+    Raises:
+        ValueError: dropout is out of range, or C is odd.
+        NotImplementedError: a second or a forward-mode derivative is asked for.
+
+    Source: Shapira and Keller, "FaceCoresetNet", AAAI 2024, section 3 (the attention); folding the projections is ours.
+
+    Example:
+        >>> features, quality = torch.nn.functional.normalize(torch.randn(2 * 10, 64), dim=-1), torch.rand(2 * 10) + 5
+        >>> sets = RowSets.padded(2, 10, None, features.device)
+        >>> out, weight_sum = set_attention(torch.randn(2, 3, 64), features, quality, torch.ones(64), sets)
+        >>> out.shape, weight_sum.shape
+        (torch.Size([2, 3, 64]), torch.Size([2, 3]))
     """
     if not 0 <= dropout < 1:
         raise ValueError(f"expected dropout in [0, 1), got {dropout}")
     if features.shape[1] % 2:
         raise ValueError(f"expected an even number of columns, got features of shape {tuple(features.shape)}")
+    _refuse_forward_mode(queries, features, quality, encoding_weight)
     dtype = accumulator(features.dtype)
     if dropout == 0:
         seed = None
@@ -66,8 +82,16 @@ def set_attention(
     inputs = Inputs(
         queries.to(dtype), features, quality.to(dtype), encoding_weight.to(dtype), *sets, seed, dropout, encoding_eps
     )
-    out, weight_sum, _ = torch.ops.fcn_kernels.set_attention.default(*inputs)
+    out, weight_sum, _ = (_Transformed.apply if _transformed() else _run)(*inputs)
     return out, weight_sum
+
+
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    """Where a derivative of an operator is not registered, PyTorch's forward mode takes it for 0."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError("set_attention has no forward-mode derivative. Use backward() or torch.func.vjp.")
 
 
 _FIELDS = len(Inputs._fields)
@@ -80,6 +104,10 @@ _library.define(f"set_attention({_INPUTS}) -> (Tensor out, Tensor weight_sum, Te
 _library.define(
     f"set_attention_backward({_INPUTS}, Tensor lse, Tensor grad_out, Tensor grad_weight_sum, Tensor delta) -> "
     "(Tensor queries, Tensor features, Tensor quality, Tensor encoding_weight)"
+)
+_run, _run_backward = (
+    torch.ops.fcn_kernels.set_attention.default,
+    torch.ops.fcn_kernels.set_attention_backward.default,
 )
 
 
@@ -129,7 +157,8 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_weight_sum: Tensor, _: Tenso
     *tensors, out, weight_sum, lse = ctx.saved_tensors
     delta = (grad_out * out).sum(-1) + grad_weight_sum * weight_sum
     arriving = Arriving(lse, grad_out, grad_weight_sum, delta)
-    grads = torch.ops.fcn_kernels.set_attention_backward.default(*tensors, *ctx.constants, *arriving)
+    run = _TransformedBackward.apply if _transformed() else _run_backward
+    grads = run(*tensors, *ctx.constants, *arriving)
     return *grads, *(None,) * (_FIELDS - len(grads))
 
 
@@ -139,6 +168,39 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
 
 torch.library.register_autograd("fcn_kernels::set_attention", _differentiate, setup_context=_save, lib=_library)
 torch.library.register_autograd("fcn_kernels::set_attention_backward", _no_second_derivative, lib=_library)
+
+
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+
+
+class _Transformed(torch.autograd.Function):
+    """The operator under torch.func's transforms, which do not take what torch.library registers."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(_run(*args))
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_differentiate)
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """Likewise, of its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(_run_backward(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    backward = staticmethod(_no_second_derivative)
 
 
 @register_flop_formula(torch.ops.fcn_kernels.set_attention)

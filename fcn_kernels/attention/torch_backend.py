@@ -1,6 +1,6 @@
-"""Set attention in PyTorch operations, a block of rows at a time: the backend of CPUs and of float64.
+"""Set attention in PyTorch operations, a block of rows at a time: the backend for CPUs and for float64.
 
-Encodings and keys exist for a block that fits the cache, with an online softmax from block to block; backward
+Encodings and keys exist for one block, which fits the cache; an online softmax runs from block to block, and backward
 makes the blocks again.
 """
 

@@ -118,8 +118,9 @@ class CoresetAggregator(nn.Module):
 
         Args:
             features: (B, N, C) unit rows; (N, C) for one set; or (T, C) packed sets with cu_seqlens. float32,
-                bfloat16, float16 or float64.
-            quality: (B, N), (N,) or (T,), the norms the rows had, above 0; a last axis of size 1 may follow.
+                bfloat16, float16 or float64. A nested tensor of layout ``torch.jagged`` is packed sets.
+            quality: (B, N), (N,) or (T,), the norms the rows had, above 0; a last axis of size 1 may follow. Nested or
+                packed for nested features.
             noise: (k, B, N), (k, N) or (k, T) Gumbel samples to pick with; drawn while training if None.
             generator: draws the seed of the picks. Dropout follows torch's default generators.
             distinct: never pick a row twice.
@@ -139,6 +140,7 @@ class CoresetAggregator(nn.Module):
         if not isinstance(features, Tensor) or not isinstance(quality, Tensor):
             got = f"{type(features).__name__} and {type(quality).__name__}"
             raise TypeError(f"expected features and quality to be Tensors, got {got}")
+        features, quality, cu_seqlens = _unnested(features, quality, cu_seqlens)
         if features.ndim not in ((2, 3) if cu_seqlens is None else (2,)) or features.shape[-1] != self.dim:
             shape = (
                 f"(B, N, {self.dim}) or (N, {self.dim})" if cu_seqlens is None else f"(T, {self.dim}) with cu_seqlens"
@@ -176,6 +178,18 @@ class CoresetAggregator(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, k={self.k}"
+
+
+def _unnested(features: Tensor, quality: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Jagged nested tensors as packed sets; others as they are."""
+    if features.is_nested:
+        if features.layout != torch.jagged:
+            raise TypeError(f"expected nested features of layout torch.jagged, got {features.layout}")
+        if cu_seqlens is not None:
+            raise ValueError("expected no cu_seqlens with nested features")
+        features = features.contiguous()
+        features, cu_seqlens = features.values(), features.offsets()  # type: ignore[attr-defined]
+    return features, quality.contiguous().values() if quality.is_nested else quality, cu_seqlens
 
 
 def select_scaled(
