@@ -155,6 +155,16 @@ def test_strided_rows_and_repeated_bits(device):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_repeats_give_the_same_bits(dtype, device):
+    lengths = [30, 9, 0, 70]
+    p, arriving = _call(lengths, 32, 24, dtype, device, dropout=0.2)
+    first = _run(attention_launch, p, arriving)
+    for _ in range(50 if device.type == "cuda" else 1):
+        for one, other in zip(first, _run(attention_launch, p, arriving), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_no_sets_and_no_rows(device):
     p, arriving = _call([0, 0], 16, 5, torch.float32, device)
     out, weight_sum, *grads = _run(attention_launch, p, arriving)

@@ -147,14 +147,18 @@ def test_nothing_is_read_where_nothing_may_be_read(layout, training, backend):
         return _results(head, features, quality, noise=noise, **options)
 
     expected = run(features, quality, noise)
-    for poison in POISON:
-        poisoned = features.masked_fill(outside[..., None], poison), quality.masked_fill(outside, poison)
-        got = run(*poisoned, None if noise is None else noise.masked_fill(outside, -torch.inf))
-        _same(got, expected)
-        assert all(grad.view(4, 7, -1)[outside].count_nonzero() == 0 for grad in got[1])
+    generator = torch.Generator().manual_seed(0)
+    poison = [torch.tensor(POISON)[torch.randint(3, t.shape, generator=generator)] for t in (features, quality)]
+    got = run(
+        features.where(~outside[..., None], poison[0]),
+        quality.where(~outside, poison[1]),
+        None if noise is None else noise.masked_fill(outside, -torch.inf),  # NaN and inf are refused
+    )
+    _same(got, expected)
+    assert all(grad.view(4, 7, -1)[outside].count_nonzero() == 0 for grad in got[1])
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 2**16), rows=st.integers(1, 6), sets=st.integers(1, 3), training=st.booleans())
 def test_any_unusable_rows_are_as_if_they_were_masked(seed, rows, sets, training):
     generator = torch.Generator().manual_seed(seed)
@@ -274,7 +278,7 @@ def _attention(backend, p, arriving):
     return out, weight_sum, *backend.backward(p, Arriving(lse, grad_out, grad_sum, delta))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(call=_calls())
 def test_both_backends_attend_to_the_usable_rows_alone(call):
     p, scale = call
@@ -343,9 +347,11 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+# each kernel once, for the head's 24 queries and for the most that are planned for
+BUILT = ("bfloat16", "H=24 dropout 0.1", "forward"), ("bfloat16", "H=64 dropout 0.1", "backward")
 seen = set()
 for spec in builds.attention_specs():
-    if not spec.label.startswith("bfloat16") or "dropout 0.0" in spec.label:
+    if (spec.label[:8], spec.label[-16:], spec.kernel[10:]) not in BUILT:
         continue
     order = list(spec.signature)
     source = ASTSource(
@@ -357,7 +363,7 @@ for spec in builds.attention_specs():
     assert "mma.sync" in text, spec
     assert "wgmma" not in text, spec
     seen.add((spec.label, spec.kernel))
-assert len(seen) == 4, seen
+assert len(seen) == 2, seen
 """
 
 
@@ -464,6 +470,24 @@ def test_a_mask_is_the_set_without_the_rows(training):
         assert (one - other).abs().max() <= 1e-4 * other.abs().max()
     assert (masked[1][0][mask] - packed[1][0]).abs().max() <= 1e-4 * packed[1][0].abs().max()
     assert masked[1][0][~mask].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_a_mask_may_be_of_integers(dtype):
+    features, quality = _rows(2, 12)
+    mask = torch.rand(2, 12, generator=torch.Generator().manual_seed(3)) < 0.6
+    head = _head(dropout=0.0)
+    noise = _gumbel(K, 2, 12)
+    _same(
+        _results(head, features, quality, noise=noise, mask=mask.to(dtype)),
+        _results(head, features, quality, noise=noise, mask=mask),
+    )
+    with pytest.raises(ValueError, match="mask"):
+        head(features, quality, mask=mask.to(dtype) * 2)
+    with pytest.raises(TypeError, match="mask"):
+        head(features, quality, mask=mask.float())
+    with pytest.raises(ValueError, match="mask"):
+        head(features, quality, mask=mask[:, :5].to(dtype))
 
 
 def test_nested_sets_are_packed_ones():

@@ -14,6 +14,7 @@ from fcn_kernels.attention.op import set_attention
 from fcn_kernels.selection.select import Coreset, coreset_select
 from fcn_kernels.sets import RowSets, accumulator, usable_rows
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 DISTANCE_SCALE = 0.5  # of the authors' code: (1 - cos) / 2
 
 
@@ -125,7 +126,7 @@ class CoresetAggregator(nn.Module):
             generator: draws the seed of the picks. Dropout follows torch's default generators.
             distinct: never pick a row twice.
             mask, lengths, cu_seqlens: which rows take part, at most one of the three, as in
-                :func:`fcn_kernels.coreset_select`. No row and no set at all are fine.
+                :func:`fcn_kernels.coreset_select`; a mask may be 0/1 integers. No row and no set at all are fine.
             strict: raise if a row that takes part cannot be picked, naming set and row. Waits for the device.
 
         Returns:
@@ -242,10 +243,11 @@ def aggregate_sets(
     if quality.shape != features.shape[:-1]:
         shape = tuple(features.shape[:-1])
         raise ValueError(f"expected quality of shape {shape}, got {tuple(quality.shape)}")
+    mask = _as_bool(mask)
     coreset = select_scaled(features, quality, k, gamma, mask=mask, lengths=lengths, cu_seqlens=cu_seqlens, **options)
     single = features.ndim == 2 and cu_seqlens is None
     if mask is not None:
-        quality = quality.where(mask.to(torch.bool), 0)  # such rows are not usable
+        quality = quality.where(mask, 0)  # such rows are not usable
     if cu_seqlens is not None:
         sets = RowSets.packed(cu_seqlens, features.device)
     else:
@@ -256,6 +258,15 @@ def aggregate_sets(
     core, counts = (coreset.features[None], coreset.counts[None]) if single else (coreset.features, coreset.counts)
     aggregate = refine(layers, core, counts, features, quality, sets)
     return coreset, aggregate[0] if single else aggregate
+
+
+def _as_bool(mask: Tensor | None) -> Tensor | None:
+    """A mask of 0 and 1 as one of bools; whatever else there is, the selection refuses."""
+    if not isinstance(mask, Tensor) or mask.dtype not in _INTEGERS:
+        return mask
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("expected an integer mask of 0 and 1, got other values in it")
+    return mask != 0
 
 
 def refine(
