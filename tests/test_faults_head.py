@@ -599,3 +599,27 @@ def test_the_head_compiles_whole():
     expected, got = head(features, quality, mask=mask), compiled(features, quality, mask=mask)
     assert (expected.descriptor - got.descriptor).abs().max() <= 1e-6
     assert torch.equal(expected.coreset.indices, got.coreset.indices)
+
+
+@pytest.mark.parametrize("size", [1e-37, 1e-25, 1e10, 1e19, 1e25, 1e36])
+def test_picks_of_any_norm_are_refined_as_in_float64(size):
+    """LayerNorm, softmax and the descriptor's length would square what float32 cannot hold squared."""
+    features, quality = _rows(3, 8)
+    quality = quality * size
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        head = _head(dropout=0.0).eval().to(dtype)
+        rows, norms = (t.to(dtype).requires_grad_() for t in (features, quality))
+        core = (rows * norms[..., None])[:, :K]
+        sets = RowSets.padded(3, 8, None, features.device)
+        aggregate = facecoresetnet.refine(
+            head._layers(), core, torch.tensor([3, 2, 0]), rows.flatten(0, 1), norms.flatten(), sets
+        )
+        norm = facecoresetnet._length(aggregate)
+        descriptor = aggregate / torch.where(norm > 0, norm, 1)[:, None]
+        grads = torch.autograd.grad(descriptor.cumsum(-1).sum(), (rows, norms, *head.parameters()), allow_unused=True)
+        assert all(grad.isfinite().all() for grad in grads if grad is not None)
+        results.append((descriptor, norm / size, *grads[:2]))
+    for name, single, exact in zip(("descriptor", "norm", "features", "quality"), *results, strict=True):
+        # a score of 1e19 hangs on the last bit of its rows: there float32's softmax is another at times
+        assert (single - exact).abs().max() <= 1e-3 * exact.abs().max(), name
