@@ -171,7 +171,7 @@ torch.library.register_autograd("fcn_kernels::set_attention_backward", _no_secon
 
 
 def _transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 class _Transformed(torch.autograd.Function):

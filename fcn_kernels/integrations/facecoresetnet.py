@@ -253,7 +253,7 @@ class _PatchedAttention(_Patched):
         self: Any, template_features: Tensor, template_norms: Tensor, only_FPS: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Unit rows (B, N, C) and their norms (B, N) to the aggregate (B, C) and the picks (B, min(k, N), C)."""
-        k = min(int(self.coreset_size), template_features.shape[1])
+        k = max(1, min(int(self.coreset_size), template_features.shape[1]))  # no rows give no pick
         if only_FPS:
             coreset = select_scaled(template_features, template_norms, k, _gamma(self), sample=self.training)
             aggregate = coreset.features.sum(1) / coreset.counts.clamp(min=1)[:, None]
