@@ -43,6 +43,10 @@ def usable_rows(features: Tensor, quality: Tensor) -> Tensor:
 
     A usable row has finite features, not all of them 0, and a quality that is finite and above 0. The largest magnitude
     decides the first two up to the ends of every dtype; a sum of squares would leave its range before.
+
+    Example:
+        >>> usable_rows(torch.tensor([[1e-25, 0.0], [0.0, 0.0], [1.0, math.nan], [1e25, 1.0]]), torch.ones(4))
+        tensor([ True, False, False,  True])
     """
     # Two reductions without a copy take 1.3 ms for 8,000 x 512 float32 on a CPU, a vector_norm of order inf 8.
     largest = torch.maximum(features.amax(-1), features.amin(-1).neg())

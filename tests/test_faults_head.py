@@ -559,6 +559,14 @@ def test_what_is_no_tensor_is_named():
         _head()(features.tolist(), quality)
     with pytest.raises(TypeError, match="Tensor and NoneType"):
         _head()(features, None)
+    for training in (True, False):
+        head = _head().train(training)
+        with pytest.raises(TypeError, match=r"features of a floating-point dtype, got torch\.int64"):
+            head(features.long(), quality)
+        with pytest.raises(TypeError, match="quality of dtype"):
+            head(features, quality.long())
+        with pytest.raises(ValueError, match="features' device cpu, got meta"):
+            head(features, quality.to("meta"))
     with pytest.raises(ValueError, match=r"quality of shape \(2, 6\), got \(2, 6, 2\)"):
         _head()(features, quality[..., None].expand(-1, -1, 2))
 

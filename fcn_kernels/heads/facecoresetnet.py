@@ -243,6 +243,10 @@ def aggregate_sets(
     if quality.shape != features.shape[:-1]:
         shape = tuple(features.shape[:-1])
         raise ValueError(f"expected quality of shape {shape}, got {tuple(quality.shape)}")
+    if not features.is_floating_point():  # their product with the norms would be
+        raise TypeError(f"expected features of a floating-point dtype, got {features.dtype}")
+    if quality.device != features.device:
+        raise ValueError(f"expected quality on the features' device {features.device}, got {quality.device}")
     mask = _as_bool(mask)
     coreset = select_scaled(features, quality, k, gamma, mask=mask, lengths=lengths, cu_seqlens=cu_seqlens, **options)
     single = features.ndim == 2 and cu_seqlens is None

@@ -149,6 +149,11 @@ def build_head(
 
     Warns:
         UserWarning: k is given and is not what the checkpoint was trained with.
+
+    Example:
+        >>> state = {f"module.{name}": value for name, value in CoresetAggregator(32).state_dict().items()}
+        >>> build_head({"state_dict": state, "hyper_parameters": {"coreset_size": 5}}).k
+        5
     """
     state = convert_state_dict(checkpoint, gamma=gamma)
     trained = _hyper_parameters(checkpoint).get("coreset_size")
@@ -162,7 +167,11 @@ def build_head(
 
 
 def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """:func:`convert_state_dict` of a checkpoint file, read onto the CPU with ``weights_only=True``."""
+    """:func:`convert_state_dict` of a checkpoint file, read onto the CPU with ``weights_only=True``.
+
+    Raises:
+        TypeError, ValueError: as :func:`convert_state_dict`; or the file holds no mapping.
+    """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, Mapping):
         raise TypeError(f"expected {os.fspath(path)} to hold a state dict, got {type(checkpoint).__name__}")
@@ -182,7 +191,12 @@ def patch(model: Model, *, attention: bool = False) -> Model:
     of it are patched too and use their own parameters. Patching again replaces the choice of ``attention``.
 
     Raises:
-        ValueError: no such module is in the model; or, with ``attention=True``, one lacks a layer or method.
+        ValueError: no such module is in the model; one has the method as an attribute of its own; or, with
+            ``attention=True``, one lacks a layer or method.
+
+    Example::
+
+        model = facecoresetnet.patch(model, attention=True)  # of the authors, in training or not
     """
     found = [module for module in model.modules() if hasattr(module, _SELECT) and hasattr(module, "gamma")]
     if not found:
