@@ -10,7 +10,7 @@ DROPOUT_STREAM = 1  # of the counter-based noise; the selection draws from strea
 class Inputs(NamedTuple):
     """The arguments of a call in the form that the backends take: float32, or float64 for float64 features.
 
-    Rows that are not usable (see :func:`fcn_kernels.sets.usable_rows`) take no part. A quality of 0 masks a row.
+    Rows that are not usable (see :func:`fcn_kernels.sets.usable`) take no part. A quality of 0 masks a row.
     """
 
     queries: Tensor  # (B, H, C)

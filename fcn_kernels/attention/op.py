@@ -52,7 +52,7 @@ def set_attention(
 
     Returns:
         out (B, H, C) and weight_sum (B, H), float32 (float64 for float64 rows). Without dropout the weight_sum of a
-        set is 1, and 0 if it has no usable row. Rows that are not usable (:func:`fcn_kernels.sets.usable_rows`) are
+        set is 1, and 0 if it has no usable row. Rows that are not usable (:func:`fcn_kernels.sets.usable`) are
         left out, whatever they hold, as the selection leaves them out, and their gradient is 0. Gradients reach
         queries, features, quality and encoding_weight.
 

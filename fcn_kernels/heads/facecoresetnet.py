@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fcn_kernels.attention.encoding import Waves, sinusoid
 from fcn_kernels.attention.op import set_attention
 from fcn_kernels.selection.select import Coreset, coreset_select
-from fcn_kernels.sets import RowSets, accumulator, usable_rows
+from fcn_kernels.sets import RowSets, accumulator
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 DISTANCE_SCALE = 0.5  # of the authors' code: (1 - cos) / 2
@@ -210,8 +210,8 @@ def select_scaled(
     options |= {"distance_scale": DISTANCE_SCALE, "cu_seqlens": cu_seqlens}
     scale = quality.to(accumulator(features.dtype))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (features, quality, gamma) if isinstance(t, Tensor)):
-        # A row that is not usable is left as it is: the gradient of its product would be 0 times NaN.
-        scale = scale.where(usable_rows(features.detach(), scale.detach()), 1)
+        # A row that is not finite is left as it is: the gradient of its product would be 0 times NaN.
+        scale = scale.where(_finite(features.detach()) & scale.detach().isfinite(), 1)
         return coreset_select(features * scale[..., None], k, quality, gamma, **options)
     coreset = coreset_select(features, k, quality, gamma, **options)
     if cu_seqlens is not None:
@@ -220,6 +220,11 @@ def select_scaled(
         last = torch.where(coreset.indices < 0, scale.shape[-1], coreset.indices)
         scale = F.pad(scale, (0, 1)).gather(-1, last)
     return coreset._replace(features=coreset.features * scale[..., None])
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """Which rows (..., C) have finite elements alone; in two reductions without a copy."""
+    return (rows.amax(-1) < torch.inf) & (rows.amin(-1) > -torch.inf)
 
 
 def aggregate_sets(

@@ -22,7 +22,9 @@ STREAM = tl.constexpr(DROPOUT_STREAM)
 TAU = tl.constexpr(2 * math.pi)
 SQRT_2 = tl.constexpr(math.sqrt(2))
 MAX_TURNS = tl.constexpr(2.0**22)  # float32 has no fraction of a turn beyond, and `cosine` no bound
-INFINITY_BITS = tl.constexpr(0x7F800000)
+# Of float32's smallest normal number and infinity. `fcn_kernels.sets.usable` asks the same of a row's norm, which is
+# within a factor of sqrt(C) of its largest element.
+NORMAL_BITS, INFINITY_BITS = tl.constexpr(0x00800000), tl.constexpr(0x7F800000)
 # The fewest rows of a product that Triton gives to wgmma on sm_90.
 WGMMA_ROWS = tl.constexpr(64)
 UNSPECIALIZED = ["seed_value", "threshold", "T", "H", "parts"]  # as in the selection's kernels
@@ -190,7 +192,7 @@ def scores(
         if grad_ptr is not None:
             grad = load_block(grad_ptr, head, cols, s.H, s.C)
             reach = product(grad, tl.trans(stored), reach, OPERAND, PRECISION)
-    return score, reach, (tile.quality > 0) & (largest > 0) & (largest < INFINITY_BITS)
+    return score, reach, (tile.quality > 0) & (largest >= NORMAL_BITS) & (largest < INFINITY_BITS)
 
 
 @triton.jit
