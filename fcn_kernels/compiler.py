@@ -1,6 +1,8 @@
 """Compiles the package's C++ on the machine that runs it, once, as Triton does with its kernels.
 
-So the package stays the same files everywhere, and the code is made for the CPU that it runs on.
+So the package stays the same files everywhere, and the code is made for the CPU that it runs on. What is kept is code
+that later processes run: it is loaded only from a folder and a file that are ours alone to write, and only if it is
+what was written, to the last byte.
 """
 
 import ctypes
@@ -8,8 +10,8 @@ import functools
 import hashlib
 import logging
 import os
-import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,6 @@ _log = logging.getLogger(__name__)
 _FLAGS = (
     "-std=c++17",
     "-O3",
-    "-march=native",
     "-fno-math-errno",
     "-fopenmp",
     "-pthread",
@@ -29,6 +30,9 @@ _FLAGS = (
     "-fPIC",
     "-fvisibility=hidden",
 )
+_DIGEST = hashlib.sha256
+"""Of a library, and appended to it: what a file has beyond its last section is not loaded."""
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class CompilerError(RuntimeError):
@@ -45,35 +49,113 @@ def load(source: Path, *definitions: str) -> ctypes.CDLL:
 
     The compiler is ``$CXX``, or c++, g++ or clang++. Libraries are kept in ``fcn_kernels`` under ``$XDG_CACHE_HOME``
     or ``~/.cache``, under a name that changes with the sources beside it, the compiler, the CPU and PyTorch's threads.
+    One that is damaged is made again. Where nothing can be kept, or the folder is not ours alone to write, each process
+    compiles for itself.
 
     Raises:
         CompilerError: no library can be made or loaded.
     """
-    compiler, threads = _compiler(), _threads()
+    try:
+        return _load(source, definitions)
+    except CompilerError:
+        raise
+    except Exception as error:  # whatever it is, there are PyTorch's operations
+        raise CompilerError(f"{type(error).__name__}: {error}") from error
+
+
+def _load(source: Path, definitions: tuple[str, ...]) -> ctypes.CDLL:
+    compiler, threads, (cpu, march) = _compiler(), _threads(), _cpu()
     version = _run([*compiler, "--version"])
     sources = [path.read_bytes() for path in sorted(source.parent.glob("*.[ch]*"))]
-    made_of = (sources, definitions, compiler, version, _FLAGS, [t.name for t in threads], _cpu())
+    made_of = (sources, definitions, compiler, version, _FLAGS, march, [t.name for t in threads], cpu)
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:20]
-    library = _folder() / f"{source.stem}-{key}.so"
-    if not library.exists():
-        _log.info("compiling %s", source.name)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / library.name
-            defined = (f"-D{d}" for d in definitions)
-            _run([str(part) for part in (*compiler, *_FLAGS, *defined, source, *threads, "-o", made)])
-            made.replace(library)  # whole or not at all, whoever else does the same
+    folder = _folder()
+    kept = None if folder is None else folder / f"{source.stem}-{key}.so"
+    if kept is not None and (library := _kept(kept)):
+        return library
+    _log.info("compiling %s", source.name)
+    with tempfile.TemporaryDirectory(prefix="fcn_kernels-") as place:  # 0700
+        made = Path(place) / f"{source.stem}.so"
+        defined = (f"-D{d}" for d in definitions)
+        _run([str(part) for part in (*compiler, *_FLAGS, *march, *defined, source, *threads, "-o", made)])
+        if not made.is_file():
+            raise CompilerError(f"{' '.join(compiler)} wrote no library")
+        if kept is not None:
+            _keep(made.read_bytes(), kept)
+        return ctypes.CDLL(str(made))  # which stays when its file is removed
+
+
+def _kept(path: Path) -> ctypes.CDLL | None:
+    """An earlier process's library, or None where there is none that can be trusted."""
     try:
-        return ctypes.CDLL(str(library))
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        if reason := _not_ours(os.fstat(file), stat.S_ISREG):
+            _log.warning("%s is not loaded: %s", path, reason)
+            return None
+        with open(file, "rb", closefd=False) as reader:
+            content = reader.read()
+        size = _DIGEST().digest_size
+        if len(content) <= size or _DIGEST(content[:-size]).digest() != content[-size:]:
+            _log.warning("%s is damaged, and made again", path)
+            return None
+        return ctypes.CDLL(str(path))  # nobody else can put another file in its place
     except OSError as error:
-        raise CompilerError(str(error)) from error
+        _log.warning("%s is not loaded: %s", path, error)
+        return None
+    finally:
+        os.close(file)
+
+
+def _keep(library: bytes, path: Path) -> None:
+    """Write a library for later processes: whole or not at all, whoever else does the same."""
+    temporary = None
+    try:
+        file, temporary = tempfile.mkstemp(dir=path.parent)  # 0600, of a new name
+        with open(file, "wb") as writer:
+            writer.write(library + _DIGEST(library).digest())
+            writer.flush()
+            os.fsync(writer.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        _log.info("%s is not kept: %s", path.name, error)
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _folder() -> Path | None:
+    """The folder of kept libraries, made if need be; None where there is none that is ours alone to write."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # one that is not absolute is to be ignored, says the specification of these folders
+        folder = (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "fcn_kernels"
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+        if reason := _not_ours(folder.lstat(), stat.S_ISDIR):
+            _log.warning("%s is not used: %s", folder, reason)
+            return None
+        return folder
+    except (OSError, RuntimeError):  # read-only, or no home
+        return None
+
+
+def _not_ours(found: os.stat_result, is_kind: object) -> str:
+    """Why a file or folder is not to be trusted, or ""."""
+    if not is_kind(found.st_mode):  # type: ignore[operator]
+        return "it is a link or of another kind"
+    if found.st_uid != os.geteuid():
+        return f"it belongs to user {found.st_uid}"
+    if found.st_mode & _WRITABLE_BY_OTHERS:
+        return f"others may write to it (mode {stat.S_IMODE(found.st_mode):o})"
+    return ""
 
 
 def _run(command: list[str]) -> str:
     """What a command prints."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:
-        raise CompilerError(str(error)) from error
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise CompilerError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return done.stdout
@@ -97,21 +179,11 @@ def _threads() -> list[Path]:
     return sorted(folder.glob("libgomp*.so*"))[:1]
 
 
-def _cpu() -> str:
-    """What -march=native depends on; a home folder may be shared by unlike machines."""
+def _cpu() -> tuple[str, tuple[str, ...]]:
+    """What tells this processor from others that may share a home folder, and the flags to build for it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-
-
-@functools.cache
-def _folder() -> Path:
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcn_kernels"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError):  # read-only, or no home: compile anew in each process
-        return Path(tempfile.mkdtemp(prefix="fcn_kernels-"))
+        return "any", ()
+    named = ("model name", "flags", "Features", "CPU part", "CPU implementer")
+    return "\n".join(sorted({line for line in lines if line.startswith(named)})), ("-march=native",)

@@ -262,17 +262,20 @@ def _weights(p: Problem, quality: Tensor, allowed: Tensor) -> tuple[Tensor, Tens
     gamma, scale = float(p.gamma), float(p.distance_scale)
     if not math.isfinite(gamma):
         return torch.full_like(quality, math.nan), None
-    plain = scale * quality**gamma
-    most = 2.0**LARGEST_EXPONENT
-    if not (allowed & ((plain > most) | (plain < 1 / most))).any():
+    power = quality**gamma
+    plain, most = scale * power, 2.0**LARGEST_EXPONENT
+    if not (allowed & ((torch.maximum(plain, power) > most) | (torch.minimum(plain, power) < 1 / most))).any():
         return plain, None
-    exponent = torch.where(allowed, gamma * quality.double().log2() + math.log2(scale), 0)
-    extreme = exponent.abs().amax(-1, keepdim=True) > LARGEST_EXPONENT  # (G, 1)
+    exponent = torch.where(allowed, gamma * quality.double().log2(), 0)
+    widest = torch.maximum(exponent.abs(), (exponent + math.log2(scale)).abs())
+    extreme = (torch.where(allowed, widest, 0) > LARGEST_EXPONENT).any(-1, keepdim=True)  # (G, 1)
+    exponent += math.log2(scale)
     largest = torch.where(allowed, exponent, -math.inf).amax(-1, keepdim=True).floor()
     if p.noise is not None or p.seed is not None:
         largest = largest.clamp(min=0)
     shift = torch.where(extreme, largest, 0)
-    return torch.where(extreme, torch.exp2(exponent - shift).to(plain.dtype), plain), shift
+    weight = torch.where(extreme, torch.exp2(exponent - shift).to(plain.dtype), plain)
+    return torch.where(allowed, weight, 0), shift
 
 
 def _scores(logits: Tensor, noise: Tensor | None, shift: Tensor | None, open_to: Tensor) -> Tensor:
@@ -398,7 +401,8 @@ def _softmax_gradient(p: Problem, x: _Rows, arriving: Tensor, softmax: Tensor, p
     """
     along = x.products(arriving)
     along = torch.where(softmax > 0, along - along.gather(1, pick[:, None]), 0)
-    return softmax * (along - (softmax * along).sum(-1, keepdim=True)) / float(p.tau)
+    dz = softmax * (along - (softmax * along).sum(-1, keepdim=True)) / float(p.tau)
+    return torch.where(softmax > 0, dz, 0)  # also where the mean is infinite
 
 
 def _shares(gaps: Tensor) -> Tensor:

@@ -35,6 +35,19 @@ _ROWS = {
 _CALL, _SELECTED = struct.Struct("9P10q2d"), struct.Struct("7P")
 
 
+_used = _forked = False
+
+
+def _after_fork() -> None:
+    # the team of threads that OpenMP had started is not in the child, which would wait for it
+    global _forked
+    _forked = _forked or _used
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 @functools.cache
 def unavailable(dtype: torch.dtype) -> str:
     """Why rows of this type cannot be selected from in C++, or "" if they can. Compiles on a machine's first call.
@@ -95,10 +108,12 @@ def _run(name: str, p: Problem, selected: Sequence[Tensor | None], *tensors: Ten
         stride[-2],
         p.normalized,
         p.distinct,
-        torch.get_num_threads(),
+        1 if _forked else torch.get_num_threads(),
         float(p.tau),
         float(p.distance_scale),
     )
+    global _used
+    _used = True
     function = _function(name, p.features.dtype)
     status = function(call, _SELECTED.pack(*map(_address, selected)), *map(_address, tensors))
     if status:

@@ -19,8 +19,9 @@ class Weights {
 
     // For rows whose qualities lie within these bounds; whether all weights are in range.
     bool fit(Acc least, Acc greatest) {
-        const double low = log2_of(least), high = log2_of(greatest);
-        plain = !(std::max(std::abs(low), std::abs(high)) > LARGEST_EXPONENT);
+        const double low = log2_of(least), high = log2_of(greatest), scale = std::log2(call.distance_scale);
+        const auto widest = [&](double log2) { return std::max(std::abs(log2), std::abs(log2 - scale)); };
+        plain = !(std::max(widest(low), widest(high)) > LARGEST_EXPONENT);
         exponent = plain ? 0 : int(std::clamp(std::floor(std::max(low, high)), -1e6, 1e6));
         // noise has a scale of its own: beside it small weights are left small
         if (call.noise || call.seed) exponent = std::max(exponent, 0);
