@@ -179,6 +179,7 @@ def check_set(p: Problem, b: int, found: Coreset, allowed: Tensor, norms: Tensor
     """What is wrong with the picks of a set, or ""."""
     accumulate = F64 if p.features.dtype == F64 else torch.float32
     error, limits = GAP_ERROR[accumulate], torch.finfo(accumulate)
+    least = 1e-290 if accumulate == F64 else limits.tiny  # a distance may end as 0 below that
     if p.start is not None and not allowed[p.start[b]]:
         allowed = torch.zeros_like(allowed)
     count = min(p.k, int(allowed.sum()))
@@ -233,7 +234,7 @@ def check_set(p: Problem, b: int, found: Coreset, allowed: Tensor, norms: Tensor
         else:
             units = 0.0 if p.noise is not None and top < 0 else top
             distance, room = (_times(float(values[pick]), units) for values in (logits, slack))
-            if abs(reported - min(distance, limits.max)) > 2 * min(room, limits.max) + limits.tiny:
+            if abs(reported - min(distance, limits.max)) > 2 * min(room, limits.max) + least:
                 return f"distance {step} is {reported:g}, expected {distance:g}"
         if not torch.equal(found.features[b, step], p.features[b, pick]):
             return f"the features of pick {step} are not those of row {pick}"
