@@ -248,7 +248,10 @@ def check_set(p: Problem, b: int, found: Coreset, allowed: Tensor, norms: Tensor
 
 def _times(value: float, exponent: float) -> float:
     """value e^exponent."""
-    return math.exp(min(math.log(value) + exponent, 709)) if value > 0 else 0.0
+    if value <= 0:
+        return 0.0
+    log = math.log(value) + exponent
+    return math.exp(log) if log < 709 else INF
 
 
 def gradients(p: Problem, found: Coreset, allowed: Tensor) -> list[Tensor]:

@@ -220,7 +220,7 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
         scores = _scores(logits, noise, shift, open_to)
         pick = _argmax(scores, open_to) if step or first is None else first
         picks.append(pick)
-        distances.append(_shifted(logits.gather(1, pick[:, None]), shift) if step else norms.new_full((), math.inf))
+        distances.append(_reported(logits.gather(1, pick[:, None]), shift) if step else norms.new_full((), math.inf))
         if out.kept:
             soft = _softmax(scores, shift, float(p.tau)) * (step < counts)[:, None]
             group.put(soft, out.kept[0][step])
@@ -275,7 +275,7 @@ def _weights(p: Problem, quality: Tensor, allowed: Tensor) -> tuple[Tensor, Tens
         largest = largest.clamp(min=0)
     shift = torch.where(extreme, largest, 0)
     weight = torch.where(extreme, torch.exp2(exponent - shift).to(plain.dtype), plain)
-    return torch.where(allowed, weight, 0), shift
+    return torch.where(allowed & (weight >= torch.finfo(weight.dtype).tiny), weight, 0), shift
 
 
 def _scores(logits: Tensor, noise: Tensor | None, shift: Tensor | None, open_to: Tensor) -> Tensor:
@@ -304,9 +304,17 @@ def _shifted(values: Tensor, shift: Tensor | None) -> Tensor:
     """values * 2^shift (None: as they are) within the dtype's range, 0 for NaN; a float64 holds what is between."""
     if shift is None:
         return values
-    wide = values.double() * torch.exp2(shift.clamp(-1000, 1000))
+    half = torch.exp2(shift.clamp(-2000, 2000) / 2)  # 2^shift itself may leave a float64's range
+    wide = values.double() * half * half
     largest = torch.finfo(values.dtype).max
     return wide.nan_to_num(0.0, math.inf, -math.inf).clamp(max=largest).to(values.dtype)
+
+
+def _reported(distances: Tensor, shift: Tensor | None) -> Tensor:
+    """Distances in units of 1; 0 for those that are no normal number in units of 2^shift."""
+    if shift is None:
+        return distances
+    return _shifted(torch.where(distances >= torch.finfo(distances.dtype).tiny, distances, 0), shift)
 
 
 def _gaps(x: _Rows, norms: Tensor, pick: Tensor, normalized: bool) -> Tensor:

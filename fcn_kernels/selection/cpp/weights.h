@@ -28,7 +28,7 @@ class Weights {
         return plain;
     }
 
-    Acc at(Acc quality) const { return plain ? ordinary(quality) : Acc(std::exp2(log2_of(quality) - exponent)); }
+    Acc at(Acc quality) const { return plain ? ordinary(quality) : normal(std::exp2(log2_of(quality) - exponent)); }
 
     // The weight itself, at the most 2^100, for the gradient; without a number for gamma there is none.
     Acc whole(Acc quality) const {
@@ -38,7 +38,7 @@ class Weights {
 
     // A distance in units of 2^exponent as it is reported: within the type's range, and 0 for NaN.
     Acc reported(Acc distance) const {
-        const Acc whole = plain ? distance : std::scalbn(distance, exponent);
+        const Acc whole = plain ? distance : std::scalbn(normal(distance), exponent);
         return std::isnan(whole) ? 0 : std::min(whole, std::numeric_limits<Acc>::max());
     }
 
@@ -56,6 +56,7 @@ class Weights {
     Acc ordinary(Acc quality) const {
         return std::isnan(gamma) ? gamma : std::pow(quality, gamma) * Acc(call.distance_scale);  // pow(1, NaN) is 1
     }
+    static Acc normal(double value) { return value < std::numeric_limits<Acc>::min() ? 0 : Acc(value); }  // or 0
     double log2_of(Acc quality) const {
         return double(gamma) * std::log2(double(quality)) + std::log2(call.distance_scale);
     }
