@@ -19,7 +19,7 @@ LEFT_OUT = (
     "not torch] and not [torch and not torch- and not without_a_compiler and not with_a_compiler and not compiles_"
     " and not running_out_of_memory and not more_picks_than_memory and not switched"
 )
-"""Of these tests: the other backend, those of the compiler itself, and those that limit memory, which sanitizers need."""
+"""The other backend, those of the compiler itself, and those that limit the memory that sanitizers want."""
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 
 
