@@ -1,0 +1,310 @@
+"""`python -m fcn_kernels train`: a head for your embeddings, from a file of them with identities."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fcn_kernels.cli.aggregate import mean_of_coreset
+from fcn_kernels.extras import require
+from fcn_kernels.files.embeddings import Embeddings, Keys, read
+from fcn_kernels.files.formats import InputError, reading, replacing
+from fcn_kernels.heads.adaface import AdaFace
+from fcn_kernels.heads.facecoresetnet import CoresetAggregator
+from fcn_kernels.training.draw import Recipe, Rows, draw, group
+from fcn_kernels.training.loop import Plan, Training, Trial, tar, train
+
+EXTRA = "tool,demo"  # tqdm and formats; scikit-learn and matplotlib
+T_ALPHA = 0.1  # share of a batch in AdaFace's running norms: runs are short
+MARGINS = {"adaface": 0.8, "cosine": 0.0}
+ABOUT = """
+Each step draws sets of 1 to --longest rows of one identity, with replacement, gives them to a CoresetAggregator, and
+classifies its descriptors with a margin softmax over the identities: AdaFace, or the same without a margin (cosine).
+A row is made a unit row of quality q, INPUT's quality or the row's norm, as `aggregate` does.
+  --corrupt P     of the rows, in training and validation, a share P becomes (1 - s) u + s n, made unit, with n a random
+                  direction and s uniform in [1/2, 1); its quality becomes (1 - s) q
+  --duplicates P  a share P repeats the row before it, nearly, as frames of a clip do
+
+Rows are held out for validation: those of a share of the identities, or a share of each identity's rows
+(--hold-out rows). Half of them make the sets of the gallery and half the probes; all are compared with all. The head
+with the best TAR is kept; training ends after --steps, or when --patience validations have brought nothing better.
+
+OUT is the head's state dict, for `aggregate --checkpoint OUT`, given the same --k and --num-heads. OUT.state is there
+while the run is not finished, and --resume goes on from it, with the numbers of a run that was not interrupted. Both
+appear whole, or not at all. OUT with the suffix .png shows loss, TAR and gamma.
+
+The same seed gives the same numbers on one machine with one number of threads. Under torchrun each process takes a
+share of every batch:
+  torchrun --nproc-per-node 2 -m fcn_kernels train ...
+
+Exit status: 0 done, 1 could not write, 2 bad usage or input, 130 interrupted.
+"""
+# What a run's numbers follow from: with another of these, --resume would go on with a different run.
+FIXED = (
+    "features", "ids", "quality", "head", "k", "num_heads", "gamma", "dropout", "loss", "longest", "corrupt",
+    "duplicates", "hold_out", "share", "validation_sets", "far", "steps", "batch", "rate", "every", "patience", "seed",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = ABOUT
+    add = parser.add_argument
+    add("input", type=Path, nargs="+", metavar="INPUT", help="a file of embeddings, as `aggregate` reads it")
+    add("--ids", metavar="KEY", required=True, help="name of the column of identities")
+    add("--out", type=Path, required=True, metavar="OUT", help="state dict of the trained head, .pt")
+    add("--overwrite", action="store_true", help="replace OUT if it is there")
+    add("--resume", action="store_true", help="go on from OUT.state")
+    add("--features", metavar="KEY", default=Keys().features, help="name of that column (default: %(default)s)")
+    add("--quality", metavar="KEY", help="name of that column (default: quality if there is one, else the norms)")
+    add("--head", choices=["coreset"], default="coreset", help="what is trained (default: %(default)s)")
+    add("--k", type=_count, default=3, help="picks a set (default: %(default)s)")
+    add("--num-heads", type=_count, default=8, help="of the head's attentions (default: %(default)s)")
+    add("--gamma", type=float, default=1.0, help="gamma before training (default: %(default)s)")
+    add("--dropout", type=float, default=0.1, help="in the head's attentions (default: %(default)s)")
+    add("--loss", choices=list(MARGINS), default="adaface", help="default: %(default)s")
+    add("--longest", type=_count, default=20, help="most rows in a set (default: %(default)s)")
+    add("--corrupt", type=_chance, default=0.0, metavar="P", help="chance of a row (default: %(default)s)")
+    add("--duplicates", type=_chance, default=0.0, metavar="P", help="chance of a row (default: %(default)s)")
+    add("--hold-out", choices=["identities", "rows"], default="identities", help="default: %(default)s")
+    add("--share", type=_chance, default=0.2, help="of what is held out (default: %(default)s)")
+    add("--validation-sets", type=_count, default=200, help="on each side (default: %(default)s)")
+    add("--far", type=float, default=1e-2, help="false accept rate of the TAR (default: %(default)s)")
+    add("--steps", type=_count, default=1000, help="at most (default: %(default)s)")
+    add("--batch", type=_count, default=32, help="sets a step (default: %(default)s)")
+    add("--rate", type=float, default=1e-3, help="highest learning rate (default: %(default)s)")
+    add("--every", type=_count, default=50, help="steps between validations (default: %(default)s)")
+    add("--patience", type=_count, default=6, help="validations without a better TAR (default: %(default)s)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--device", default="cpu", help="default: %(default)s; under torchrun, cuda is the process's own")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and write; returns the exit status that the help promises."""
+    try:
+        with _processes(args):
+            summary = run_checked(args)
+            if _first():
+                print(summary)
+        return 0
+    except (InputError, ValueError) as error:
+        message, status = str(error), 2
+    except OSError as error:
+        message, status = str(error), 1
+    except KeyboardInterrupt:
+        message, status = f"interrupted; --resume goes on from the last validation, {state_path(args.out)}", 130
+    print(f"python -m fcn_kernels train: {message}", file=sys.stderr)
+    return status
+
+
+def run_checked(args: argparse.Namespace) -> str:
+    """What :func:`run` does, with errors raised; returns a summary."""
+    _check_paths(args)
+    embeddings = read(args.input, Keys(args.features, args.ids, args.quality), args.out.absolute().parent)
+    np = require("numpy", EXTRA)
+    names, identity = np.unique(embeddings.ids, return_inverse=True)
+    unit, quality = unit_rows(embeddings)
+    torch.manual_seed(args.seed)
+    rows, trial, held_out = split(unit, quality, torch.from_numpy(identity).long(), args)
+    head = CoresetAggregator(unit.shape[1], args.k, args.num_heads, args.dropout, args.gamma)
+    classifier = AdaFace(unit.shape[1], len(rows.offsets) - 1, m=MARGINS[args.loss], t_alpha=T_ALPHA)
+    trial = Trial(*(side.to(args.device) for side in trial))
+    _check_far(trial, args.far)
+    untrained = tar(
+        lambda s: mean_of_coreset(s.unit, s.quality, s.cu_seqlens, k=args.k, gamma=args.gamma)[0], trial, args.far
+    )
+    recipe = Recipe(args.longest, args.corrupt, args.duplicates)
+    plan = Plan(args.steps, args.batch, args.rate, args.every, args.patience, args.far, args.seed, recipe)
+    fixed = {name: getattr(args, name) for name in FIXED} | {
+        "rows": list(unit.shape),
+        "sum": unit.double().sum().item(),
+    }
+    state = _saved(args, fixed) if args.resume else None
+
+    def save(state: dict[str, Any]) -> None:
+        with replacing(state_path(args.out)) as file:
+            torch.save(state | {"fixed": fixed}, file)
+
+    done = state["step"] if state else 0
+    with require("tqdm", EXTRA).tqdm(total=args.steps, initial=done, desc="training", disable=not _first()) as bar:
+
+        def show(state: dict[str, Any]) -> None:
+            bar.set_postfix(loss=f"{state['losses'][-1]:.3f}", TAR=f"{state['tars'][-1][1]:.3f}", refresh=False)
+            bar.update()
+
+        state = train(Training(head, classifier).to(args.device), rows, trial, plan, state, save, show)
+    if _first():
+        with replacing(args.out) as file:
+            torch.save(state["best"], file)
+        draw_curves(args.out.with_suffix(".png"), state, untrained, args.far)
+        state_path(args.out).unlink(missing_ok=True)
+    return _summary(args, state, untrained, f"{len(names)} identities, {held_out}")
+
+
+def unit_rows(embeddings: Embeddings) -> tuple[Tensor, Tensor]:
+    """Unit rows (T, C) and quality (T,), float32. Raises InputError at the first row that cannot be used."""
+    unit = embeddings.features.float()
+    norms = torch.linalg.vector_norm(unit, dim=1)
+    quality = norms if embeddings.quality is None else embeddings.quality.float()
+    for what, values in (("the norm of its features", norms), ("its quality", quality)):
+        bad = ~((values > 0) & (values < math.inf))
+        if bad.any():
+            at = int(bad.int().argmax())
+            raise embeddings.bad_row(at, f"{what} is {float(values[at]):g}, expected finite and above 0")
+    return unit / norms[:, None], quality
+
+
+def split(unit: Tensor, quality: Tensor, identity: Tensor, args: argparse.Namespace) -> tuple[Rows, Trial, str]:
+    """Rows to learn from, sets to verify, and in words what was held out; by torch's global generator."""
+    counts = torch.bincount(identity)
+    usable = (counts >= (2 if args.hold_out == "identities" else 3)).nonzero()[:, 0]
+    many = len(usable) if args.hold_out == "rows" else max(2, round(args.share * len(usable)))
+    if many < 2 or (args.hold_out == "identities" and len(counts) - many < 2):
+        raise InputError(
+            f"expected identities enough to hold some out, with 2 rows or more each (3 with --hold-out rows), and at "
+            f"least 2 to learn from, got {len(counts)}, of which {len(usable)} have as many rows"
+        )
+    chosen = usable[torch.randperm(len(usable))[:many]].sort().values
+    sides = torch.full_like(identity, -1)  # -1 learn from, 0 gallery, 1 probes
+    for one in chosen.tolist():
+        own = (identity == one).nonzero()[:, 0]
+        own = own[torch.randperm(len(own))]
+        if args.hold_out == "rows":
+            own = own[: min(max(2, round(args.share * len(own))), len(own) - 1)]
+        sides[own] = torch.arange(len(own)) % 2
+    learned = identity[sides == -1].unique()
+    rows = group(
+        unit[sides == -1], quality[sides == -1], torch.searchsorted(learned, identity[sides == -1]), len(learned)
+    )
+    labels = torch.arange(args.validation_sets) % many
+    recipe = Recipe(args.longest, args.corrupt, args.duplicates)
+    trial = Trial(
+        *(
+            draw(group(unit[on], quality[on], torch.searchsorted(chosen, identity[on]), many), labels, recipe)
+            for on in (sides == 0, sides == 1)
+        )
+    )
+    return rows, trial, f"{int((sides >= 0).sum())} rows of {many} identities held out"
+
+
+def draw_curves(path: Path, state: dict[str, Any], untrained: float, far: float) -> None:
+    """Loss, TAR and gamma over the steps, as a picture."""
+    page = require("matplotlib.figure", EXTRA).Figure(figsize=(9, 2.8), dpi=130, facecolor="white")
+    page.set_layout_engine("constrained")
+    loss, accepted, exponent = page.subplots(1, 3)
+    steps, tars = zip(*state["tars"], strict=True)
+    loss.plot(range(1, len(state["losses"]) + 1), state["losses"], color="#225ea8", linewidth=0.8)
+    loss.set(title="loss", xlabel="step")
+    accepted.plot(steps, tars, color="#225ea8", marker=".", label="head")
+    accepted.axhline(untrained, color="#9a9a9a", label="coreset's mean")
+    accepted.set(title=f"validation TAR at FAR {far:g}", xlabel="step")
+    accepted.legend(frameon=False)
+    exponent.plot(steps, state["gammas"], color="#225ea8", marker=".")
+    exponent.set(title="gamma", xlabel="step")
+    with replacing(path) as file:
+        page.savefig(file, format="png")
+
+
+def state_path(out: Path) -> Path:
+    """Where an unfinished run keeps what it goes on from."""
+    return out.with_name(out.name + ".state")
+
+
+def _summary(args: argparse.Namespace, state: dict[str, Any], untrained: float, data: str) -> str:
+    losses, best = state["losses"], max(value for _, value in state["tars"])
+    tenth = max(1, len(losses) // 10)
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    at = next(step for step, value in state["tars"] if value == best)
+    return (
+        f"{args.out}: {data}\n"
+        f"loss, first and last tenth of {state['step']} steps: {first:.4f} -> {last:.4f}\n"
+        f"gamma: {args.gamma:g} -> {state['best']['gamma'].item():.4f}\n"
+        f"validation TAR at FAR {args.far:g}: coreset's mean {untrained:.4f}, head before training "
+        f"{state['tars'][0][1]:.4f}, best {best:.4f} after step {at}\n"
+        f"use it: python -m fcn_kernels aggregate INPUT --checkpoint {args.out} --k {args.k} "
+        f"--num-heads {args.num_heads} --out OUTPUT"
+    )
+
+
+def _saved(args: argparse.Namespace, fixed: dict[str, Any]) -> dict[str, Any]:
+    path = state_path(args.out)
+    if not path.exists():
+        raise InputError(f"{path}: is not there, so there is no run to go on with")
+    with reading(path):
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        differ = [name for name, value in fixed.items() if state["fixed"][name] != value]
+    if differ:
+        raise InputError(f"{path}: is of a run with another {', '.join(differ)}")
+    return state
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """Refuse before the work what could not be written after it, or would be lost."""
+    out: Path = args.out
+    for package in ("tqdm", "numpy", "matplotlib.figure", "sklearn.metrics"):
+        require(package, EXTRA)
+    if out.suffix != ".pt":
+        raise InputError(f"{out}: expected a file that ends in .pt")
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise InputError(f"{out}: expected a file in a folder that exists and can be written to")
+    if any(path.exists() and out.exists() and path.samefile(out) for path in args.input):
+        raise InputError(f"{out}: is read from, and cannot be OUT too")
+    if out.exists() and not args.overwrite:
+        raise InputError(f"{out}: is there already; --overwrite replaces it")
+    if state_path(out).exists() and not (args.resume or args.overwrite):
+        raise InputError(f"{state_path(out)}: is of an unfinished run; --resume goes on, --overwrite starts anew")
+
+
+def _check_far(trial: Trial, far: float) -> None:
+    negatives = int((trial.probes.labels[:, None] != trial.gallery.labels).sum())
+    if not 1 <= far * negatives <= negatives:
+        raise InputError(
+            f"--far {far:g}: expected at least {1 / max(negatives, 1):.1e}, one of {negatives} pairs, and at most 1"
+        )
+
+
+@contextmanager
+def _processes(args: argparse.Namespace) -> Iterator[None]:
+    """The process group that torchrun asks for, and the process's own GPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        with nullcontext():
+            yield
+        return
+    on_gpu = args.device.startswith("cuda")
+    if on_gpu:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _chance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected 0 to 1, got {text}")
+    return value

@@ -1,0 +1,1 @@
+"""Training of heads on embeddings with identity labels."""
