@@ -96,4 +96,5 @@ def draw(rows: Rows, labels: Tensor, recipe: Recipe) -> Sets:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    unit: Tensor = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return unit

@@ -1,0 +1,201 @@
+"""The train command: what it learns on digits, what a seed and a kill leave of it, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fcn_kernels.__main__ import main
+from fcn_kernels.cli.aggregate import load_head
+from fcn_kernels.cli.train import start_from_rows
+from fcn_kernels.evaluation.verification import roc
+from fcn_kernels.heads.adaface import AdaFace
+from fcn_kernels.heads.facecoresetnet import CoresetAggregator
+from fcn_kernels.training.draw import Recipe, draw, group
+
+np = pytest.importorskip("numpy")
+datasets = pytest.importorskip("sklearn.datasets")
+for needed in ("tqdm", "matplotlib"):
+    pytest.importorskip(needed)
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+LEARN = 1000  # images; the other 797 make templates that no run has seen
+SHORT = ["--hold-out", "rows", "--corrupt", "0.5", "--duplicates", "0.3", "--batch", "16", "--validation-sets", "60"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, torch.Tensor]:
+    """A file of embeddings of the first images; embeddings and labels of the others."""
+    data = datasets.load_digits()
+    pixels = torch.tensor(data.data, dtype=torch.float32)
+    embeddings = pixels - pixels[:LEARN].mean(0)
+    path = tmp_path_factory.mktemp("digits") / "digits.npz"
+    np.savez(path, features=embeddings[:LEARN].numpy(), digit=data.target[:LEARN])
+    return path, embeddings[LEARN:], torch.tensor(data.target[LEARN:])
+
+
+def train(source: Path, out: Path, *options: str) -> int:
+    return main(["train", str(source), "--ids", "digit", "--out", str(out), *SHORT, *options])
+
+
+def templates(embeddings: torch.Tensor, labels: torch.Tensor, path: Path, seed: int) -> torch.Tensor:
+    """A file of 200 corrupted templates; their labels."""
+    torch.manual_seed(seed)
+    norms = embeddings.norm(dim=1)
+    rows = group(embeddings / norms[:, None], norms, labels, 10)
+    sets = draw(rows, torch.arange(200) % 10, Recipe(corrupt=0.5, duplicates=0.3))
+    ids = torch.arange(200).repeat_interleave(sets.cu_seqlens.diff().long())
+    np.savez(path, features=sets.unit.numpy(), quality=sets.quality.numpy(), template_ids=ids.numpy())
+    return sets.labels
+
+
+def tar_of(source: Path, labels: torch.Tensor, out: Path, *options: str) -> float:
+    """TAR at FAR 0.01 over all pairs of the descriptors that `aggregate` writes."""
+    assert main(["aggregate", str(source), "--out", str(out), "--overwrite", *options]) == 0
+    with np.load(out) as written:
+        descriptors = torch.from_numpy(written["descriptors"])
+    first, second = torch.triu_indices(len(labels), len(labels), 1)
+    scores = (descriptors[first] * descriptors[second]).sum(1)
+    return roc(scores, labels[first] == labels[second]).tar_at([1e-2])[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_head_learns_and_aggregates_better_than_the_coreset_alone(
+    digits: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int
+) -> None:
+    source, embeddings, labels = digits
+    out = tmp_path / "head.pt"
+    assert train(source, out, "--steps", "150", "--every", "25", "--seed", str(seed)) == 0
+    said = capsys.readouterr().out
+    first, last = map(float, re.search(r"steps: ([\d.]+) -> ([\d.]+)", said).groups())  # type: ignore[union-attr]
+    assert last < first
+    gamma = float(re.search(r"gamma: 1 -> ([-\d.]+)", said)[1])  # type: ignore[index]
+    assert abs(gamma - 1) > 0.01
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert not Path(f"{out}.state").exists()
+    held_out = tmp_path / "templates.npz"
+    sets = templates(embeddings, labels, held_out, seed)
+    trained = tar_of(held_out, sets, tmp_path / "d.npz", "--checkpoint", str(out))
+    alone = tar_of(held_out, sets, tmp_path / "d.npz", "--gamma", "1")
+    print(f"seed {seed}: trained {trained:.3f}, coreset alone {alone:.3f}")
+    assert trained >= alone
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers(
+    digits: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    source = digits[0]
+    plan = ["--steps", "120", "--every", "10", "--patience", "100"]
+    assert train(source, tmp_path / "whole.pt", *plan) == 0
+    out, state = tmp_path / "killed.pt", tmp_path / "killed.pt.state"
+    command = [sys.executable, "-m", "fcn_kernels", "train", str(source), "--ids", "digit", "--out", str(out)]
+    process = subprocess.Popen([*command, *SHORT, *plan], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    try:
+        give_up = time.monotonic() + 120
+        while not state.exists():
+            assert process.poll() is None
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not out.exists()
+    assert 0 < torch.load(state, weights_only=True)["step"] < 120
+    assert train(source, out, *plan) == 2  # neither --resume nor --overwrite
+    assert train(source, out, *plan, "--resume", "--seed", "1") == 2  # another run
+    assert train(source, out, *plan, "--resume") == 0
+    whole, killed = (torch.load(path, weights_only=True) for path in (tmp_path / "whole.pt", out))
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert not state.exists()
+
+
+def test_two_processes_train_one_head(digits: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
+    out = tmp_path / "head.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "fcn_kernels", "train", str(digits[0]), "--ids", "digit", "--out", str(out), *SHORT]
+    done = subprocess.run([*command, "--steps", "20", "--every", "10"], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("loss, first and last tenth of 20 steps") == 1
+    assert load_head(out).dim == 64
+
+
+def test_the_shares_of_the_processes_are_the_batch() -> None:
+    torch.manual_seed(0)
+    rows = group(F.normalize(torch.randn(30, 8), dim=1), torch.rand(30) + 1, torch.arange(30) % 3, 3)
+    batch = draw(rows, torch.tensor([0, 1, 2, 1, 0]), Recipe(longest=4))
+    shares = [batch.share(rank, 2) for rank in range(2)]
+    parts: Any = [part.unit.split(part.cu_seqlens.diff().tolist()) for part in (batch, *shares)]
+    assert torch.equal(batch.labels[0::2], shares[0].labels)
+    assert torch.equal(batch.labels[1::2], shares[1].labels)
+    for number, rows_of_set in enumerate(parts[0]):
+        assert torch.equal(rows_of_set, parts[1 + number % 2][number // 2])
+
+
+def test_drawn_rows_are_the_identitys_and_corruption_lowers_their_quality() -> None:
+    torch.manual_seed(0)
+    unit = F.normalize(torch.randn(40, 32), dim=1)
+    quality, identity = torch.rand(40) + 1, torch.arange(40) % 4
+    rows, labels = group(unit, quality, identity, 4), torch.arange(100) % 4
+    clean = draw(rows, labels, Recipe(longest=5))
+    assert set(clean.cu_seqlens.diff().tolist()) == {1, 2, 3, 4, 5}
+    nearest = (clean.unit @ unit.T).max(1)
+    torch.testing.assert_close(nearest.values, torch.ones(len(clean.unit)))
+    assert torch.equal(identity[nearest.indices], labels.repeat_interleave(clean.cu_seqlens.diff().long()))
+    torch.testing.assert_close(clean.quality, quality[nearest.indices])
+    spoiled = draw(rows, labels, Recipe(longest=5, corrupt=1.0))
+    assert spoiled.quality.max() <= quality.max() / 2
+    torch.testing.assert_close(spoiled.unit.norm(dim=1), torch.ones(len(spoiled.unit)))
+    repeated = draw(rows, labels, Recipe(longest=5, duplicates=1.0))
+    for one in repeated.unit.split(repeated.cu_seqlens.diff().tolist()):
+        assert (one @ one[0]).min() > 0.99
+
+
+def test_a_head_starts_as_the_mean_of_its_coreset() -> None:
+    torch.manual_seed(0)
+    unit, quality = F.normalize(torch.randn(12, 16), dim=1), torch.rand(12) + 0.5
+    head = CoresetAggregator(16, num_heads=4).eval()
+    start_from_rows(head, AdaFace(16, 3), group(unit, quality, torch.arange(12) % 3, 3))
+    descriptor, _, coreset = head(unit, quality)
+    torch.testing.assert_close(descriptor, F.normalize(coreset.features.mean(0), dim=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--far", "1e-9"], "--far 1e-09: expected at least"),
+        (["--share", "1", "--hold-out", "identities"], "at least 2 to learn from"),
+        (["--resume"], "there is no run to go on with"),
+        (["--num-heads", "7"], "divisible by num_heads = 7"),
+        (["--quality", "nothing"], "expected a column 'nothing'"),
+    ],
+)
+def test_what_it_refuses(
+    digits: tuple[Path, torch.Tensor, torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    assert train(digits[0], tmp_path / "head.pt", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_row_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    features = np.ones((12, 8), dtype=np.float32)
+    features[5] = 0
+    np.savez(tmp_path / "in.npz", features=features, digit=np.arange(12) % 3)
+    assert train(tmp_path / "in.npz", tmp_path / "head.pt") == 2
+    assert "row 5 of template 2: the norm of its features is 0" in capsys.readouterr().err
