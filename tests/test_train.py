@@ -76,7 +76,7 @@ def test_a_head_learns_and_aggregates_better_than_the_coreset_alone(
 ) -> None:
     source, embeddings, labels = digits
     out = tmp_path / "head.pt"
-    assert train(source, out, "--steps", "150", "--every", "25", "--seed", str(seed)) == 0
+    assert train(source, out, "--steps", "200", "--every", "25", "--rate", "5e-3", "--seed", str(seed)) == 0
     said = capsys.readouterr().out
     first, last = map(float, re.search(r"steps: ([\d.]+) -> ([\d.]+)", said).groups())  # type: ignore[union-attr]
     assert last < first
@@ -89,15 +89,16 @@ def test_a_head_learns_and_aggregates_better_than_the_coreset_alone(
     trained = tar_of(held_out, sets, tmp_path / "d.npz", "--checkpoint", str(out))
     alone = tar_of(held_out, sets, tmp_path / "d.npz", "--gamma", "1")
     print(f"seed {seed}: trained {trained:.3f}, coreset alone {alone:.3f}")
-    assert trained >= alone
+    assert trained > alone + 0.02
 
 
 def test_a_killed_run_goes_on_with_the_same_numbers(
-    digits: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path
+    digits: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = digits[0]
-    plan = ["--steps", "120", "--every", "10", "--patience", "100"]
+    plan = ["--steps", "120", "--every", "10", "--patience", "100", "--rate", "5e-3"]
     assert train(source, tmp_path / "whole.pt", *plan) == 0
+    said = capsys.readouterr().out
     out, state = tmp_path / "killed.pt", tmp_path / "killed.pt.state"
     command = [sys.executable, "-m", "fcn_kernels", "train", str(source), "--ids", "digit", "--out", str(out)]
     process = subprocess.Popen([*command, *SHORT, *plan], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -115,10 +116,12 @@ def test_a_killed_run_goes_on_with_the_same_numbers(
     assert train(source, out, *plan) == 2  # neither --resume nor --overwrite
     assert train(source, out, *plan, "--resume", "--seed", "1") == 2  # another run
     assert train(source, out, *plan, "--resume") == 0
+    assert capsys.readouterr().out.replace("killed.pt", "whole.pt") == said
     whole, killed = (torch.load(path, weights_only=True) for path in (tmp_path / "whole.pt", out))
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     assert not state.exists()
+    assert whole["cross_norm.weight"].any()  # it is not the head before training, which is the same in any case
 
 
 def test_two_processes_train_one_head(digits: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
