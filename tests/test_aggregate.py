@@ -128,7 +128,7 @@ def refused(folder: Path, inputs: list[str], *options: object) -> str:
     return str(caught.value)
 
 
-def expected(columns: dict[str, Any], head: ReferenceHead | None = None, gamma: float = 0.01) -> dict[str, Any]:
+def expected(columns: dict[str, Any], head: ReferenceHead | None = None, gamma: float = 1.0) -> dict[str, Any]:
     """Every template by itself, in float64, by the listing and the head with projected keys and values."""
     features = torch.from_numpy(columns["features"]).double()
     quality = torch.from_numpy(columns["quality"]).double() if "quality" in columns else features.norm(dim=1)
@@ -195,8 +195,8 @@ def test_mean_of_coreset_is_the_listing_of_every_template_alone(tmp_path: Path, 
     compare(got, expected(columns, gamma=gamma), 1e-12)  # a few roundings of float64
 
 
-def test_gamma_is_the_small_one_of_the_authors_unless_given(tmp_path: Path) -> None:
-    compare(result(tmp_path, make(), "--dtype", "float64"), expected(make(), gamma=0.01), 1e-12)
+def test_gamma_is_1_unless_given(tmp_path: Path) -> None:
+    compare(result(tmp_path, make(), "--dtype", "float64"), expected(make(), gamma=1.0), 1e-12)
 
 
 def test_checkpoint_gives_the_reference_head_of_every_template_alone(

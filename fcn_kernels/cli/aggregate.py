@@ -32,12 +32,18 @@ if TYPE_CHECKING:
 # Unit rows (T, C), quality (T,) and cu_seqlens (B + 1,) to B descriptors.
 Pool: TypeAlias = Callable[[Tensor, Tensor, Tensor], Aggregate]
 
-GAMMA = 0.01  # where the authors' training starts from
+GAMMA = 1.0
+"""Without training. On real faces of which most are spoiled it is better than the 0.01 that training starts from, or
+level with it (docs/real-faces.md)."""
 ABOUT = """
 Every row f_n of INPUT is made a unit row u_n = f_n / |f_n| of quality q_n: INPUT's quality, or |f_n|. A template's
 coreset is K rows i_k, far apart and of good quality. Without a checkpoint its descriptor is their mean, made unit:
   a = 1/K sum_k q_(i_k) u_(i_k),   descriptor = a / |a|,   norm = |a|;
 with one, a is what FaceCoresetNet's head gives for the whole template. A template of fewer than K rows uses all.
+
+A good quality says how far a row can be trusted: a face detector's score (exp(score) where it may be negative), a
+measure of image quality, or the norm of an embedding that was trained to show it. The norm of any other embedding is
+a bad one.
 
 INPUT has the columns features (T, C), template_ids (T,) of integers or strings and, optionally, quality (T,).
 Rows of a template may lie anywhere in it.
