@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from fcn_kernels.evaluation import verification
-from fcn_kernels.evaluation.verification import FARS, pair_scores, roc
+from fcn_kernels.evaluation.verification import FARS, roc
 
 pytest.importorskip("sklearn")
 
@@ -70,36 +68,3 @@ def test_no_threshold_does_better(seed: int) -> None:
             if (scores[~genuine] >= threshold).double().mean().item() <= far
         ]
         assert made.tar_at([far]) == [max(tars)]
-
-
-def test_pair_scores_are_cosines_of_the_pairs_in_blocks_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    descriptors = F.normalize(torch.randn(7, 16))
-    first, second = torch.randint(7, (2, 23))
-    expected = (descriptors @ descriptors.T)[first, second]
-    whole = pair_scores(descriptors, first, second)
-    # sums of 16 products in another order
-    assert torch.allclose(whole, expected, atol=16 * torch.finfo(torch.float32).eps)
-    monkeypatch.setattr(verification, "PAIRS_AT_ONCE", 5)
-    assert torch.equal(pair_scores(descriptors, first, second), whole)
-
-
-@pytest.mark.parametrize(
-    ("scores", "genuine", "message"),
-    [
-        ([0.1, 0.2], [True, True], "expected pairs of both kinds, got 2 genuine of 2"),
-        ([0.1, 0.2], [False, False], "expected pairs of both kinds, got 0 genuine of 2"),
-        ([0.1, math.nan], [True, False], "expected finite scores, got 1 that are not"),
-        ([0.1], [True, False], "got (1,) and (2,) of torch.bool"),
-        ([0.1, 0.2], [1, 0], "got (2,) and (2,) of torch.int64"),
-    ],
-)
-def test_wrong_pairs_are_refused(scores: list[float], genuine: list[bool], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        roc(torch.tensor(scores), torch.tensor(genuine))
-
-
-@pytest.mark.parametrize("far", [0.0, -0.1, 1.1])
-def test_wrong_fars_are_refused(far: float) -> None:
-    with pytest.raises(ValueError, match="expected FARs above 0 and at most 1"):
-        curve(GENUINE, IMPOSTOR).tar_at([far])

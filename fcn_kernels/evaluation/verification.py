@@ -12,7 +12,6 @@ from torch import Tensor
 from fcn_kernels.extras import require
 
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-PAIRS_AT_ONCE = 1 << 16  # gathers 2 x 128 MiB of float32 descriptors at C = 512
 
 
 class Roc(NamedTuple):
@@ -38,12 +37,6 @@ class Roc(NamedTuple):
         points = torch.searchsorted(self.far, wanted, right=True) - 1
         tars = self.tar[points].masked_fill(wanted < 1 / self.negatives, math.nan)
         return tars.tolist()
-
-
-def pair_scores(descriptors: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Cosine similarity (P,) of the unit descriptors (T, C) of templates first (P,) and second (P,) int64."""
-    blocks = zip(torch.split(first, PAIRS_AT_ONCE), torch.split(second, PAIRS_AT_ONCE), strict=True)
-    return torch.cat([torch.linalg.vecdot(descriptors[a], descriptors[b]) for a, b in blocks])
 
 
 def roc(scores: Tensor, genuine: Tensor) -> Roc:
