@@ -243,25 +243,9 @@ def moved_bytes(case: Case, i: Inputs, work: str) -> int:
         else:  # norms and K - 1 products; a product and a sum each step
             reads = (1, 1) if held else (case.k, 2 * case.k)
         return case.row_bytes * (reads[0] if work == FORWARD else sum(reads) + 1)
-    from fcn_kernels.selection.kernels import launch
-
-    forward, backward = launch.plans(problem(case, i))
-    lengths = _lengths(case, i)
-    # a streamed set's first pick is made from the given qualities, before its rows are seen
-    read = sum(length * _reads(forward, length, 1, max(1, case.k - 1)) for length in lengths)
-    if work != FORWARD:
-        read += sum(length * _reads(backward, length, 2, case.k) for length in lengths) + case.all_rows
-    return case.dim * case.dtype.itemsize * read
-
-
-def _lengths(case: Case, i: Inputs) -> tuple[int, ...]:
-    return i.lengths or (case.all_rows // max(1, case.sets),) * case.sets
-
-
-def _reads(plan: Any, length: int, held: int, streamed: int) -> int:
-    """How often a launch loads the rows of a set, by whether it keeps them; benchmarks.checks.reads counts the same."""
-    tier = plan.name.partition(",")[0]
-    return held if tier == "resident" or (tier == "ragged" and length <= plan.block_n) else streamed
+    # the first pick is made from the given qualities, before rows are seen; benchmarks.checks.reads counts the same
+    reads = max(1, case.k - 1) + (0 if work == FORWARD else case.k + 1)
+    return case.row_bytes * reads
 
 
 class CountedBytes(TorchDispatchMode):

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.xdist_group("builds")
 ROOT = Path(__file__).parents[1]
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
-# resident forward and streaming backward; split at barriers; resident or streaming by length; split by launches
+# a program a set; split at barriers; programs of one and of four warps by length; split by launches
 LAUNCHES = [
     "bfloat16 tiny sets (256, 20, 512) K=3",
     "bfloat16 one set (1, 4000, 512) K=3",
@@ -70,6 +70,8 @@ def test_programs_fit_an_sm(builds):
     """The registers that the plan of a cooperative launch counts on: its programs must all run at once."""
     for b in builds:
         programs = 2 if b["warps"] <= 4 else 1
+        if "one set" in b["label"] and b["kernel"] == "select_forward":
+            programs = 3
         assert b["registers"] * b["warps"] * 32 * programs <= 65536, b
 
 
@@ -108,9 +110,8 @@ from fcn_kernels.selection.kernels import launch
 from fcn_kernels.selection.problem import Problem
 
 def built(rows, k, split=launch.WHOLE.value):
-    launch.forward_plan = lambda *sizes: launch.Plan(launch.STREAMING_TIER.value, 32, 64, 4, 3, split)
+    plan = launch.Plan(32, 64, 1, 4, 3, split)
     problem = Problem(torch.empty(2, rows, 64), torch.empty(2 * rows), torch.tensor(0.5), k=k)
-    specs = builds.record("", launch, ("select_forward",), lambda: launch.forward(problem, True))
     return {str(spec) for spec in specs}
 
 assert built(33, 3) == built(48, 3) == built(48, 16)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -26,10 +25,9 @@ from fcn_kernels.device import gpu
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE
 from fcn_kernels.selection import op
 from fcn_kernels.selection.kernels import launch
-from fcn_kernels.selection.kernels.common import RAGGED, RESIDENT_TIER, STREAMING_TIER
 from fcn_kernels.selection.problem import Problem
 
-TIERS = ("resident", "streaming", "ragged", "split")
+TIERS = ("whole", "two lengths", "split")
 # What the barriers carry: the softmax sums, the first pick made early or not, counts of few rows, and one step alone.
 BARRIER_CASES: tuple[dict[str, Any], ...] = (
     {},
@@ -42,38 +40,28 @@ BARRIER_CASES: tuple[dict[str, Any], ...] = (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def plan_of(tier: str, dim: int, rows: int) -> launch.Plan:
-    """Tiles of 4 rows, so that small sets are walked in several; 3 parts of a set where it is split."""
-    block_c = max(16, 1 << (dim - 1).bit_length())
-    whole = max(2, 1 << (rows - 1).bit_length())
+def plans_of(tier: str, dim: int) -> tuple[launch.Plan, ...]:
+    """Tiles of 4 rows and 16 columns, so that small sets are walked in several; 3 parts of a set where it is split."""
+    plan = launch.Plan(4, 16, -(-dim // 16), 1, block_r=8)
     return {
-        "resident": launch.Plan(RESIDENT_TIER.value, whole, block_c, 1),
-        "streaming": launch.Plan(STREAMING_TIER.value, 4, block_c, 1),
-        "ragged": launch.Plan(RAGGED.value, 4, block_c, 1),
-        "split": launch.Plan(STREAMING_TIER.value, 4, block_c, 1, 3, LAUNCHES.value),
-        "split at barriers": launch.Plan(STREAMING_TIER.value, 4, block_c, 1, 3, COOPERATIVE.value),
-        "parts held": launch.Plan(RESIDENT_TIER.value, max(2, whole // 2), block_c, 1, 3, COOPERATIVE.value),
+        "whole": (plan,),
+        "two lengths": (plan._replace(block_n=2, longest=4), plan._replace(shortest=5)),
+        "split": (plan._replace(parts=3, split=LAUNCHES.value),),
+        "split at barriers": (plan._replace(parts=3, split=COOPERATIVE.value),),
     }[tier]
 
 
 @contextmanager
-def forced(tier: str, backward: str | None = None, rows: int = 32) -> Iterator[None]:
-    """Launch in this tier, gradients written in tiles of a few rows."""
-
-    def plan(name: str) -> Callable[..., launch.Plan]:
-        return lambda sets, longest, dim, *rest: plan_of(name, dim, rows)
-
+def forced(tier: str, backward: str | None = None) -> Iterator[None]:
+    """Launch by these plans."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "forward_plan", plan(tier))
-        patch.setattr(launch, "backward_plan", plan(backward or tier))
-        patch.setattr(launch, "WRITE_ELEMENTS", 1)
-        patch.setattr(launch, "SCALAR_ROWS", 8)
-        patch.setattr(launch, "AT_ONCE", 0)  # ragged sets start longest first, however few
+        patch.setattr(launch, "forward_plans", lambda sets, rows, dim, *rest: plans_of(tier, dim))
+        patch.setattr(launch, "backward_plans", lambda sets, rows, dim, *rest: plans_of(backward or tier, dim))
         yield
 
 
-def run(case: Case, tier: str = "resident", rows: int = 32) -> Outcome:
-    with forced(tier, rows=rows), poisoned():
+def run(case: Case, tier: str = "whole") -> Outcome:
+    with forced(tier), poisoned():
         return outcome(select_on("triton"), case, weights_for(case))
 
 
@@ -101,11 +89,11 @@ def test_whatever_the_call(tier: str, device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("tier", "dtype", "options"),
     [
-        ("resident", torch.float32, {"noise": None}),
-        ("resident", torch.bfloat16, {"quality": "norms", "gamma": -0.7}),
-        ("streaming", torch.bfloat16, {}),
-        ("streaming", torch.float32, {"unit": True, "distinct": True, "noise": 3.0, "duplicates": True}),
-        ("ragged", torch.float16, {"quality": "norms"}),
+        ("whole", torch.float32, {"noise": None}),
+        ("whole", torch.bfloat16, {"quality": "norms", "gamma": -0.7}),
+        ("whole", torch.bfloat16, {}),
+        ("whole", torch.float32, {"unit": True, "distinct": True, "noise": 3.0, "duplicates": True}),
+        ("two lengths", torch.float16, {"quality": "norms"}),
         ("split", torch.float32, {"quality": "norms", "gamma": -0.7}),
         ("split", torch.float16, {"distinct": True, "noise": 3.0, "duplicates": True}),
     ],
@@ -124,7 +112,7 @@ def test_rows_of_any_width(dim: int, device: torch.device) -> None:
         assert assert_as_accurate_as_eager(case.to(device), "triton") == 1
 
 
-@pytest.mark.parametrize(("tier", "quality"), [("resident", "random"), ("streaming", "norms"), ("split", "random")])
+@pytest.mark.parametrize(("tier", "quality"), [("two lengths", "random"), ("whole", "norms"), ("split", "random")])
 def test_a_sharp_softmax(tier: str, quality: str, device: torch.device) -> None:
     """At tau = 0.02 and qualities of 20, logits / tau are in the hundreds, where a float32 ends at 2^-14."""
     case = random_case(2, 6, 8, 3, tau=0.02, quality=quality)
@@ -174,13 +162,11 @@ def test_parts_that_meet_at_barriers(options: dict[str, Any], device: torch.devi
     together = nullcontext() if device.type == "cuda" else side_by_side()
     with together:
         met = run(case, "split at barriers")
-        with forced("parts held", "split at barriers", rows=13), poisoned():
-            assert_as_accurate_as_eager(case, "triton")
     between = run(case, "split")
     assert same_bits(met, between)
 
 
-@pytest.mark.parametrize("tier", [tier for tier in TIERS if tier != "resident"])
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("noise", [None, 0.5])
 def test_favourites_that_turn_out_unpickable(noise: float | None, tier: str, device: torch.device) -> None:
     """Streamed sets choose the first pick by quality, before a row is seen; the best may not be finite, or be zero."""
@@ -227,7 +213,7 @@ def test_given_starts(k: int, quality: str, tier: str, device: torch.device) -> 
 def test_many_picks(device: torch.device) -> None:
     """K = 64 of 66 rows."""
     case = random_case(1, 66, 3, 64, noise=None, quality="flat").to(device)
-    with forced("resident", rows=66), poisoned():
+    with forced("whole"), poisoned():
         picked = coreset_select(case.features, 64, case.quality, backend="triton")
     torch_backend = coreset_select(case.features, 64, case.quality, backend="torch")
     assert torch.equal(picked.indices, torch_backend.indices)
@@ -274,7 +260,7 @@ def test_forward_and_backward_may_differ_in_tier(device: torch.device) -> None:
     """What the forward pass saves means the same to every backward pass."""
     case = random_case(1, 9, 7, 3, duplicates=True).to(device)
     grads = []
-    for forward, backward in (("resident", "streaming"), ("streaming", "split"), ("split", "resident")):
+    for forward, backward in (("two lengths", "whole"), ("whole", "split"), ("split", "two lengths")):
         with forced(forward, backward), poisoned():
             grads.append(outcome(select_on("triton"), case, weights_for(case)).gradients())
     for other in grads[1:]:
@@ -317,7 +303,7 @@ def test_offsets_beyond_32_bits(layout: str, device: torch.device) -> None:
     expected = run(case)
     # torch's clone would be as large as the memory, so only the features' gradient is taken
     features = strided.requires_grad_()
-    with forced("resident"), poisoned():
+    with forced("whole"), poisoned():
         got = coreset_select(features, 2, case.quality, case.gamma, backend="triton", **case.options)
         (grad,) = torch.autograd.grad((got.features * weights_for(case)).sum(), features)
     assert all(torch.equal(a, b) for a, b in zip(got, expected.coreset, strict=True))
@@ -414,59 +400,28 @@ GPU = gpu.Device(processors=132, cooperative=True)
 
 @pytest.mark.parametrize("device_kind", [GPU, gpu.INTERPRETER], ids=["gpu", "interpreter"])
 def test_plans_fit_and_cover(device_kind: gpu.Device) -> None:
-    for (sets, rows, dim, itemsize, ragged), plan_for in product(SIZES, (launch.forward_plan, launch.backward_plan)):
-        plan = plan_for(sets, rows, dim, itemsize, ragged, device_kind)
-        for size in (plan.block_n, plan.block_c, plan.warps):
-            assert size & (size - 1) == 0
-            assert size >= 1
-        assert plan.block_c >= dim
-        assert plan.block_n * plan.block_c * itemsize <= 256 * 32 * plan.warps  # bytes of a tile that registers hold
-        if plan.tier == RESIDENT_TIER.value:
-            assert rows is not None
-            assert plan.parts * plan.block_n >= rows
-        if plan.split == WHOLE.value:
-            assert plan.parts == 1
-        else:
-            assert plan.parts > 1
-            assert rows // plan.parts >= launch.SPLIT_ROWS
-            assert plan.split == (COOPERATIVE if device_kind.cooperative else LAUNCHES).value
+    for (sets, rows, dim, itemsize, ragged), plan_for in product(SIZES, (launch.forward_plans, launch.backward_plans)):
+        plans = plan_for(sets, rows, dim, itemsize, ragged, device_kind)
+        assert plans[0].shortest == 0
+        assert plans[-1].longest >= launch.MAX_ROWS
+        assert all(b.shortest == a.longest + 1 for a, b in pairwise(plans))  # each set is one launch's
+        for plan in plans:
+            for size in (plan.block_n, plan.chunk, plan.warps, plan.block_r):
+                assert size & (size - 1) == 0
+                assert size >= 1
+            assert plan.chunk * plan.chunks >= dim
+            if plan.split == WHOLE.value:
+                assert plan.parts == 1
+            else:
+                assert len(plans) == 1
+                assert plan.parts > 1
+                assert rows // plan.parts >= launch.SPLIT_ROWS
+                assert plan.split == (COOPERATIVE if device_kind.cooperative else LAUNCHES).value
+                assert sets * plan.parts <= device_kind.processors * plan.at_once  # all run at once
 
 
-def test_small_sets_are_resident_and_large_ones_split() -> None:
-    """The paper's sizes: 20 photos stay in registers, 8,000 photos of one person are shared by the whole GPU."""
-    assert launch.forward_plan(256, 20, 512, 2, False, GPU).tier == RESIDENT_TIER.value
-    assert launch.backward_plan(256, 20, 512, 2, False, GPU).tier == RESIDENT_TIER.value
-    large = launch.forward_plan(1, 8000, 512, 2, False, GPU)
-    assert large.tier == RESIDENT_TIER.value
-    assert large.parts > 100
-    assert launch.forward_plan(256, None, 512, 2, True, GPU).tier == RAGGED.value
-
-
-def test_tuning_keeps_the_fastest_plan(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """Off unless asked for; asked for, each size is timed once, and what is picked stays the same."""
-    case = random_case(2, 40, 512, 3, dtype=torch.bfloat16, noise=None).to(device)
-    used: list[launch.Plan] = []
-    plain = launch._forward
-    monkeypatch.setattr(launch, "_forward", lambda p, keep, plan: used.append(plan) or plain(p, keep, plan))
-
-    def pick() -> Tensor:
-        return coreset_select(case.features, 3, case.quality, case.gamma, backend="triton").indices
-
-    expected = pick()
-    assert len(used) == 1
-    timed: list[float] = []
-
-    def measure(run: Callable[[], object]) -> float:
-        run()
-        timed.append(1 / (1 + len(timed)))  # each candidate is faster than the one before
-        return timed[-1]
-
-    monkeypatch.setattr(launch.tune, "ENABLED", True)
-    monkeypatch.setattr(launch.tune, "_fastest", {})
-    monkeypatch.setattr(launch.tune, "measure", measure)
-    assert torch.equal(pick(), expected)
-    assert len(timed) > 1
-    assert used[-1] == used[len(timed)] != used[0]
-    seen = len(timed)
-    assert torch.equal(pick(), expected)
-    assert len(timed) == seen
+def test_large_sets_are_split() -> None:
+    """The paper's sizes: a program for 20 photos, 8,000 photos of one person are shared by the whole GPU."""
+    assert launch.forward_plans(256, 20, 512, 2, False, GPU)[0].parts == 1
+    assert launch.forward_plans(1, 8000, 512, 2, False, GPU)[0].parts > 100
+    assert len(launch.forward_plans(256, None, 512, 2, True, GPU)) == 2

@@ -1,15 +1,15 @@
-"""How often each tier loads the rows of a set from global memory, counted load by load in Triton's interpreter.
+"""How often the kernels load the rows of a set from global memory, counted load by load in Triton's interpreter.
 
     python -m benchmarks.checks.reads             # a Markdown table
 
 A pass is as many loads as the set has elements. A pick's row, loaded alone, counts too: K of N rows a time. What the
-tables of builds and of times cannot show is here exact: that a resident set is loaded once, and that a streamed one of
-given quality or start is loaded K - 1 times. Needs TRITON_INTERPRET=1, which this sets for itself, and no GPU.
+tables of builds and of times cannot show is here exact: that a set of given quality or start is loaded K - 1 times, and
+once more of neither. Needs TRITON_INTERPRET=1, which this sets for itself, and no GPU.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ CALLS = ("quality", "norms", "norms, start")
 class Reads(NamedTuple):
     """Passes over the rows of one call."""
 
-    tier: str
+    way: str
     given: str
     rows: int
     k: int
@@ -70,36 +70,27 @@ def passes(rows: int, k: int, dim: int = 16, given: str = CALLS[0], sets: int = 
     return forward[0] / features.numel(), backward[0] / features.numel()
 
 
-def tiers() -> dict[str, Callable[..., Any]]:
-    """Plans that put any set into one tier; parts that meet between launches read what those at a barrier do."""
+def ways() -> dict[str, Any]:
+    """Plans of any set; parts that meet between launches read what those at a barrier do."""
     from fcn_kernels.device.splits import LAUNCHES
     from fcn_kernels.selection.kernels import launch
-    from fcn_kernels.selection.kernels.common import RAGGED, RESIDENT_TIER, STREAMING_TIER
 
-    def plan(tier: int, block_n: int, *split: int) -> Callable[..., launch.Plan]:
-        return lambda sets, rows, dim, *rest: launch.Plan(tier, block_n or rows, max(16, dim), 1, *split)
-
-    return {
-        "resident": plan(RESIDENT_TIER.value, 0),
-        "ragged, set that fits": plan(RAGGED.value, 64),
-        "ragged, larger set": plan(RAGGED.value, 16),
-        "streaming": plan(STREAMING_TIER.value, 16),
-        "split": plan(STREAMING_TIER.value, 16, 2, LAUNCHES.value),
-    }
+    whole = launch.Plan(16, 16, 1, 1)
+    return {"whole": whole, "split": whole._replace(parts=2, split=LAUNCHES.value)}
 
 
 def measure(rows: int = 64, k: int = 3) -> list[Reads]:
-    """Every tier, for each of what may be given."""
+    """Every way to divide a set, for each of what may be given."""
     from fcn_kernels.selection.kernels import launch
 
     found = []
-    original = launch.forward_plan, launch.backward_plan
+    original = launch.forward_plans, launch.backward_plans
     try:
-        for tier, plan in tiers().items():
-            launch.forward_plan = launch.backward_plan = plan
-            found.extend(Reads(tier, given, rows, k, *passes(rows, k, given=given)) for given in CALLS)
+        for way, plan in ways().items():
+            launch.forward_plans = launch.backward_plans = lambda *sizes, plan=plan: (plan,)  # type: ignore[misc]
+            found.extend(Reads(way, given, rows, k, *passes(rows, k, given=given)) for given in CALLS)
     finally:
-        launch.forward_plan, launch.backward_plan = original
+        launch.forward_plans, launch.backward_plans = original
     return found
 
 
@@ -108,9 +99,9 @@ def main() -> int:
     found = measure()
     rows, k = found[0].rows, found[0].k
     print(f"Passes over the rows of a set of {rows}, K = {k}; a pick's row alone is 1 / {rows}.")
-    print("\n| tier | given | forward | backward |\n|---|---|---|---|")
+    print("\n| way | given | forward | backward |\n|---|---|---|---|")
     for r in found:
-        print(f"| {r.tier} | {r.given} | {r.forward:.3f} | {r.backward:.3f} |")
+        print(f"| {r.way} | {r.given} | {r.forward:.3f} | {r.backward:.3f} |")
     return 0
 
 

@@ -1,5 +1,7 @@
 """What a launch has to know of a GPU, and how a call's numbers reach a kernel."""
 
+import ctypes
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,14 +20,40 @@ class Device(NamedTuple):
 
 
 INTERPRETER = Device(processors=8, cooperative=False)
+COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
+
+_without_room: set[int] = set()
 
 
 def device_of(features: Tensor) -> Device:
     """The device of a call; the interpreter, which runs programs one after another, passes for a small one."""
     if features.device.type != "cuda":
         return INTERPRETER
-    properties = torch.cuda.get_device_properties(features.device)
-    return Device(properties.multi_processor_count, torch.version.hip is None and properties.major >= 7)
+    index = features.get_device()
+    processors = torch.cuda.get_device_properties(index).multi_processor_count
+    return Device(processors, index not in _without_room and _cooperative(index))
+
+
+@cache
+def _cooperative(index: int) -> bool:
+    """What the driver says of a device's cooperative launches."""
+    if torch.version.hip is not None:  # atomics in a loop hang on some (triton-lang/triton issue 11037)
+        return False
+    value = ctypes.c_int(0)
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(value), COOPERATIVE_LAUNCH, index)
+    except (OSError, AttributeError):
+        return False
+    return status == 0 and value.value == 1
+
+
+def has_no_room(error: RuntimeError, features: Tensor) -> bool:
+    """Whether a cooperative launch failed because its programs cannot all run at once, as where other processes have
+    a share of the GPU. Remembered: no such launch is made on that device again."""
+    if "cooperative" not in str(error).lower() and "too large" not in str(error).lower():
+        return False
+    _without_room.add(features.get_device())
+    return True
 
 
 def gamma_argument(gamma: Tensor) -> tuple[Tensor | None, float]:

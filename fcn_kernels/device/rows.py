@@ -39,24 +39,3 @@ def load_rows(rows_ptr, rows, inside, stride_row, cols, C):
 def load_row(rows_ptr, row, there, stride_row, cols, C):
     """One row [c], as stored."""
     return tl.load(rows_ptr + tl.cast(row, tl.int64) * stride_row + cols, mask=(cols < C) & there, other=0.0)
-
-
-@triton.jit
-def per_row(sums):
-    """Sums over the columns of a tile, [n], one to a thread instead of every thread of a row's having them all.
-
-    What is computed from them, noise above all, is then computed once, and in a few registers.
-    """
-    return tl.gather(sums, tl.arange(0, sums.shape[0]), 0)
-
-
-@triton.jit
-def products(tile, vector):
-    """x_n . v [n] for a float32 tile [n, c] and a vector [c]."""
-    return per_row(tl.sum(tile * vector[None, :], axis=1))
-
-
-@triton.jit
-def norm_of(tile):
-    """|x_n| of a float32 tile [n, c]."""
-    return tl.sqrt_rn(per_row(tl.sum(tile * tile, axis=1)))

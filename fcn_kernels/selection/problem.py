@@ -53,7 +53,9 @@ class Saved(NamedTuple):
 
     indices: Tensor  # (B, K) int64, -1 where there is no pick
     counts: Tensor  # (B,) int64
-    softmax: Tensor  # triton: (B, K) log sum_n exp(z_k(n) / tau); others: (K, R) the softmaxes themselves
+    softmax: (
+        Tensor  # triton: (B, K, 3) best score, sum_n exp((z - best) / tau), unit's exponent; others: (K, R) softmaxes
+    )
     # (K - 1, R). triton: 1 - max cosine to the picks so far; sign bit: this step tied with those before it.
     # others: 1 - cosine to this step's pick
     gaps: Tensor
@@ -80,7 +82,7 @@ class Selected(NamedTuple):
         new, sets, k, dtype = p.features.new_empty, p.sets, p.k, accumulator(p.features.dtype)
         kept = []
         if keep:
-            softmax = (sets, k) if normalizers else (k, p.rows)
+            softmax = (sets, k, 3) if normalizers else (k, p.rows)
             kept = [new(shape, dtype=dtype) for shape in (softmax, (k - 1, p.rows), (p.rows,))]
         return cls(
             new(sets, k, p.dim),

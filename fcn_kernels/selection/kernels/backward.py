@@ -1,434 +1,500 @@
-"""The backward kernel: from the last pick to the first, then the rows' gradient, of one set in one program.
+"""The backward kernel: from the last pick to the first, then the rows' gradient.
 
 With c the gradient at pick k, complete once the later picks are done, and y its softmax,
 
-    along(n) = c . x_n,  mean = sum_n y(n) along(n),  chain(n) += y(n) (along(n) - mean) / tau
+    dot(n) = c . x_n,  mean = sum_n y(n) dot(n),  min_grad(n) += y(n) (dot(n) - mean) / tau
 
 is the gradient of the running minimum. The share of it that belongs to the distance to pick k - 1 gives
-dcos(n) = -scale q^gamma share chain, and sum_n dcos(n) u_n is what pick k - 1 gets of it. That sum is linear in the
-mean, which is known only once all rows were seen: the streaming tier sums the two parts of it in the pass that makes
-the mean, so each step reads the rows once, as does the last, which writes their gradient.
+dcos(n) = -scale q^gamma share min_grad, and sum_n dcos(n) u_n is what pick k - 1 gets of it. That sum is linear in the
+mean, which is known only once all rows were seen: two sums are made in the pass that makes the mean, so that each step
+reads the rows once, as does the last, which writes their gradient.
+
+A step is a *scalar loop*, a row to a thread (settle the mean of the step before, noise, softmax), and a *tile loop*
+(the dot, and the two sums, which stay in registers). All that steps hand on stands in memory, so that a step is the
+same whether a program has a set to itself, meets the others at barriers, or is one launch of several.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from fcn_kernels.device.rows import load_row, load_rows, locate, products
+from fcn_kernels.device.rows import load_row, locate
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE, divide, grid_barrier
-from fcn_kernels.selection.kernels.common import RAGGED, RESIDENT_TIER, UNSPECIALIZED, perturb, power, scalar
+from fcn_kernels.selection.kernels.common import (
+    MOST_WEIGHT_LOG2,
+    UNSPECIALIZED,
+    Part,
+    Rows,
+    Weights,
+    add_noise,
+    finite_or_nan,
+    power_of_two,
+    scalar,
+    softmax_term,
+    weight_of,
+)
+from fcn_kernels.selection.kernels.forward import load_chunk, unit_vector
+
+
+class Kept(NamedTuple):
+    """What the forward pass kept, and the arriving gradient."""
+
+    grad: Any  # [B, K, C]
+    indices: Any  # [B, K] int64
+    softmax: Any  # [B, K, 3] float32
+    gaps: Any  # [K - 1, R] float32
+    norms: Any  # [R] float32
+    base: Any  # of the set among the B K picks
+    picks: Any  # of the set
+
+
+class Grads(NamedTuple):
+    """The results."""
+
+    rows: Any  # [B, N, C] or [T, C]
+    quality: Any  # [R] float32
+    gamma: Any  # [slots] float32
+
+
+class State(NamedTuple):
+    """What stands in memory between the loops and the steps, float32."""
+
+    arriving: Any  # [B, K, C], the complete gradients at the picks
+    units: Any  # [B, K, C], the picks' unit vectors
+    dcos: Any  # [K - 1, R]
+    min_grad: Any  # [R]
+    prob: Any  # [R], a step's softmax
+    slope: Any  # [R], of dcos in min_grad
+    dots: Any  # [R], of the first pick
+    means: Any  # [3, slots], of even steps, odd steps, and step 0
+    sums: Any  # [slots, 2, C], a step's row sums, without and by the mean
+    totals: Any  # [B, 2, C], their sums over the parts
 
 
 @triton.jit
-def load_marks(norms_ptr, quality_ptr, first, rows, inside):
-    """(can be picked, norm, quality) [n], harmless ones where a row cannot be picked."""
-    mark = tl.load(norms_ptr + first + rows, mask=inside, other=-1.0)
-    open_to = mark > 0
-    norm = tl.where(open_to, mark, 1.0)
+def load_norm_and_quality(rows, kept, n, inside):
+    """(may be picked, norm, quality) [n], harmless ones where a row may not be picked."""
+    mark = tl.load(kept.norms + rows.first + n, mask=inside, other=-1.0)
+    allowed = mark > 0
+    norm = tl.where(allowed, mark, 1.0)
     quality = norm
-    if quality_ptr is not None:
-        quality = tl.load(quality_ptr + first + rows, mask=open_to, other=1.0)
-    return open_to, norm, quality
+    if rows.quality is not None:
+        quality = tl.load(rows.quality + rows.first + n, mask=allowed, other=1.0)
+    return allowed, norm, quality
 
 
 @triton.jit
-def load_gap(gaps_ptr, first, rows, inside, step, R):
+def load_gap(rows, kept, n, inside, step):
     """A step's gap [n], whether the row was still in the softmax, and the step's share of the gradient.
 
     The share is 1 where the step came nearer than all before it, 1/2 where it tied with them, else 0.
     """
-    at = gaps_ptr + first + rows
-    saved = tl.load(at + step * R, mask=inside, other=0.0)
-    before = tl.load(at + (step - 1) * R, mask=inside & (step > 0), other=float("inf"))
-    tied = saved.to(tl.int32, bitcast=True) < 0
+    at = kept.gaps + rows.first + n
+    saved = tl.load(at + step * rows.R, mask=inside, other=0.0)
+    before = tl.load(at + (step - 1) * rows.R, mask=inside & (step > 0), other=float("inf"))
     gap = tl.abs(saved)
-    share = tl.where(tied, 0.5, tl.where(gap < tl.abs(before), 1.0, 0.0))
-    return gap, saved > -3.0, share
+    tied = saved.to(tl.int32, bitcast=True) < 0
+    return gap, saved > -3.0, tl.where(tied, 0.5, tl.where(gap < tl.abs(before), 1.0, 0.0))
 
 
 @triton.jit
-def softmax_of(
-    logits, rows, inside, open_to, step, set_id, first, R, noise_ptr, seed, normalizer, tau, SEEDED: tl.constexpr
+def whole_weight(weights, quality, exponent):
+    """scale q^gamma [n], at the most 2^100 where weights have a unit of their own; 0 without a finite gamma."""
+    weight = weight_of(weights, quality, tl.maximum(exponent - MOST_WEIGHT_LOG2, 0))
+    return tl.where(weight == weight, weight, 0.0)
+
+
+@triton.jit
+def probabilities(rows, kept, logits, n, inside, step, tau, SEEDED: tl.constexpr):
+    """A step's softmax [n] from its logits without noise, in units of 2^exponent."""
+    at = kept.softmax + (kept.base + step) * 3
+    peak, denominator = tl.load(at), tl.load(at + 1)
+    exponent = tl.load(at + 2).to(tl.int32)
+    score = add_noise(logits, rows, n, inside, step, power_of_two(-tl.maximum(exponent, 0)), SEEDED)
+    return softmax_term(score, peak, exponent, tau) / tl.where(denominator > 0, denominator, 1.0)
+
+
+@triton.jit
+def pick_of(kept, step):
+    """The row of a pick."""
+    return tl.load(kept.indices + kept.base + step).to(tl.int32)
+
+
+@triton.jit
+def exponent_of(kept, step):
+    """The unit's exponent of a step's logits."""
+    return tl.load(kept.softmax + (kept.base + step) * 3 + 2).to(tl.int32)
+
+
+@triton.jit
+def mean_of(state, part, step, BLOCK_P: tl.constexpr):
+    """A step's softmax mean: the sum of one number of each part, in their order; step 2 stands for the first pick's."""
+    lane = tl.arange(0, BLOCK_P)
+    at = state.means + step * part.slots + part.slot + lane
+    return tl.sum(tl.load(at, mask=lane < part.parts, other=0.0, cache_modifier=".cg"), axis=0)
+
+
+@triton.jit
+def route_min_grad(rows, kept, state, weights, min_grad, allowed, quality, n, inside, step):
+    """Divide the minimum's gradient [n] of step + 1 between the distance to pick ``step`` and those before it."""
+    _, _, share = load_gap(rows, kept, n, inside, step)
+    weight = whole_weight(weights, quality, exponent_of(kept, step + 1))
+    mine = tl.where(allowed, share * min_grad, 0.0)
+    # a pick is 0 away from itself, whatever it is
+    dcos = tl.where(n == pick_of(kept, step), 0.0, -weight * mine)
+    tl.store(state.dcos + step * rows.R + rows.first + n, dcos, mask=inside)
+    return min_grad - mine
+
+
+@triton.jit
+def prepare_step(
+    rows, part, kept, state, weights, step, mean, settle, tau, SEEDED: tl.constexpr, NORMALIZED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """A step's softmax [n], from its logits without noise.
-
-    The normalizer carries the rounding of logits / tau, which a small tau makes large: rounding must not take the
-    exponent above 0, and the sum is 1 only within eps |logits| / tau, see ``along_pick``.
-    """
-    noisy = perturb(logits, rows, inside, step, set_id, first, R, noise_ptr, seed, SEEDED)
-    return tl.where(open_to, tl.exp(tl.minimum(noisy / tau - normalizer, 0.0)), 0.0)
+    """The scalar loop of a step: settle the mean of the one after it, then this one's softmax, noise and all."""
+    exponent = exponent_of(kept, step)
+    pick = pick_of(kept, step - 1)
+    for begin in range(part.low, part.high, BLOCK_R):  # @scalars
+        n = begin + tl.arange(0, BLOCK_R)
+        inside = n < part.high
+        allowed, _, quality = load_norm_and_quality(rows, kept, n, inside)
+        # -- the minimum's gradient so far
+        min_grad = tl.load(state.min_grad + rows.first + n, mask=inside & settle, other=0.0)
+        prob = tl.load(state.prob + rows.first + n, mask=inside & settle, other=0.0)
+        if settle:
+            min_grad = route_min_grad(
+                rows, kept, state, weights, min_grad - mean * prob / tau, allowed, quality, n, inside, step
+            )
+        tl.debug_barrier()  # all have loaded what is stored here
+        tl.store(state.min_grad + rows.first + n, min_grad, mask=inside)
+        # -- this step's softmax
+        gap, in_softmax, share = load_gap(rows, kept, n, inside, step - 1)
+        logits = gap * weight_of(weights, quality, exponent)
+        prob = probabilities(rows, kept, logits, n, inside, step, tau, SEEDED)
+        tl.store(state.prob + rows.first + n, tl.where(allowed & in_softmax, prob, 0.0), mask=inside)
+        slope = tl.where(allowed & (n != pick), -whole_weight(weights, quality, exponent) * share, 0.0)
+        tl.store(state.slope + rows.first + n, slope, mask=inside)
 
 
 @triton.jit
-def along_pick(arriving, rows_ptr, indices_ptr, at, there, stride_row, cols, C):
-    """The product of the arriving gradient with its pick's row.
-
-    A softmax that summed to 1 would make y (along - sum y along) the same whatever is taken off along. Taking this
-    off leaves sum y along as small as the gradient itself where y is all but one-hot, and the error of its sum too.
-    """
-    row = tl.load(indices_ptr + at).to(tl.int32)
-    return tl.sum(arriving * load_row(rows_ptr, row, there, stride_row, cols, C).to(tl.float32), axis=0)
+def load_cols(pointer, C, j: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns of chunk j of a vector, [c]."""
+    cols = j * CHUNK + tl.arange(0, CHUNK)
+    return tl.load(pointer + cols, mask=cols < C, other=0.0)
 
 
 @triton.jit
-def settle_chain(
-    chain_ptr, soft_ptr, dcos_ptr, norms_ptr, quality_ptr, gaps_ptr, first, low, high, step, R, mean, scale, gamma,
-    BLOCK: tl.constexpr,
+def load_tile(rows, n, inside, allowed, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """A tile's chunks [n, c], 0 in rows that may not be picked: 0 * NaN is NaN, and they must not meet the sums."""
+    tile = ()
+    for j in tl.static_range(CHUNKS):
+        tile = tile + (tl.where(allowed[:, None], load_chunk(rows, n, inside, j, CHUNK), 0.0),)
+    return tile
+
+
+@triton.jit
+def dot_rows(tile, vector_ptr, C, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """x_n . v [n] of a tile's chunks."""
+    products = tl.zeros_like(tile[0])
+    for j in tl.static_range(CHUNKS):
+        products += tile[j] * load_cols(vector_ptr, C, j, CHUNK)[None, :]
+    return tl.sum(products, axis=1)
+
+
+@triton.jit
+def add_weighted(sums, tile, weight, FOLD: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """sums + sum_n weight_n x_n in chunks [fold, c]: over the rows that a thread holds; the rest is done at the end."""
+    new = ()
+    for j in tl.static_range(CHUNKS):
+        each = tile[j] * weight[:, None]
+        new = new + (sums[j] + tl.sum(tl.reshape(each, (each.shape[0] // FOLD, FOLD, CHUNK)), axis=0),)
+    return new
+
+
+@triton.jit
+def sum_rows(
+    rows, part, kept, state, step, centre, tau, NORMALIZED: tl.constexpr, BLOCK_N: tl.constexpr, FOLD: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Once the softmax mean of ``step`` is known: take it off the chain, and divide the chain between the distances."""
-    dcos_ptr += (step - 1) * R + first
-    for begin in range(low, high, BLOCK):
-        rows = begin + tl.arange(0, BLOCK)
-        inside = rows < high
-        _, _, quality = load_marks(norms_ptr, quality_ptr, first, rows, inside)
-        _, _, share = load_gap(gaps_ptr, first, rows, inside, step - 1, R)
-        chain = tl.load(chain_ptr + first + rows, mask=inside, other=0.0)
-        chain -= mean * tl.load(soft_ptr + first + rows, mask=inside, other=0.0)
-        tl.store(dcos_ptr + rows, -scale * power(quality, gamma) * share * chain, mask=inside)
-        tl.store(chain_ptr + first + rows, chain - share * chain, mask=inside)
+    """The tile loop of a step: the dot with the arriving gradient, and the two sums of what pick step - 1 gets."""
+    arriving_ptr = state.arriving + (kept.base + step) * rows.C
+    mean = tl.zeros((BLOCK_N,), tl.float32)
+    fixed, by_mean = (), ()
+    for _ in tl.static_range(CHUNKS):
+        fixed = fixed + (tl.zeros((FOLD, CHUNK), tl.float32),)
+        by_mean = by_mean + (tl.zeros((FOLD, CHUNK), tl.float32),)
+    for begin in range(part.low, part.high, BLOCK_N):  # @tiles
+        n = begin + tl.arange(0, BLOCK_N)
+        inside = n < part.high
+        at = rows.first + n
+        norm = tl.load(kept.norms + at, mask=inside, other=-1.0)
+        prob = tl.load(state.prob + at, mask=inside, other=0.0)
+        slope = tl.load(state.slope + at, mask=inside, other=0.0)
+        min_grad = tl.load(state.min_grad + at, mask=inside, other=0.0)
+        tile = load_tile(rows, n, inside, norm > 0, CHUNK, CHUNKS)
+        dot = tl.where(prob > 0, dot_rows(tile, arriving_ptr, rows.C, CHUNK, CHUNKS) - centre, 0.0)
+        mean += prob * dot
+        min_grad += prob * dot / tau
+        tl.debug_barrier()  # all have loaded what is stored here
+        tl.store(state.min_grad + at, min_grad, mask=inside)
+        norm = tl.where(norm > 0, norm, 1.0)
+        if NORMALIZED:
+            norm = tl.zeros_like(norm) + 1
+        fixed = add_weighted(fixed, tile, slope * min_grad / norm, FOLD, CHUNK, CHUNKS)
+        by_mean = add_weighted(by_mean, tile, slope * (prob / tau) / norm, FOLD, CHUNK, CHUNKS)
+    slot = part.slot + part.part
+    tl.store(state.means + step % 2 * part.slots + slot, tl.sum(mean, axis=0))
+    for j in tl.static_range(CHUNKS):
+        cols = j * CHUNK + tl.arange(0, CHUNK)
+        to = state.sums + slot.to(tl.int64) * (2 * rows.C) + cols
+        tl.store(to, tl.sum(fixed[j], axis=0), mask=cols < rows.C)
+        tl.store(to + rows.C, tl.sum(by_mean[j], axis=0), mask=cols < rows.C)
+    tl.debug_barrier()
 
 
 @triton.jit
-def settle_quality(dquality_ptr, soft_ptr, first, low, high, mean, BLOCK: tl.constexpr):
-    """Once the first pick's softmax mean is known: take it off the quality's gradient."""
-    for begin in range(low, high, BLOCK):
-        rows = begin + tl.arange(0, BLOCK)
-        inside = rows < high
-        dquality = tl.load(dquality_ptr + first + rows, mask=inside, other=0.0)
-        dquality -= mean * tl.load(soft_ptr + first + rows, mask=inside, other=0.0)
-        tl.store(dquality_ptr + first + rows, dquality, mask=inside)
-
-
-@triton.jit
-def project(pull, rows_ptr, norms_ptr, indices_ptr, base, first, stride_row, step, cols, C, NORMALIZED: tl.constexpr):
-    """From the gradient at the unit vector of pick ``step`` to that at its row: (I - u u^T) / |x|."""
-    if not NORMALIZED:
-        row = tl.load(indices_ptr + base + step).to(tl.int32)
-        length = tl.load(norms_ptr + first + row)
-        u = load_row(rows_ptr, row, True, stride_row, cols, C).to(tl.float32) / length
-        pull = (pull - tl.sum(pull * u, axis=0) * u) / length
-    return pull
-
-
-@triton.jit
-def total_of(means_ptr, slot, parts, BLOCK_P: tl.constexpr):
-    """The sum of one number of each part, in their order."""
-    part = tl.arange(0, BLOCK_P)
-    return tl.sum(tl.load(means_ptr + slot + part, mask=part < parts, other=0.0, cache_modifier=".cg"), axis=0)
-
-
-@triton.jit
-def share_mean(
-    mean,
-    means_ptr,
-    barrier_ptr,
-    slot,
-    slots,
-    set_id,
-    part,
-    parts,
-    met,
-    mine,
-    SPLIT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """The first pick's softmax mean over all parts; `mine`: this launch is the one that has this part's own."""
-    if SPLIT != WHOLE:
-        if SPLIT == COOPERATIVE:
-            mine = True
-        if mine:
-            tl.store(means_ptr + 2 * slots + slot + part, mean)
-        if SPLIT == COOPERATIVE:
-            met += 1
-            grid_barrier(barrier_ptr + set_id, parts * met)
-        mean = total_of(means_ptr + 2 * slots, slot, parts, BLOCK_P)
-    return mean, met
-
-
-@triton.jit
-def sum_parts(sums_ptr, totals_ptr, slot, set_id, part, parts, C, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr):
+def sum_parts(rows, part, state, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr):
     """Add the parts' vectors [2 C], each part a share of the columns, in the order of the parts."""
-    source = tl.arange(0, BLOCK_P)
-    for begin in range(part * BLOCK_S, 2 * C, parts * BLOCK_S):
+    lane = tl.arange(0, BLOCK_P)
+    for begin in range(part.part * BLOCK_S, 2 * rows.C, part.parts * BLOCK_S):
         cols = begin + tl.arange(0, BLOCK_S)
-        at = (slot + source).to(tl.int64)[:, None] * (2 * C) + cols[None, :]
-        there = (source < parts)[:, None] & (cols < 2 * C)[None, :]
-        values = tl.load(sums_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
-        tl.store(totals_ptr + set_id.to(tl.int64) * (2 * C) + cols, tl.sum(values, axis=0), mask=cols < 2 * C)
+        at = (part.slot + lane).to(tl.int64)[:, None] * (2 * rows.C) + cols[None, :]
+        there = (lane < part.parts)[:, None] & (cols < 2 * rows.C)[None, :]
+        values = tl.load(state.sums + at, mask=there, other=0.0, cache_modifier=".cg")
+        to = state.totals + rows.set_id.to(tl.int64) * (2 * rows.C) + cols
+        tl.store(to, tl.sum(values, axis=0), mask=cols < 2 * rows.C)
 
 
 @triton.jit
-def load_pull(totals_ptr, set_id, mean, cols, C):
-    """sum_n dcos(n) u_n of a split set, from its two parts."""
-    at = totals_ptr + set_id.to(tl.int64) * (2 * C) + cols
-    fixed = tl.load(at, mask=cols < C, other=0.0, cache_modifier=".cg")
-    return fixed - mean * tl.load(at + C, mask=cols < C, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def assemble(
-    rows, inside, open_to, norm, rows_ptr, gaps_ptr, norms_ptr, indices_ptr, pulls_ptr, dcos_ptr,
-    base, first, stride_row, cols, C, R, picks, NORMALIZED: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+def arrive(
+    rows, part, kept, state, step, later, SPLIT: tl.constexpr, NORMALIZED: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The rows' gradient [n, c] but for the part along the row itself, d log w [n] and sum_j dcos_j [n]."""
-    gradient = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
-    dlogweight = tl.zeros_like(norm)
-    total = tl.zeros_like(norm)
-    for step in range(picks):
-        row = tl.load(indices_ptr + base + step).to(tl.int32)
-        pull = tl.load(pulls_ptr + (base + step) * C + cols, mask=cols < C, other=0.0)
-        gradient += tl.where(rows == row, 1.0, 0.0)[:, None] * pull[None, :]
-        if step + 1 < picks:
-            at = step * R + first + rows
-            dcos = tl.load(dcos_ptr + at, mask=inside & open_to, other=0.0)
-            gap = tl.abs(tl.load(gaps_ptr + at, mask=inside & open_to, other=0.0))
+    """Complete the gradient at pick ``step`` with what the ``later`` step gave it; returns (that step's mean, centre).
+
+    The centre is the product with the pick's own row. The softmax's gradient does not change with what is taken off
+    all dots, and where the softmax is all but one-hot, taking this off leaves a mean as small as the gradient itself.
+    """
+    cols = tl.arange(0, BLOCK_C)
+    there = (cols < rows.C) & (step < kept.picks)
+    mean = 0.0
+    if later:
+        mean += mean_of(state, part, (step + 1) % 2, BLOCK_P)
+    totals_ptr = state.totals
+    if SPLIT == WHOLE:
+        totals_ptr = state.sums
+    at = totals_ptr + rows.set_id.to(tl.int64) * (2 * rows.C) + cols
+    # -- from the sums to the gradient at the pick's row: (I - u u^T) / |x|
+    pull = tl.load(at, mask=there & later, other=0.0, cache_modifier=".cg")
+    pull -= mean * tl.load(at + rows.C, mask=there & later, other=0.0, cache_modifier=".cg")
+    values = load_row(rows.features, pick_of(kept, step), step < kept.picks, rows.stride, cols, rows.C).to(tl.float32)
+    unit, length = values, 1.0
+    if not NORMALIZED:
+        unit, length = unit_vector(values, step < kept.picks)
+        length = tl.where(length > 0, length, 1.0)
+        pull = (pull - tl.sum(pull * unit, axis=0) * unit) / length
+    arriving = tl.load(kept.grad + (kept.base + step) * rows.C + cols, mask=there, other=0.0).to(tl.float32) + pull
+    tl.store(state.arriving + (kept.base + step) * rows.C + cols, arriving, mask=cols < rows.C)
+    tl.store(state.units + (kept.base + step) * rows.C + cols, unit, mask=cols < rows.C)
+    tl.debug_barrier()
+    return mean, tl.sum(arriving * values, axis=0)
+
+
+@triton.jit
+def prepare_write(
+    rows, part, kept, state, grads, weights, mean, tau, SEEDED: tl.constexpr, CHOSEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The last scalar loop before the rows' gradient: all that is known of a row without its dot with the first pick's.
+
+    Leaves in ``slope`` what the row's own direction gets, in ``prob`` the first pick's softmax.
+    """
+    dgamma = tl.zeros((BLOCK_R,), tl.float32)
+    settle = kept.picks > 1
+    gamma = tl.where(weights.gamma == weights.gamma, weights.gamma, 0.0)
+    for begin in range(part.low, part.high, BLOCK_R):  # @scalars
+        n = begin + tl.arange(0, BLOCK_R)
+        inside = n < part.high
+        at = rows.first + n
+        allowed, _, quality = load_norm_and_quality(rows, kept, n, inside)
+        if settle:
+            min_grad = tl.load(state.min_grad + at, mask=inside, other=0.0)
+            prob = tl.load(state.prob + at, mask=inside, other=0.0)
+            route_min_grad(rows, kept, state, weights, min_grad - mean * prob / tau, allowed, quality, n, inside, 0)
+        along = tl.zeros((BLOCK_R,), tl.float32)
+        dlogweight = tl.zeros((BLOCK_R,), tl.float32)
+        for step in range(kept.picks - 1):  # @picks
+            dcos = tl.load(state.dcos + step * rows.R + at, mask=inside & allowed, other=0.0)
+            gap = tl.abs(tl.load(kept.gaps + step * rows.R + at, mask=inside & allowed, other=0.0))
             dlogweight -= gap * dcos
-            total += dcos
-            direction = load_row(rows_ptr, row, True, stride_row, cols, C).to(tl.float32)
-            if not NORMALIZED:
-                direction = direction / tl.load(norms_ptr + first + row)
-                dcos = dcos / norm
-            gradient += dcos[:, None] * direction[None, :]
-    return gradient, dlogweight, total
+            along += dcos
+        dgamma += dlogweight * tl.log(quality)
+        tl.store(grads.quality + at, gamma * dlogweight / quality, mask=inside)
+        tl.store(state.slope + at, -(along + dlogweight), mask=inside)
+        if CHOSEN:
+            tl.debug_barrier()  # all have loaded what is stored here
+            prob = probabilities(rows, kept, quality, n, inside, 0, tau, SEEDED)
+            tl.store(state.prob + at, tl.where(allowed & (kept.picks > 0), prob, 0.0), mask=inside)
+    tl.store(grads.gamma + part.slot + part.part, tl.sum(dgamma, axis=0))
+    tl.debug_barrier()
+
+
+@triton.jit
+def dot_first(rows, part, kept, state, centre, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Where the quality is the norm, its gradient is part of the rows': a pass for the first pick's dots and mean."""
+    vector_ptr = state.arriving + kept.base * rows.C
+    mean = tl.zeros((BLOCK_N,), tl.float32)
+    for begin in range(part.low, part.high, BLOCK_N):  # @tiles
+        n = begin + tl.arange(0, BLOCK_N)
+        inside = n < part.high
+        prob = tl.load(state.prob + rows.first + n, mask=inside, other=0.0)
+        tile = load_tile(rows, n, inside, prob > 0, CHUNK, CHUNKS)
+        dot = dot_rows(tile, vector_ptr, rows.C, CHUNK, CHUNKS) - centre
+        dot = tl.where(prob > 0, dot, 0.0)
+        tl.store(state.dots + rows.first + n, dot, mask=inside)
+        mean += prob * dot
+    tl.store(state.means + 2 * part.slots + part.slot + part.part, tl.sum(mean, axis=0))
+    tl.debug_barrier()
+
+
+@triton.jit
+def settle_quality(rows, part, kept, state, grads, tau, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The first pick's part of the quality's gradient, once its mean is known."""
+    mean = mean_of(state, part, 2, BLOCK_P)
+    for begin in range(part.low, part.high, BLOCK_R):  # @scalars
+        n = begin + tl.arange(0, BLOCK_R)
+        inside = n < part.high
+        prob = tl.load(state.prob + rows.first + n, mask=inside, other=0.0)
+        dot = tl.load(state.dots + rows.first + n, mask=inside, other=0.0)
+        dquality = tl.load(grads.quality + rows.first + n, mask=inside, other=0.0)
+        tl.debug_barrier()  # all have loaded what is stored here
+        tl.store(grads.quality + rows.first + n, dquality + prob * (dot - mean) / tau, mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit
+def write_chunk(
+    rows, kept, state, tile, n, inside, begin, inverse, radial, j: tl.constexpr, NORMALIZED: tl.constexpr,
+    BLOCK_W: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Columns of chunk j of the rows' gradient, [n, c]."""
+    gradient = tile * inverse[:, None] * radial[:, None]
+    for step in range(kept.picks):  # @picks
+        if step + 1 < kept.picks:
+            dcos = tl.load(state.dcos + step * rows.R + rows.first + n, mask=inside, other=0.0) * inverse
+            unit = load_cols(state.units + (kept.base + step) * rows.C, rows.C, j, CHUNK)
+            gradient += dcos[:, None] * unit[None, :]
+        row = pick_of(kept, step)
+        if (row >= begin) & (row < begin + BLOCK_W):
+            arriving = load_cols(state.arriving + (kept.base + step) * rows.C, rows.C, j, CHUNK)
+            gradient += tl.where(n == row, 1.0, 0.0)[:, None] * arriving[None, :]
+    return gradient
+
+
+@triton.jit
+def write_rows(
+    rows, part, kept, state, grads, centre, extent, CHOSEN: tl.constexpr, NORMALIZED: tl.constexpr,
+    BLOCK_W: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """The tile loop that writes the rows' gradient; with a given quality, also the first pick's dots and mean."""
+    mean = tl.zeros((BLOCK_W,), tl.float32)
+    for begin in range(part.low, extent, BLOCK_W):  # @writes
+        n = begin + tl.arange(0, BLOCK_W)
+        inside = n < part.high
+        at = rows.first + n
+        norm = tl.load(kept.norms + at, mask=inside, other=-1.0)
+        allowed = norm > 0
+        radial = tl.load(state.slope + at, mask=inside, other=0.0)
+        tile = load_tile(rows, n, inside, allowed, CHUNK, CHUNKS)
+        inverse = 1 / tl.where(allowed, norm, 1.0)
+        if NORMALIZED:
+            inverse = tl.zeros_like(norm) + 1
+            radial = tl.zeros_like(norm)
+        else:
+            radial = radial * inverse
+        if rows.quality is None:
+            slope = tl.load(grads.quality + at, mask=inside & allowed, other=0.0)
+            if NORMALIZED:
+                slope = slope / tl.where(allowed, norm, 1.0)
+            radial += slope
+        elif CHOSEN:
+            prob = tl.load(state.prob + at, mask=inside, other=0.0)
+            vector_ptr = state.arriving + kept.base * rows.C
+            dot = tl.where(prob > 0, dot_rows(tile, vector_ptr, rows.C, CHUNK, CHUNKS) - centre, 0.0)
+            tl.store(state.dots + at, dot, mask=inside)
+            mean += prob * dot
+        for j in tl.static_range(CHUNKS):
+            cols = j * CHUNK + tl.arange(0, CHUNK)
+            gradient = write_chunk(
+                rows, kept, state, tile[j], n, inside & allowed, begin, inverse, radial, j, NORMALIZED, BLOCK_W, CHUNK
+            )
+            to = grads.rows + at[:, None] * rows.C + cols[None, :]
+            written = (n < extent)[:, None] & (cols < rows.C)[None, :]
+            tl.store(to, gradient.to(grads.rows.dtype.element_ty), mask=written)
+        tl.store(grads.quality + at, tl.zeros_like(norm), mask=(n >= part.high) & (n < extent))
+    if CHOSEN and rows.quality is not None:
+        tl.store(state.means + 2 * part.slots + part.slot + part.part, tl.sum(mean, axis=0))
+    tl.debug_barrier()
+
+
+@triton.jit
+def meet(rows, part, met, SPLIT: tl.constexpr):
+    """Wait for the other parts; returns how often they have met."""
+    if SPLIT == COOPERATIVE:
+        grid_barrier(part.barrier + rows.set_id, part.parts * (met + 1))
+    return met + 1
 
 
 @triton.jit
 def backward_set(
-    rows_ptr, quality_ptr, gamma, noise_ptr, seed, grad_ptr, indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr,
-    norms_ptr, drows_ptr, dquality_ptr, dgamma_ptr, pulls_ptr, dcos_ptr, chain_ptr, soft_ptr, means_ptr, sums_ptr,
-    totals_ptr, barrier_ptr, set_id, part, parts, turn, first, count, extent, stride_row, C, K, R, tau, scale,
-    SEEDED: tl.constexpr, NORMALIZED: tl.constexpr, CHOSEN: tl.constexpr, RESIDENT: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    rows, part, kept, state, grads, weights, extent, tau, K, turn, SEEDED: tl.constexpr, NORMALIZED: tl.constexpr,
+    CHOSEN: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, FOLD: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One part of one set: rows [low, high) of [0, count); what is beyond, to extent, is padding and gets zeros.
+    """One part of one set: its rows [low, high), and to ``extent`` padding, which gets zeros.
 
-    A split set goes through turns: two a step (its pass over the rows; the sum over the parts), then the softmax mean
-    of the first pick where that has to come first, the rows' gradient, and what of it waited for that mean. Launches
-    take one turn each; in a cooperative launch there is a barrier between them.
+    Two phases a step (the part's sums, the parts' sum), then three: what precedes the rows' gradient, the rows'
+    gradient, what waited for the first pick's mean. Launches take one phase each, in a cooperative launch there is a
+    barrier between.
     """
-    cols = tl.arange(0, BLOCK_C)
-    lane = tl.arange(0, BLOCK_N)
-    picks = tl.load(counts_ptr + set_id).to(tl.int32)
-    base = set_id.to(tl.int64) * K
-    slot = set_id * parts
-    low, high, write_to = 0, count, extent
-    begin_back, end_back, pass_to = 0, picks - 1, count
-    slots = tl.num_programs(0)
-    met = 0
-    if SPLIT != WHOLE:
-        low, high = divide(count, part, parts, BLOCK_N)
-        write_to = high
-        if part == parts - 1:
-            write_to = extent
-        pass_to = high
-        if SPLIT == LAUNCHES:
-            begin_back = turn // 2
-            end_back = tl.minimum(begin_back + 1, end_back)
-            if turn % 2 == 1:
-                pass_to = low
-
-    if RESIDENT:
-        inside = lane < count
-        open_to, norm, quality = load_marks(norms_ptr, quality_ptr, first, lane, inside)
-        # 0 * NaN is NaN: rows that cannot be picked must not meet the sums below
-        held = load_rows(rows_ptr, lane, open_to, stride_row, cols, C)
-        weight = scale * power(quality, gamma)
-        chain = tl.zeros_like(norm)
-
-    pull = tl.zeros((BLOCK_C,), tl.float32)  # what the later picks give to the next one down
-    for back in range(begin_back, end_back):
-        step = picks - 1 - back
-        if SPLIT == LAUNCHES:
-            if back > 0:
-                mean = total_of(means_ptr + (step + 1) % 2 * slots, slot, parts, BLOCK_P)
-                settle_chain(
-                    chain_ptr, soft_ptr, dcos_ptr, norms_ptr, quality_ptr, gaps_ptr, first, low, pass_to, step + 1, R,
-                    mean, scale, gamma, BLOCK_R,
-                )  # fmt: skip
-                pull = load_pull(totals_ptr, set_id, mean, cols, C)
-                pull = project(
-                    pull, rows_ptr, norms_ptr, indices_ptr, base, first, stride_row, step, cols, C, NORMALIZED
-                )
-                tl.debug_barrier()
-        arriving = tl.load(grad_ptr + (base + step) * C + cols, mask=cols < C, other=0.0).to(tl.float32) + pull
-        # parts that add up a step's sums must not mistake them for the step's before
-        known = cols < C
-        if SPLIT == LAUNCHES:
-            known &= turn % 2 == 0
-        tl.store(pulls_ptr + (base + step) * C + cols, arriving, mask=known)
-        normalizer = tl.load(normalizers_ptr + base + step)
-        centre = along_pick(arriving, rows_ptr, indices_ptr, base + step, True, stride_row, cols, C)
-        if RESIDENT:
-            gap, in_softmax, share = load_gap(gaps_ptr, first, lane, inside, step - 1, R)
-            soft = softmax_of(
-                gap * weight, lane, inside, open_to & in_softmax, step, set_id, first, R, noise_ptr, seed,
-                normalizer, tau, SEEDED,
-            )  # fmt: skip
-            tile = held.to(tl.float32)
-            along = products(tile, arriving) - centre
-            chain += soft * (along - tl.sum(soft * along, axis=0)) / tau
-            dcos = -weight * share * chain
-            chain -= share * chain
-            tl.store(dcos_ptr + (step - 1) * R + first + lane, dcos, mask=inside)
-            if not NORMALIZED:
-                dcos = dcos / norm
-            pull = tl.sum(tile * dcos[:, None], axis=0)
-        else:
-            mean = 0.0
-            fixed = tl.zeros((BLOCK_C,), tl.float32)
-            by_mean = tl.zeros((BLOCK_C,), tl.float32)
-            for begin in range(low, pass_to, BLOCK_N):
-                rows = begin + lane
-                inside = rows < high
-                open_to, norm, quality = load_marks(norms_ptr, quality_ptr, first, rows, inside)
-                tile = load_rows(rows_ptr, rows, open_to, stride_row, cols, C).to(tl.float32)
-                gap, in_softmax, share = load_gap(gaps_ptr, first, rows, inside, step - 1, R)
-                weight = scale * power(quality, gamma)
-                soft = softmax_of(
-                    gap * weight, rows, inside, open_to & in_softmax, step, set_id, first, R, noise_ptr, seed,
-                    normalizer, tau, SEEDED,
-                )  # fmt: skip
-                along = products(tile, arriving) - centre
-                mean += tl.sum(soft * along, axis=0)
-                chain = tl.load(chain_ptr + first + rows, mask=inside & (back > 0), other=0.0)
-                chain += soft * along / tau
-                soft = soft / tau
-                # The compiler loads the chain once for the store and once for the sums: all before any is replaced.
-                tl.debug_barrier()
-                tl.store(chain_ptr + first + rows, chain, mask=inside)
-                tl.store(soft_ptr + first + rows, soft, mask=inside)
-                to_cos = -weight * share
-                if not NORMALIZED:
-                    to_cos = to_cos / norm
-                fixed += tl.sum(tile * (to_cos * chain)[:, None], axis=0)
-                by_mean += tl.sum(tile * (to_cos * soft)[:, None], axis=0)
-            if SPLIT != WHOLE:
-                if SPLIT == COOPERATIVE or turn % 2 == 0:
-                    at = sums_ptr + (slot + part).to(tl.int64) * (2 * C) + cols
-                    tl.store(means_ptr + step % 2 * slots + slot + part, mean)
-                    tl.store(at, fixed, mask=cols < C)
-                    tl.store(at + C, by_mean, mask=cols < C)
-                if SPLIT == COOPERATIVE:
-                    met += 1
-                    grid_barrier(barrier_ptr + set_id, parts * met)
-                if SPLIT == COOPERATIVE or turn % 2 == 1:
-                    sum_parts(sums_ptr, totals_ptr, slot, set_id, part, parts, C, BLOCK_P, BLOCK_S)
-                if SPLIT == COOPERATIVE:
-                    met += 1
-                    grid_barrier(barrier_ptr + set_id, parts * met)
-                    mean = total_of(means_ptr + step % 2 * slots, slot, parts, BLOCK_P)
-                    pull = load_pull(totals_ptr, set_id, mean, cols, C)
-            else:
-                pull = fixed - mean * by_mean
-                tl.debug_barrier()  # rows change hands between threads
-            if SPLIT != LAUNCHES:
-                settle_chain(
-                    chain_ptr, soft_ptr, dcos_ptr, norms_ptr, quality_ptr, gaps_ptr, first, low, high, step, R, mean,
-                    scale, gamma, BLOCK_R,
-                )  # fmt: skip
-                tl.debug_barrier()
-        if SPLIT != LAUNCHES:
-            pull = project(
-                pull, rows_ptr, norms_ptr, indices_ptr, base, first, stride_row, step - 1, cols, C, NORMALIZED
-            )
-
-    mean_to, tail_to = high, high
-    known = cols < C
-    ending = 1
+    begin_back, end_back = 0, kept.picks - 1
+    phase = turn
     if SPLIT == LAUNCHES:
-        ending = turn - 2 * (K - 1)  # 0: the mean, 1: the rows' gradient, 2: what waited for the mean
-        known &= ending >= 0
-        if ending != 0:
-            mean_to = low
-        if ending != 1:
-            write_to = low
-        if ending != 2:
-            tail_to = low
-        if (ending >= 0) & (picks > 1):
-            mean_before = total_of(means_ptr + slots, slot, parts, BLOCK_P)
-            settle_chain(
-                chain_ptr, soft_ptr, dcos_ptr, norms_ptr, quality_ptr, gaps_ptr, first, low, mean_to, 1, R, mean_before,
-                scale, gamma, BLOCK_R,
-            )  # fmt: skip
-            pull = load_pull(totals_ptr, set_id, mean_before, cols, C)
-            pull = project(pull, rows_ptr, norms_ptr, indices_ptr, base, first, stride_row, 0, cols, C, NORMALIZED)
-    there = picks > 0
-    arriving = tl.load(grad_ptr + base * C + cols, mask=(cols < C) & there, other=0.0).to(tl.float32) + pull
-    tl.store(pulls_ptr + base * C + cols, arriving, mask=known)
-    normalizer = tl.load(normalizers_ptr + base)
-    centre = along_pick(arriving, rows_ptr, indices_ptr, base, there, stride_row, cols, C)
-    tl.debug_barrier()  # pulls and dcos are read by other threads than wrote them
-
-    # Where the quality is the norm, its gradient is part of the rows', so the mean has to come first.
-    mean = 0.0
-    if CHOSEN and quality_ptr is None:
-        if RESIDENT:
-            along = products(held.to(tl.float32), arriving) - centre
-            soft = softmax_of(
-                quality, lane, inside, open_to & there, 0, set_id, first, R, noise_ptr, seed, normalizer, tau, SEEDED
-            )
-            mean += tl.sum(soft * along, axis=0)
-        else:
-            for begin in range(low, mean_to, BLOCK_N):
-                rows = begin + lane
-                inside = rows < high
-                open_to, norm, quality = load_marks(norms_ptr, quality_ptr, first, rows, inside)
-                tile = load_rows(rows_ptr, rows, open_to, stride_row, cols, C).to(tl.float32)
-                along = products(tile, arriving) - centre
-                soft = softmax_of(
-                    quality, rows, inside, open_to & there, 0, set_id, first, R, noise_ptr, seed, normalizer, tau,
-                    SEEDED,
-                )  # fmt: skip
-                mean += tl.sum(soft * along, axis=0)
-        mean, met = share_mean(
-            mean, means_ptr, barrier_ptr, slot, slots, set_id, part, parts, met, ending == 0, SPLIT, BLOCK_P
-        )
-
-    # The rows' gradient, in tiles small enough to stand beside the rows; a resident set's come from L1 or L2 again.
-    dgamma = 0.0
-    tail = 0.0  # the mean, where it comes last
-    for begin in range(low, write_to, BLOCK_W):
-        at = begin + tl.arange(0, BLOCK_W)
-        member = at < high
-        can, length, q = load_marks(norms_ptr, quality_ptr, first, at, member)
-        rows_tile = load_rows(rows_ptr, at, can, stride_row, cols, C).to(tl.float32)
-        gradient, dlogweight, total = assemble(
-            at, member, can, length, rows_ptr, gaps_ptr, norms_ptr, indices_ptr, pulls_ptr, dcos_ptr,
-            base, first, stride_row, cols, C, R, picks, NORMALIZED, BLOCK_W, BLOCK_C,
-        )  # fmt: skip
-        dgamma += tl.sum(dlogweight * tl.log(q), axis=0)
-        dquality = gamma * dlogweight / q
-        if CHOSEN:
-            product = products(rows_tile, arriving) - centre
-            chosen = softmax_of(
-                q, at, member, can & there, 0, set_id, first, R, noise_ptr, seed, normalizer, tau, SEEDED
-            )
-            dquality += chosen * (product - mean) / tau
-            if quality_ptr is not None:
-                tail += tl.sum(chosen * product, axis=0)
-                tl.store(soft_ptr + first + at, chosen / tau, mask=member)
-        radial = tl.zeros_like(length)
-        if not NORMALIZED:
-            radial = -(total + dlogweight) / (length * length)
-        if quality_ptr is None:
-            radial += dquality / length
-        gradient += radial[:, None] * rows_tile
-        place = first + at
-        written = at < write_to
-        tl.store(
-            drows_ptr + place[:, None] * C + cols[None, :],
-            gradient.to(drows_ptr.dtype.element_ty),
-            mask=written[:, None] & (cols < C)[None, :],
-        )
-        tl.store(dquality_ptr + place, dquality, mask=written)
-    if ending == 1:
-        tl.store(dgamma_ptr + slot + part, dgamma)
-    if CHOSEN and quality_ptr is not None:
-        tail, met = share_mean(
-            tail, means_ptr, barrier_ptr, slot, slots, set_id, part, parts, met, ending == 1, SPLIT, BLOCK_P
-        )
-        tl.debug_barrier()
-        settle_quality(dquality_ptr, soft_ptr, first, low, tail_to, tail, BLOCK_R)
+        begin_back = turn // 2
+        end_back = tl.minimum(begin_back + 1, end_back)
+    met = 0
+    for back in range(begin_back, end_back):  # @steps
+        step = kept.picks - 1 - back
+        if SPLIT != LAUNCHES or phase % 2 == 0:
+            mean, centre = arrive(rows, part, kept, state, step, back > 0, SPLIT, NORMALIZED, BLOCK_C, BLOCK_P)
+            prepare_step(rows, part, kept, state, weights, step, mean, back > 0, tau, SEEDED, NORMALIZED, BLOCK_R)
+            tl.debug_barrier()
+            sum_rows(rows, part, kept, state, step, centre, tau, NORMALIZED, BLOCK_N, FOLD, CHUNK, CHUNKS)
+        if SPLIT != WHOLE:
+            met = meet(rows, part, met, SPLIT)
+            if SPLIT != LAUNCHES or phase % 2 == 1:
+                sum_parts(rows, part, state, BLOCK_P, BLOCK_S)
+            met = meet(rows, part, met, SPLIT)
+    NORMS: tl.constexpr = CHOSEN and rows.quality is None
+    ending = 2 * (K - 1)
+    if SPLIT != LAUNCHES or phase >= ending:
+        mean, centre = arrive(rows, part, kept, state, 0, kept.picks > 1, SPLIT, NORMALIZED, BLOCK_C, BLOCK_P)
+        if SPLIT != LAUNCHES or phase == ending:
+            prepare_write(rows, part, kept, state, grads, weights, mean, tau, SEEDED, CHOSEN, BLOCK_R)
+            if NORMS:
+                dot_first(rows, part, kept, state, centre, BLOCK_N, CHUNK, CHUNKS)
+        if NORMS:
+            met = meet(rows, part, met, SPLIT)
+        if SPLIT != LAUNCHES or phase == ending + 1:
+            if NORMS:
+                settle_quality(rows, part, kept, state, grads, tau, BLOCK_R, BLOCK_P)
+            write_rows(rows, part, kept, state, grads, centre, extent, CHOSEN, NORMALIZED, BLOCK_W, CHUNK, CHUNKS)
+        if CHOSEN and not NORMS:
+            met = meet(rows, part, met, SPLIT)
+            if SPLIT != LAUNCHES or phase == ending + 2:
+                settle_quality(rows, part, kept, state, grads, tau, BLOCK_R, BLOCK_P)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -437,29 +503,33 @@ def select_backward(
     quality_ptr,  # [R] float32, or None for the norms
     gamma_ptr,  # [1], or None for gamma_value
     gamma_value,
+    tau_ptr,  # [1], or None for tau_value
+    tau_value,
     noise_ptr,  # [K, R] float32, or None
     seed_ptr,  # [1] int64, or None
     seed_value: "i64",  # or negative: seed_ptr has it
     lengths_ptr,  # [B], or None
     cu_seqlens_ptr,  # [B + 1], or None
-    order_ptr,  # [B], the sets in the order to start them in, or None
-    grad_ptr,  # [B, K, C]
-    indices_ptr,  # [B, K] int64
+    grad_ptr,  # see `Kept`
+    indices_ptr,
     counts_ptr,  # [B] int64
-    normalizers_ptr,  # [B, K] float32
-    gaps_ptr,  # [K - 1, R] float32
-    norms_ptr,  # [R] float32
-    drows_ptr,  # out [B, N, C] or [T, C]
-    dquality_ptr,  # out [R] float32
-    dgamma_ptr,  # out [B, parts] float32
-    pulls_ptr,  # scratch [B, K, C] float32, the complete gradients at the picks
-    dcos_ptr,  # scratch [K - 1, R] float32
-    chain_ptr,  # scratch [R] float32 (streaming)
-    soft_ptr,  # scratch [R] float32
-    means_ptr,  # scratch [3, B, parts] float32: of even steps, odd steps, and step 0 (split)
-    sums_ptr,  # scratch [B, parts, 2, C] float32, a step's row sums, without and by the mean (split)
-    totals_ptr,  # scratch [B, 2, C] float32, their sums over the parts (split)
-    barrier_ptr,  # [B] int32, zero: parts that arrived (split, cooperative)
+    softmax_ptr,
+    gaps_ptr,
+    norms_ptr,
+    drows_ptr,  # out, as are the next: see `Grads`
+    dquality_ptr,
+    dgamma_ptr,
+    arriving_ptr,  # scratch, as are the next: see `State`
+    units_ptr,
+    dcos_ptr,
+    min_grad_ptr,
+    prob_ptr,
+    slope_ptr,
+    dots_ptr,
+    means_ptr,
+    sums_ptr,
+    totals_ptr,  # (split)
+    barrier_ptr,  # [B] int32, zero: parts that arrived (cooperative)
     parts,
     turn,
     stride_set,
@@ -468,50 +538,50 @@ def select_backward(
     C,
     K,
     R: "i64",
-    tau,
+    shortest,  # sets of fewer rows are another launch's
+    longest,
     scale,
     SEEDED: tl.constexpr,
     NORMALIZED: tl.constexpr,
     CHOSEN: tl.constexpr,  # the first pick was chosen by quality, not given
-    TIER: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,  # rows of a tile
     BLOCK_W: tl.constexpr,  # rows of a tile whose gradient is being written
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # rows at a time where only their scalars are read
+    FOLD: tl.constexpr,  # rows of a tile in different threads
+    CHUNK: tl.constexpr,  # columns at a time
+    CHUNKS: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # C up to the next power of two
     BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # rows at a time in the scalar loops
     BLOCK_S: tl.constexpr,  # columns at a time where the parts' sums are added
 ):
-    part = 0
     set_id = tl.program_id(0)
+    part, sets = 0, tl.num_programs(0)
     if SPLIT != WHOLE:
+        sets = sets // parts
         part = set_id % parts
         set_id = set_id // parts
-    if order_ptr is not None:
-        set_id = tl.load(order_ptr + set_id).to(tl.int32)
     first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     extent = count if cu_seqlens_ptr is not None else N
-    gamma = tl.cast(scalar(gamma_ptr, gamma_value), tl.float32)
+    low, high = 0, count
+    if SPLIT != WHOLE:
+        low, high = divide(count, part, parts, BLOCK_N)
+        if part != parts - 1:
+            extent = high
     seed = (seed_ptr, seed_value)
-    if TIER == RAGGED:
-        resident = count <= BLOCK_N
-    else:
-        resident: tl.constexpr = TIER == RESIDENT_TIER
-    if resident:
+    rows = Rows(rows_ptr + offset, stride_row, C, R, set_id, first, count, quality_ptr, None, noise_ptr, seed)
+    mine = Part(low, high, part, parts, set_id * parts, sets * parts, barrier_ptr)
+    base = set_id.to(tl.int64) * K
+    picks = tl.load(counts_ptr + set_id).to(tl.int32)
+    kept = Kept(grad_ptr, indices_ptr, softmax_ptr, gaps_ptr, norms_ptr, base, picks)
+    grads = Grads(drows_ptr, dquality_ptr, dgamma_ptr)
+    state = State(
+        arriving_ptr, units_ptr, dcos_ptr, min_grad_ptr, prob_ptr, slope_ptr, dots_ptr, means_ptr, sums_ptr, totals_ptr
+    )
+    weights = Weights(finite_or_nan(scalar(gamma_ptr, gamma_value)), scale)
+    tau = scalar(tau_ptr, tau_value)
+    if (count >= shortest) & (count <= longest):
         backward_set(
-            rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, grad_ptr, indices_ptr, counts_ptr, normalizers_ptr,
-            gaps_ptr, norms_ptr, drows_ptr, dquality_ptr, dgamma_ptr, pulls_ptr, dcos_ptr, chain_ptr, soft_ptr,
-            means_ptr, sums_ptr, totals_ptr, barrier_ptr, set_id, part, parts, turn, first, count, extent, stride_row,
-            C, K, R, tau, scale,
-            SEEDED, NORMALIZED, CHOSEN, True, SPLIT, BLOCK_N, BLOCK_W, BLOCK_C, BLOCK_R,
-            BLOCK_P, BLOCK_S,
-        )  # fmt: skip
-    else:
-        backward_set(
-            rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, grad_ptr, indices_ptr, counts_ptr, normalizers_ptr,
-            gaps_ptr, norms_ptr, drows_ptr, dquality_ptr, dgamma_ptr, pulls_ptr, dcos_ptr, chain_ptr, soft_ptr,
-            means_ptr, sums_ptr, totals_ptr, barrier_ptr, set_id, part, parts, turn, first, count, extent, stride_row,
-            C, K, R, tau, scale,
-            SEEDED, NORMALIZED, CHOSEN, False, SPLIT, BLOCK_N, BLOCK_W, BLOCK_C, BLOCK_R,
-            BLOCK_P, BLOCK_S,
+            rows, mine, kept, state, grads, weights, extent, tau, K, turn, SEEDED, NORMALIZED, CHOSEN, SPLIT, BLOCK_N,
+            BLOCK_W, FOLD, CHUNK, CHUNKS, BLOCK_C, BLOCK_P, BLOCK_R, BLOCK_S,
         )  # fmt: skip

@@ -1,22 +1,67 @@
-"""What the forward and the backward pass share, in every tier."""
+"""What the forward and the backward pass share: the bundles that device functions hand on, scalars of rows, units.
+
+Both passes are made of two loops. The *tile loop* reads rows, a tile [n, c] at a time, and makes products. The *scalar
+loop* works on what is known of a row, a row to a thread: norm, quality, distance, noise, softmax. What one loop makes
+for the other stands in memory, a number a row.
+"""
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from fcn_kernels.device.noise import gumbel_noise, seed_of
 
-# Tiers of a launch. In a ragged one each set decides by its own length whether it is resident or streamed.
-RESIDENT_TIER = tl.constexpr(0)
-STREAMING_TIER = tl.constexpr(1)
-RAGGED = tl.constexpr(2)
+NO_ROW = tl.constexpr(2147483647)  # above all rows, so that a minimum over rows passes it by
 
-# Rows that left the softmax under `distinct` carry this as their gap: below every gap, so that the running minimum
-# keeps it, and below -2, the lowest that a gap with the tie bit can be.
+# Rows that left the softmax under `distinct` carry this as their distance: below every distance, so that the running
+# minimum keeps it, and below -2, the lowest that a distance with the tie bit can be.
 TAKEN = tl.constexpr(-4.0)
 
-# What changes from call to call. Triton would compile anew for those that are 1 or a multiple of 16, which helps what
-# rows are addressed by, not these.
-UNSPECIALIZED = ["seed_value", "parts", "turn", "N", "K", "R"]
+# Norms outside are computed again from rows that were divided by a power of two: squares leave float32's range.
+LEAST_NORM = tl.constexpr(1e-15)
+MOST_NORM = tl.constexpr(1e15)
+MOST_FLOAT = tl.constexpr(3.4028234663852886e38)
+MOST_LOG2 = tl.constexpr(64.0)  # of weights that need no unit of their own
+MOST_WEIGHT_LOG2 = tl.constexpr(100)  # of a weight in a gradient
+
+# Call-dependent scalars. Specializing on 1 or 16-divisibility would recompile without helping address arithmetic.
+UNSPECIALIZED = ["seed_value", "parts", "turn", "N", "K", "R", "shortest", "longest"]
+
+
+class Rows(NamedTuple):
+    """One set's rows and what is given for them; pointers are None for what is not given."""
+
+    features: Any  # [count, C] by stride, at the set's first row
+    stride: Any
+    C: Any
+    R: Any  # rows of all sets
+    set_id: Any
+    first: Any  # the set's first among all R
+    count: Any
+    quality: Any  # [R] float32
+    mask: Any  # [R] bool
+    noise: Any  # [K, R] float32
+    seed: Any  # (pointer, value), see `seed_of`
+
+
+class Part(NamedTuple):
+    """This program's rows [low, high) of the set, and where the parts of a set meet."""
+
+    low: Any
+    high: Any
+    part: Any
+    parts: Any
+    slot: Any  # of the set's first part
+    slots: Any  # of all sets
+    barrier: Any  # [B] int32, zero: parts that arrived (cooperative)
+
+
+class Weights(NamedTuple):
+    """What q^gamma is made with."""
+
+    gamma: Any  # NaN if it is not finite
+    scale: Any
 
 
 @triton.jit
@@ -24,23 +69,75 @@ def scalar(pointer, value):
     """A number of the call: given by value, or read on the device, where the host need not wait for it."""
     if pointer is not None:
         value = tl.load(pointer)
-    return value
+    return tl.cast(value, tl.float32)
 
 
 @triton.jit
-def power(quality, gamma):
-    """quality^gamma for quality > 0."""
-    return tl.exp2(gamma * tl.log2(quality))
+def finite_or_nan(number):
+    """NaN for a number that is not finite."""
+    return tl.where(tl.abs(number) < float("inf"), number, float("nan"))
 
 
 @triton.jit
-def perturb(logits, rows, inside, step, set_id, first, R, noise_ptr, seed, SEEDED: tl.constexpr):
-    """Logits [n] with the step's Gumbel noise.
+def power_of_two(exponent):
+    """2^exponent for an int32 within [-126, 127], the nearest of those for others."""
+    bits = (tl.minimum(tl.maximum(exponent, -126), 127) + 127) << 23
+    return bits.to(tl.float32, bitcast=True)
 
-    ``seed`` is what `seed_of` takes. It is read here, each time: rows of 1,024 columns leave no registers to hold it.
+
+@triton.jit
+def times_power_of_two(number, exponent):
+    """number 2^exponent, for an exponent up to the double of what a float32 has."""
+    half = exponent // 2
+    return number * power_of_two(half) * power_of_two(exponent - half)
+
+
+@triton.jit
+def downscale_of(largest):
+    """A power of two that takes numbers up to ``largest`` to about 1."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    return (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_extreme(norm):
+    """Whether a norm has to be made of scaled rows; not so those of rows that cannot be picked, which are -1 or NaN."""
+    return ((norm >= 0) & (norm < LEAST_NORM)) | (norm > MOST_NORM)
+
+
+@triton.jit
+def log2_weight(weights, quality):
+    """log2 of scale q^gamma [n]; 0 without a finite gamma."""
+    value = weights.gamma * tl.log2(quality) + tl.log2(weights.scale)
+    return tl.where(value == value, value, 0.0)
+
+
+@triton.jit
+def weight_of(weights, quality, exponent):
+    """scale q^gamma 2^-exponent [n]."""
+    plain = exponent == 0
+    shift = tl.where(plain, 0.0, tl.log2(weights.scale) - exponent.to(tl.float32))
+    return tl.where(plain, weights.scale, 1.0) * tl.exp2(weights.gamma * tl.log2(quality) + shift)
+
+
+@triton.jit
+def add_noise(logits, rows, n, inside, step, unit, SEEDED: tl.constexpr):
+    """Scores [n]: logits in units of 1 / ``unit`` with the step's Gumbel noise; NaN counts as -inf.
+
+    The seed is read here, each time: rows of 1,024 columns leave no registers to hold it.
     """
-    if noise_ptr is not None:
-        logits += tl.load(noise_ptr + step * R + first + rows, mask=inside, other=0.0)
+    if rows.noise is not None:
+        logits += unit * tl.load(rows.noise + step * rows.R + rows.first + n, mask=inside, other=0.0)
     elif SEEDED:
-        logits += gumbel_noise(seed_of(*seed), rows, step, set_id)
-    return logits
+        logits += unit * gumbel_noise(seed_of(*rows.seed), n, step, rows.set_id)
+    return tl.where(logits == logits, logits, float("-inf"))
+
+
+@triton.jit
+def softmax_term(score, peak, exponent, tau):
+    """exp((z - peak) / tau) [n] for scores in units of 2^exponent; 0 where either is not finite."""
+    peak += tl.zeros_like(score)  # [n]
+    known = (peak < float("inf")) & (peak > float("-inf")) & (score > float("-inf"))
+    # Rounding must not take a score above the best.
+    difference = tl.minimum(tl.where(known, score - peak, 0.0), 0.0) * power_of_two(exponent)
+    return tl.where(known, tl.exp(difference / tau), 0.0)

@@ -1,353 +1,550 @@
-"""The forward kernel: all K steps of a set.
+"""The forward kernel: all K steps of a set, in one program or in several that each have a part of its rows.
 
-Three tiers in one body. *Resident*: a program's tile [n, c] stays in registers from the first step to the last, so
-its rows are read once. *Streaming*: tiles are read again for each step, from L1 or L2 while the set fits there, and
-what a row carries from step to step, its norm and its gap, stands in global memory; with a quality or a start
-given the rows are read K - 1 times, else K. Either can be *split*: a set's rows are divided between programs, which
-agree on each pick.
+A step ends one pick and makes the scores of the next, in two loops. The *tile loop* reads the rows and stores their
+products with the pick; the pass that first sees them stores their norms, too. The *scalar loop* updates the running
+minimum of the distances, a row to a thread, and finds the best score. Rows are read K - 1 times where a quality or a
+start is given, else K times, from L1 or L2 while the set fits there.
 
-A step ends one pick and makes the logits of the next. All that it needs of the set is a ballot: the best noisy logit,
-its row, that row's logit without the noise, and the denominator of the softmax. Splitting a set is exchanging those.
+Each step reduces rows to a `Partial`. Partials merge, so that a set may be split between programs.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from fcn_kernels.device.rows import load_row, load_rows, locate, norm_of, products
+from fcn_kernels.device.rows import load_row, locate
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE, divide, grid_barrier
-from fcn_kernels.selection.kernels.common import RAGGED, RESIDENT_TIER, TAKEN, UNSPECIALIZED, perturb, power, scalar
+from fcn_kernels.selection.kernels.common import (
+    MOST_FLOAT,
+    MOST_LOG2,
+    NO_ROW,
+    TAKEN,
+    UNSPECIALIZED,
+    Part,
+    Rows,
+    Weights,
+    add_noise,
+    downscale_of,
+    finite_or_nan,
+    is_extreme,
+    log2_weight,
+    power_of_two,
+    scalar,
+    softmax_term,
+    times_power_of_two,
+    weight_of,
+)
+
+
+class Out(NamedTuple):
+    """The results."""
+
+    picked: Any  # [B, K, C]
+    distances: Any  # [B, K] float32
+    indices: Any  # [B, K] int64
+    counts: Any  # [B] int64
+    softmax: Any  # [B, K, 3] float32 (KEEP): peak, denominator and unit's exponent of each step
+    gaps: Any  # [K - 1, R] float32 (KEEP): 1 - cosine to the nearest pick, the sign bit set where a step tied
+    steps: Any  # K
+
+
+class State(NamedTuple):
+    """What stands in memory between the loops and the steps."""
+
+    norms: Any  # [R] float32, a result where KEEP: -1 of rows that may not be picked, NaN of those without a direction
+    products: Any  # [R] float32; of rows with extreme norms, cosines
+    nearest: Any  # [R] float32, the running minimum of 1 - cosine; before it, scores of the first pick
+    directions: Any  # [slots, C] float32, the pick's unit vector
+    exponents: Any  # [slots] int32: a part's distances are in units of 2^exponent
+    extremes: Any  # [slots] int32: how many of its rows have extreme norms
+
+
+class Shared(NamedTuple):
+    """By which parts exchange their partials."""
+
+    numbers: Any  # [2, slots, 4] float32, of even and odd steps: score, logit, denominator, exponent
+    winners: Any  # [2, slots] int32
+    pickable: Any  # [slots] int32
+    openings: Any  # [slots] float32, denominators of step 0 (EARLY)
+
+
+class Partial(NamedTuple):
+    """What a step needs of some rows: the best score, its row, its logit, the softmax's denominator, their unit."""
+
+    score: Any
+    row: Any  # NO_ROW if none may be picked
+    logit: Any
+    denominator: Any
+    exponent: Any
 
 
 @triton.jit
-def is_sound(norm):
-    """Whether rows of these norms are finite and have a direction."""
-    return (norm < float("inf")) & (norm > 0)
-
-
-@triton.jit
-def may_be_picked(quality, mask_ptr, first, rows, inside):
+def may_be_picked(rows, quality, n, inside):
     """Whether rows [n] take part and are of usable quality; their features are another matter."""
     good = inside & (quality > 0) & (quality < float("inf"))
-    if mask_ptr is not None:
-        good = good & tl.load(mask_ptr + first + rows, mask=inside, other=0).to(tl.int1)
+    if rows.mask is not None:
+        good = good & tl.load(rows.mask + rows.first + n, mask=inside, other=0).to(tl.int1)
     return good
 
 
-@triton.jit
-def admit(tile, rows, inside, first, quality_ptr, mask_ptr):
-    """First look at rows: (quality, mark) [n].
-
-    The mark is the norm of a row that can be picked, -1 for one that is masked or of unusable quality, NaN for one
-    that is not finite or has no direction. Rows that cannot be picked get quality 1, which is harmless.
-    """
-    norm = norm_of(tile)
-    if quality_ptr is not None:
-        quality = tl.load(quality_ptr + first + rows, mask=inside, other=-1.0)
-    else:
-        quality = norm
-    good = may_be_picked(quality, mask_ptr, first, rows, inside)
-    sound = is_sound(norm)
-    mark = tl.where(sound, tl.where(good, norm, -1.0), float("nan"))
-    return tl.where(good & sound, quality, 1.0), mark
+# --- the tile loop ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def approach(tile, direction, norm, gap, rows, row, NORMALIZED: tl.constexpr, DISTINCT: tl.constexpr):
-    """The gap [n] once `row`, of unit vector `direction`, is picked too; and whether it tied with the gap before."""
-    along = products(tile, direction)
-    if not NORMALIZED:
-        along = along / norm
-    # rounding can take 1 - cos below the 0 that a picked row has to itself
-    fresh = tl.maximum(1 - along, 0.0)
-    if DISTINCT:
-        gap = tl.where(rows == row, TAKEN, gap)
-    return tl.minimum(gap, fresh), fresh == gap
+def load_chunk(rows, n, inside, j: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns of chunk j of a tile, [n, c] float32. With 512 bytes to a chunk a row's sum stays within a warp."""
+    cols = j * CHUNK + tl.arange(0, CHUNK)
+    at = n.to(tl.int64)[:, None] * rows.stride + cols[None, :]
+    return tl.load(rows.features + at, mask=inside[:, None] & (cols < rows.C)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def challenge(best, row, logit, denominator, noisy, logits, rows, tau, KEEP: tl.constexpr):
-    """Let a tile's noisy logits [n] (-inf where barred) take part in the running argmax and softmax."""
-    tile_best, at = tl.max(noisy, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    at = tl.min(rows, axis=0) + at
-    peak = tl.maximum(best, tile_best)
-    if KEEP:
-        shift = tl.where(peak == float("-inf"), 0.0, peak)
-        denominator = denominator * tl.exp((best - shift) / tau)
-        denominator += tl.sum(tl.exp((noisy - shift) / tau), axis=0)
-    won = tile_best > best  # tiles come in order of rows, so the lowest row keeps a tie
-    here = tl.sum(tl.where(rows == at, logits, 0.0), axis=0)
-    return peak, tl.where(won, at, row), tl.where(won, here, logit), denominator
+def load_direction(rows, direction_ptr, j: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns of chunk j of the pick's unit vector, [1, c]."""
+    cols = j * CHUNK + tl.arange(0, CHUNK)
+    return tl.load(direction_ptr + cols, mask=cols < rows.C, other=0.0)[None, :]
 
 
 @triton.jit
-def favourite(
-    quality_ptr, noise_ptr, seed, mask_ptr, set_id, first, low, high, R, above, above_row,
-    SEEDED: tl.constexpr, BLOCK: tl.constexpr,
+def multiply_rows(
+    rows, low, high, state, direction_ptr, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """The first pick among rows [low, high) by their qualities alone: the best that comes after (above, above_row)."""
-    best, row = float("-inf"), 0
-    for begin in range(low, high, BLOCK):
-        rows = begin + tl.arange(0, BLOCK)
-        inside = rows < high
-        quality = tl.load(quality_ptr + first + rows, mask=inside, other=-1.0)
-        open_to = may_be_picked(quality, mask_ptr, first, rows, inside)
-        noisy = perturb(quality, rows, inside, 0, set_id, first, R, noise_ptr, seed, SEEDED)
-        open_to = open_to & ((noisy < above) | ((noisy == above) & (rows > above_row)))
-        noisy = tl.where(open_to, noisy, float("-inf"))
-        best, row, _, _ = challenge(best, row, 0.0, 0.0, noisy, quality, rows, 1.0, False)
-    return best, row
+    """Norms and products with the pick's unit vector; returns how many norms have to be made again."""
+    extreme = tl.zeros((BLOCK_N,), tl.int32)
+    for begin in range(low, high, BLOCK_N):  # @tiles
+        n = begin + tl.arange(0, BLOCK_N)
+        inside = n < high
+        dots = tl.zeros((BLOCK_N, CHUNK), tl.float32)  # [n, c]
+        squares = tl.zeros((BLOCK_N, CHUNK), tl.float32)  # [n, c]
+        for j in tl.static_range(CHUNKS):
+            tile = load_chunk(rows, n, inside, j, CHUNK)
+            if MULTIPLY:
+                dots += tile * load_direction(rows, direction_ptr, j, CHUNK)
+            if MEASURE:
+                squares += tile * tile
+        if MULTIPLY:
+            tl.store(state.products + rows.first + n, tl.sum(dots, axis=1), mask=inside)
+        if MEASURE:
+            norm = tl.sqrt_rn(tl.sum(squares, axis=1))  # [n]
+            extreme += (inside & is_extreme(norm)).to(tl.int32)
+            tl.store(state.norms + rows.first + n, norm, mask=inside)
+    tl.debug_barrier()  # the scalar loop reads by other threads
+    return tl.sum(extreme, axis=0)
 
 
 @triton.jit
-def is_sound_row(rows_ptr, row, there, stride_row, cols, C):
-    """The same of one row, not seen yet."""
-    values = load_row(rows_ptr, row, there, stride_row, cols, C).to(tl.float32)
-    return is_sound(tl.sqrt_rn(tl.sum(values * values, axis=0)))
+def multiply_extreme_rows(
+    rows, low, high, state, direction_ptr, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Again, for rows of extreme norms: of rows that are divided by a power of two. Cosines instead of products."""
+    for begin in range(low, high, BLOCK_N):
+        n = begin + tl.arange(0, BLOCK_N)
+        inside = n < high
+        norm = tl.load(state.norms + rows.first + n, mask=inside, other=-1.0)
+        again = is_extreme(norm)
+        if tl.max(again.to(tl.int32), axis=0) > 0:
+            largest = tl.zeros((BLOCK_N,), tl.float32)
+            for j in tl.static_range(CHUNKS):
+                largest = tl.maximum(largest, tl.max(tl.abs(load_chunk(rows, n, again, j, CHUNK)), axis=1))
+            down = downscale_of(largest)
+            dots = tl.zeros((BLOCK_N,), tl.float32)
+            squares = tl.zeros((BLOCK_N,), tl.float32)
+            for j in tl.static_range(CHUNKS):
+                tile = load_chunk(rows, n, again, j, CHUNK) * down[:, None]
+                squares += tl.sum(tile * tile, axis=1)
+                if MULTIPLY:
+                    dots += tl.sum(tile * load_direction(rows, direction_ptr, j, CHUNK), axis=1)
+            length = tl.sqrt_rn(squares)
+            tl.debug_barrier()
+            if MULTIPLY:
+                tl.store(state.products + rows.first + n, dots / length, mask=again)
+            if MEASURE:
+                norm = tl.where((largest > 0) & (largest < float("inf")), length / down, float("nan"))
+                tl.store(state.norms + rows.first + n, norm, mask=again)
+    tl.debug_barrier()
+
+
+# --- the scalar loop -------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def may_start(rows_ptr, quality_ptr, mask_ptr, row, first, count, stride_row, cols, C):
-    """Whether a given first row is of the set and can be picked, whatever is known of the others."""
-    there = (row >= 0) & (row < count)
-    quality = 1.0
-    if quality_ptr is not None:
-        quality = tl.load(quality_ptr + first + row, mask=there, other=-1.0)
-    there = may_be_picked(quality, mask_ptr, first, row, there)
-    return there & is_sound_row(rows_ptr, row, there, stride_row, cols, C)
+def nobody(BLOCK: tl.constexpr):
+    """Partials [n] of no rows."""
+    zero = tl.zeros((BLOCK,), tl.float32)
+    return Partial(zero - float("inf"), tl.full((BLOCK,), NO_ROW, tl.int32), zero, zero, 0)
 
 
 @triton.jit
-def log(denominator):
-    """The logarithm of a softmax's denominator; 0 for that of no rows."""
-    return tl.log(tl.where(denominator > 0, denominator, 1.0))
+def update_best(best, score, logits, n, allowed, exponent, tau, KEEP: tl.constexpr):
+    """Each thread's best so far [n], with the rows n; lower rows come first, so that they keep a tie."""
+    won = allowed & ((score > best.score) | (best.row == NO_ROW))
+    peak = tl.where(won, score, best.score)
+    denominator = best.denominator
+    if KEEP:
+        denominator = denominator * softmax_term(best.score, peak, exponent, tau)
+        denominator += tl.where(allowed, softmax_term(score, peak, exponent, tau), 0.0)
+    return Partial(peak, tl.where(won, n, best.row), tl.where(won, logits, best.logit), denominator, best.exponent)
 
 
 @triton.jit
-def add_normalizers(openings_ptr, slot, parts, BLOCK_P: tl.constexpr):
-    """log sum exp of a set from those of its parts."""
-    part = tl.arange(0, BLOCK_P)
-    each = tl.load(openings_ptr + slot + part, mask=part < parts, other=float("-inf"), cache_modifier=".cg")
-    most = tl.max(each, axis=0)
-    shift = tl.where(most == float("-inf"), 0.0, most)
-    return shift + log(tl.sum(tl.exp(each - shift), axis=0))
-
-
-@triton.jit
-def save_gap(gaps_ptr, at, gap, tied, open_to, inside):
-    """Save a step's gaps [n] for the gradient, the sign bit set where the step tied."""
-    bits = tl.where(open_to, gap, 0.0).to(tl.int32, bitcast=True)
-    bits |= tl.where(tied & open_to, -2147483648, 0)  # -gap would lose the sign of a tie at 0, as Triton's is 0 - gap
-    tl.store(gaps_ptr + at, bits.to(tl.float32, bitcast=True), mask=inside)
-
-
-@triton.jit
-def cast_ballot(ballots_ptr, winners_ptr, step, slot, slots, best, row, logit, denominator):
-    """Leave a part's ballot for ``step`` where the others find it; even and odd steps have places of their own."""
-    at = (step % 2) * slots + slot
-    tl.store(ballots_ptr + at * 3, best)
-    tl.store(ballots_ptr + at * 3 + 1, logit)
-    tl.store(ballots_ptr + at * 3 + 2, denominator)
-    tl.store(winners_ptr + at, row)
-
-
-@triton.jit
-def count_ballots(
-    ballots_ptr, winners_ptr, admitted_ptr, step, slot, slots, parts, tau, KEEP: tl.constexpr, BLOCK_P: tl.constexpr
-):
-    """The set's ballot from those of its parts, and its pickable rows. Parts are in order of rows, so ties are, too."""
-    part = tl.arange(0, BLOCK_P)
-    there = part < parts
-    at = (step % 2) * slots + slot + part
-    # .cg: other SMs wrote these, and L1 may hold what was here before
-    bests = tl.load(ballots_ptr + at * 3, mask=there, other=float("-inf"), cache_modifier=".cg")
-    logits = tl.load(ballots_ptr + at * 3 + 1, mask=there, other=0.0, cache_modifier=".cg")
-    rows = tl.load(winners_ptr + at, mask=there, other=0, cache_modifier=".cg")
-    best, winner = tl.max(bests, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    row = tl.sum(tl.where(part == winner, rows, 0), axis=0)
-    logit = tl.sum(tl.where(part == winner, logits, 0.0), axis=0)
+def reduce_best(best, exponent, tau, KEEP: tl.constexpr):
+    """One partial of those [n] of threads or parts: the best score, of equal ones that of the lowest row."""
+    score = tl.max(best.score, axis=0)
+    row = tl.min(tl.where(best.score == score, best.row, NO_ROW), axis=0)
+    logit = tl.sum(tl.where((best.row == row) & (best.row != NO_ROW), best.logit, 0.0), axis=0)
     denominator = 0.0
     if KEEP:
-        denominators = tl.load(ballots_ptr + at * 3 + 2, mask=there, other=0.0, cache_modifier=".cg")
-        shift = tl.where(best == float("-inf"), 0.0, best)
-        denominator += tl.sum(denominators * tl.exp((bests - shift) / tau), axis=0)
-    admitted = tl.load(admitted_ptr + slot + part, mask=there, other=0, cache_modifier=".cg")
-    return best, row, logit, denominator, tl.sum(admitted, axis=0)
+        denominator += tl.sum(best.denominator * softmax_term(best.score, score, exponent, tau), axis=0)
+    return Partial(score, row, logit, denominator, exponent)
+
+
+@triton.jit
+def first_pick(
+    rows, low, high, state, above, above_row, SEEDED: tl.constexpr, SAVE: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """The best by quality alone among rows [low, high) that come after (above, above_row); SAVE the scores."""
+    best = nobody(BLOCK_R)
+    for begin in range(low, high, BLOCK_R):  # @first
+        n = begin + tl.arange(0, BLOCK_R)
+        inside = n < high
+        quality = tl.load(rows.quality + rows.first + n, mask=inside, other=-1.0)
+        score = add_noise(quality, rows, n, inside, 0, 1.0, SEEDED)
+        if SAVE:
+            tl.store(state.nearest + rows.first + n, score, mask=inside)
+        allowed = may_be_picked(rows, quality, n, inside)
+        allowed = allowed & ((score < above) | ((score == above) & (n > above_row)))
+        best = update_best(best, score, quality, n, allowed, 0, 1.0, False)
+    return reduce_best(best, 0, 1.0, False)
+
+
+@triton.jit
+def admit_rows(
+    rows, low, high, state, weights, slot, peak, tau, SEEDED: tl.constexpr, KEEP: tl.constexpr, SCORE: tl.constexpr,
+    SAVED: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """After the pass that first saw the rows: marks in the norms, and the unit of the part's distances.
+
+    Returns (how many may be picked, the first pick's partial if SCORE, its softmax's sum if scores were SAVED).
+    """
+    best = nobody(BLOCK_R)
+    pickable = tl.zeros((BLOCK_R,), tl.int32)
+    lowest = tl.full((BLOCK_R,), 1e30, tl.float32)
+    highest = tl.full((BLOCK_R,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    for begin in range(low, high, BLOCK_R):  # @scalars
+        n = begin + tl.arange(0, BLOCK_R)
+        inside = n < high
+        norm = tl.load(state.norms + rows.first + n, mask=inside, other=-1.0)
+        quality = norm
+        if rows.quality is not None:
+            quality = tl.load(rows.quality + rows.first + n, mask=inside, other=-1.0)
+        sound = norm > 0
+        allowed = may_be_picked(rows, quality, n, inside) & sound
+        mark = tl.where(sound, tl.where(allowed, tl.minimum(norm, MOST_FLOAT), -1.0), float("nan"))
+        tl.debug_barrier()  # all have loaded what is stored here
+        tl.store(state.norms + rows.first + n, mark, mask=inside)
+        pickable += allowed.to(tl.int32)
+        log2 = log2_weight(weights, tl.where(allowed, quality, 1.0))
+        lowest = tl.minimum(lowest, tl.where(allowed, log2, 1e30))
+        highest = tl.maximum(highest, tl.where(allowed, log2, -1e30))
+        if SCORE:
+            score = add_noise(quality, rows, n, inside, 0, 1.0, SEEDED)
+            best = update_best(best, score, quality, n, allowed, 0, tau, KEEP)
+        if SAVED:
+            score = tl.load(state.nearest + rows.first + n, mask=inside, other=0.0)
+            total += tl.where(allowed, softmax_term(score, peak, 0, tau), 0.0)
+    least, most = tl.min(lowest, axis=0), tl.max(highest, axis=0)
+    plain = (tl.maximum(tl.abs(least), tl.abs(most)) <= MOST_LOG2) | (most < -1e29)
+    exponent = tl.where(plain, 0.0, tl.minimum(tl.maximum(tl.floor(most), -1e6), 1e6)).to(tl.int32)
+    if SEEDED or rows.noise is not None:
+        exponent = tl.maximum(exponent, 0)  # noise has a scale of its own: beside it small weights are left small
+    tl.store(state.exponents + slot, exponent)
+    tl.debug_barrier()
+    return tl.sum(pickable, axis=0), reduce_best(best, 0, tau, KEEP), tl.sum(total, axis=0)
+
+
+@triton.jit
+def score_rows(
+    rows, low, high, state, gaps_ptr, weights, step, pick, exponent, tau, SEEDED: tl.constexpr,
+    NORMALIZED: tl.constexpr, DISTINCT: tl.constexpr, KEEP: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Update the running minimum with the distance to ``pick``; the next step's partial."""
+    best = nobody(BLOCK_R)
+    unit = power_of_two(-tl.maximum(exponent, 0))
+    for begin in range(low, high, BLOCK_R):  # @scalars
+        n = begin + tl.arange(0, BLOCK_R)
+        inside = n < high
+        # -- what is known of the rows
+        norm = tl.load(state.norms + rows.first + n, mask=inside, other=-1.0)
+        cosine = tl.load(state.products + rows.first + n, mask=inside, other=0.0)
+        before = tl.load(state.nearest + rows.first + n, mask=inside & (step > 0), other=float("inf"))
+        allowed = norm > 0
+        quality = norm
+        if rows.quality is not None:
+            quality = tl.load(rows.quality + rows.first + n, mask=allowed, other=1.0)
+        # -- update the running minimum
+        if not NORMALIZED:
+            cosine = tl.where(is_extreme(norm), cosine, cosine / tl.where(allowed, norm, 1.0))
+        fresh = tl.where(n == pick, 0.0, tl.maximum(1 - cosine, 0.0))  # rounding can take 1 - cosine below 0
+        if DISTINCT:
+            before = tl.where(n == pick, TAKEN, before)
+        gap = tl.minimum(before, fresh)
+        tl.debug_barrier()  # all have loaded what is stored here
+        tl.store(state.nearest + rows.first + n, gap, mask=inside)
+        if KEEP:
+            bits = tl.where(allowed, gap, 0.0).to(tl.int32, bitcast=True)
+            bits |= tl.where((fresh == before) & allowed, -2147483648, 0)  # -gap would lose the sign of a tie at 0
+            tl.store(gaps_ptr + step * rows.R + rows.first + n, bits.to(tl.float32, bitcast=True), mask=inside)
+        # -- score
+        logits = gap * weight_of(weights, tl.where(allowed, quality, 1.0), exponent)
+        score = add_noise(logits, rows, n, inside, step + 1, unit, SEEDED)
+        best = update_best(best, score, logits, n, allowed & (gap >= 0), exponent, tau, KEEP)
+    return reduce_best(best, exponent, tau, KEEP)
+
+
+# --- a step ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def store_partial(shared, part, step, partial):
+    """Leave a part's partial for ``step`` where the others find it; even and odd steps have places of their own."""
+    at = (step % 2) * part.slots + part.slot + part.part
+    tl.store(shared.numbers + at * 4, partial.score)
+    tl.store(shared.numbers + at * 4 + 1, partial.logit)
+    tl.store(shared.numbers + at * 4 + 2, partial.denominator)
+    tl.store(shared.numbers + at * 4 + 3, tl.cast(partial.exponent, tl.float32))
+    tl.store(shared.winners + at, partial.row)
+
+
+@triton.jit
+def merge_partials(shared, part, step, tau, KEEP: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The set's partial from those of its parts, in the largest unit of them, and how many rows may be picked."""
+    lane = tl.arange(0, BLOCK_P)
+    there = lane < part.parts
+    at = (step % 2) * part.slots + part.slot + lane
+    # .cg: other SMs wrote these, and L1 may hold what was here before
+    row = tl.load(shared.winners + at, mask=there, other=NO_ROW, cache_modifier=".cg")
+    score = tl.load(shared.numbers + at * 4, mask=there, other=float("-inf"), cache_modifier=".cg")
+    logit = tl.load(shared.numbers + at * 4 + 1, mask=there, other=0.0, cache_modifier=".cg")
+    denominator = tl.load(shared.numbers + at * 4 + 2, mask=there, other=0.0, cache_modifier=".cg")
+    exponents = tl.load(shared.numbers + at * 4 + 3, mask=there, other=0.0, cache_modifier=".cg").to(tl.int32)
+    exponent = tl.max(tl.where(row != NO_ROW, exponents, -1000000), axis=0)
+    exponent = tl.where(exponent == -1000000, 0, exponent)
+    factor = power_of_two(tl.minimum(exponents - exponent, 0))
+    best = Partial(score * factor, row, logit * factor, denominator, exponent)
+    count = tl.load(shared.pickable + part.slot + lane, mask=there, other=0, cache_modifier=".cg")
+    return reduce_best(best, exponent, tau, KEEP), tl.sum(count, axis=0)
+
+
+@triton.jit
+def is_usable_row(values):
+    """Whether one row [c] is finite and has a direction."""
+    unsound = tl.sum((tl.abs(values) < float("inf")).to(tl.int32) - 1, axis=0)
+    return (unsound == 0) & (tl.max(tl.abs(values), axis=0) > 0)
+
+
+@triton.jit
+def is_usable_pick(rows, row, BLOCK_C: tl.constexpr):
+    """The same of a row that is not loaded yet."""
+    return is_usable_row(
+        load_row(rows.features, row, row != NO_ROW, rows.stride, tl.arange(0, BLOCK_C), rows.C).to(tl.float32)
+    )
+
+
+@triton.jit
+def unit_vector(values, there):
+    """(unit vector [c], norm) of a row; as they are where there is none."""
+    norm = tl.sqrt_rn(tl.sum(values * values, axis=0))
+    down = tl.where(is_extreme(norm), downscale_of(tl.max(tl.abs(values), axis=0)), 1.0)
+    values = values * down
+    length = tl.sqrt_rn(tl.sum(values * values, axis=0))
+    return values / tl.where(there & (length > 0), length, 1.0), length / down
+
+
+@triton.jit
+def given_start(rows, start_ptr, BLOCK_C: tl.constexpr):
+    """The given first pick and whether it may be picked, whatever is known of the other rows."""
+    row = tl.load(start_ptr + rows.set_id).to(tl.int32)
+    inside = (row >= 0) & (row < rows.count)
+    values = load_row(rows.features, row, inside, rows.stride, tl.arange(0, BLOCK_C), rows.C).to(tl.float32)
+    _, quality = unit_vector(values, inside)
+    if rows.quality is not None:
+        quality = tl.load(rows.quality + rows.first + row, mask=inside, other=-1.0)
+    return row, may_be_picked(rows, quality, row, inside) & is_usable_row(values)
+
+
+@triton.jit
+def next_usable(rows, partial, SEEDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """From a first pick by quality alone on to the best whose row is usable."""
+    score, row = partial.score, partial.row
+    while (row != NO_ROW) & (is_usable_pick(rows, row, BLOCK_C) == 0):
+        other = first_pick(rows, 0, rows.count, rows, score, row, SEEDED, False, BLOCK_R)
+        score, row = other.score, other.row
+    return Partial(score, row, partial.logit, partial.denominator, partial.exponent)
+
+
+@triton.jit
+def store_pick(rows, out, partial, step, there, values, pickable, K, KEEP: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Write a pick, and what is known of the set with it."""
+    cols = tl.arange(0, BLOCK_C)
+    at = rows.set_id.to(tl.int64) * K + step
+    tl.store(out.counts + rows.set_id, tl.minimum(pickable, K).to(tl.int64))
+    tl.store(out.picked + at * rows.C + cols, values, mask=cols < rows.C)
+    tl.store(out.indices + at, tl.where(there, partial.row, -1).to(tl.int64))
+    distance = times_power_of_two(partial.logit, tl.minimum(tl.maximum(partial.exponent, -252), 252))
+    distance = tl.where(distance == distance, tl.minimum(distance, MOST_FLOAT), 0.0)
+    distance = tl.where(step == 0, float("inf"), distance)  # no pick is before the first
+    tl.store(out.distances + at, tl.where(there, distance, 0.0))
+    if KEEP:
+        tl.store(out.softmax + at * 3, partial.score)
+        tl.store(out.softmax + at * 3 + 1, partial.denominator)
+        tl.store(out.softmax + at * 3 + 2, tl.cast(partial.exponent, tl.float32))
+
+
+@triton.jit
+def see_rows(
+    rows, part, state, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """A pass over a part's rows; where no row has an extreme norm that is one tile loop."""
+    slot = part.slot + part.part
+    direction_ptr = state.directions + slot.to(tl.int64) * rows.C
+    extreme = multiply_rows(rows, part.low, part.high, state, direction_ptr, MEASURE, MULTIPLY, BLOCK_N, CHUNK, CHUNKS)
+    if MEASURE:
+        tl.store(state.extremes + slot, extreme)
+    else:
+        extreme = tl.load(state.extremes + slot)
+    if extreme > 0:
+        multiply_extreme_rows(
+            rows, part.low, part.high, state, direction_ptr, MEASURE, MULTIPLY, BLOCK_N, CHUNK, CHUNKS
+        )
+
+
+@triton.jit
+def look_first(
+    rows, part, state, shared, weights, tau, turn, SEEDED: tl.constexpr, KEEP: tl.constexpr, EARLY: tl.constexpr,
+    START: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """What comes before the first pick: the pass that first sees the rows, or EARLY, a look at their qualities."""
+    high = part.high
+    if SPLIT == LAUNCHES:
+        high = tl.where(turn == 0, high, part.low)
+    partial = reduce_best(nobody(BLOCK_R), 0, 1.0, False)
+    pickable = 0
+    if EARLY:
+        if not START:
+            partial = first_pick(rows, part.low, high, state, float("inf"), -1, SEEDED, True, BLOCK_R)
+    else:
+        look = Part(part.low, high, part.part, part.parts, part.slot, part.slots, part.barrier)
+        see_rows(rows, look, state, True, False, BLOCK_N, CHUNK, CHUNKS)
+        count, partial, _ = admit_rows(
+            rows, part.low, high, state, weights, part.slot + part.part, 0.0, tau, SEEDED, KEEP, True, False, BLOCK_R
+        )
+        pickable += count
+    if SPLIT != WHOLE:
+        if turn == 0:
+            store_partial(shared, part, 0, partial)
+            tl.store(shared.pickable + part.slot + part.part, pickable)
+    return partial, pickable
+
+
+@triton.jit
+def open_rows(
+    rows, part, out, state, shared, weights, opened, given, tau, SEEDED: tl.constexpr, KEEP: tl.constexpr,
+    START: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """EARLY, the pass that sees the rows with the first pick made already; returns how many may be picked."""
+    slot = part.slot + part.part
+    see_rows(rows, part, state, True, True, BLOCK_N, CHUNK, CHUNKS)
+    saved: tl.constexpr = KEEP and not START
+    pickable, _, total = admit_rows(
+        rows, part.low, part.high, state, weights, slot, opened, tau, SEEDED, KEEP, False, saved, BLOCK_R
+    )
+    pickable = tl.where(given, pickable, 0)
+    if SPLIT == WHOLE:
+        if KEEP:
+            tl.store(out.softmax + rows.set_id.to(tl.int64) * out.steps * 3 + 1, total)
+    else:
+        tl.store(shared.pickable + slot, pickable)
+        tl.store(shared.openings + slot, total)
+    return pickable
 
 
 @triton.jit
 def forward_set(
-    rows_ptr, quality_ptr, gamma, noise_ptr, seed, start_ptr, mask_ptr, picked_ptr, distances_ptr, indices_ptr,
-    counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, ballots_ptr, winners_ptr, admitted_ptr, openings_ptr,
-    barrier_ptr, set_id, part, parts, sets, turn, first, count, stride_row, C, K, R, tau, scale,
-    SEEDED: tl.constexpr, NORMALIZED: tl.constexpr, DISTINCT: tl.constexpr, KEEP: tl.constexpr, EARLY: tl.constexpr,
-    RESIDENT: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    rows, part, out, state, shared, weights, start_ptr, tau, K, turn, SEEDED: tl.constexpr, NORMALIZED: tl.constexpr,
+    DISTINCT: tl.constexpr, KEEP: tl.constexpr, EARLY: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One part of one set, all of it where it is not split.
-
-    Where rows are streamed, the pass that first sees them makes the first pick, whose softmax and pickable rows it
-    also counts. EARLY, the pick is given, or made before from given qualities alone, and that pass is spared: the first
-    to see the rows compares them with the pick already.
-    """
+    """One part of one set, all of it where it is not split; launch ``turn`` > 0 of several makes pick turn - 1."""
+    START: tl.constexpr = start_ptr is not None
     cols = tl.arange(0, BLOCK_C)
-    lane = tl.arange(0, BLOCK_N)
-    slot = set_id * parts
-    slots = sets * parts
-    low, high, admit_to, begin_step, end_step = 0, count, count, 0, K
-    if SPLIT != WHOLE:
-        low, high = divide(count, part, parts, BLOCK_N)
-        admit_to = high
-        if SPLIT == LAUNCHES:  # launch 0 looks for the first pick, launch t makes pick t - 1
-            admit_to = high if turn == 0 else low
-            begin_step = turn - 1 if turn > 0 else 0
-            end_step = turn
-    best, row, logit, denominator = float("-inf"), 0, 0.0, 0.0
-    pickable = 0
-    if RESIDENT:
-        mine = low + lane
-        inside = mine < high
-        held = load_rows(rows_ptr, mine, inside, stride_row, cols, C)
-        quality, mark = admit(held.to(tl.float32), mine, inside, first, quality_ptr, mask_ptr)
-        open_to = mark > 0
-        norm = tl.where(open_to, mark, 1.0)
-        weight = scale * power(quality, gamma)
-        gap = tl.full((BLOCK_N,), float("inf"), tl.float32)
-        pickable += tl.sum(open_to.to(tl.int32), axis=0)
-        if KEEP or SPLIT != WHOLE:
-            tl.store(norms_ptr + first + mine, mark, mask=inside)
-        noisy = perturb(quality, mine, inside, 0, set_id, first, R, noise_ptr, seed, SEEDED)
-        noisy = tl.where(open_to, noisy, float("-inf"))
-        best, row, logit, denominator = challenge(best, row, logit, denominator, noisy, quality, mine, tau, KEEP)
-    elif EARLY:
-        if start_ptr is None:
-            best, row = favourite(
-                quality_ptr, noise_ptr, seed, mask_ptr, set_id, first, low, admit_to, R, float("inf"), -1, SEEDED,
-                BLOCK_R,
-            )  # fmt: skip
-    else:
-        for begin in range(low, admit_to, BLOCK_N):
-            rows = begin + lane
-            inside = rows < high
-            tile = load_rows(rows_ptr, rows, inside, stride_row, cols, C).to(tl.float32)
-            quality, mark = admit(tile, rows, inside, first, quality_ptr, mask_ptr)
-            pickable += tl.sum((mark > 0).to(tl.int32), axis=0)
-            tl.store(norms_ptr + first + rows, mark, mask=inside)
-            noisy = perturb(quality, rows, inside, 0, set_id, first, R, noise_ptr, seed, SEEDED)
-            noisy = tl.where(mark > 0, noisy, float("-inf"))
-            best, row, logit, denominator = challenge(best, row, logit, denominator, noisy, quality, rows, tau, KEEP)
-        tl.debug_barrier()  # the marks are read by other threads than wrote them
-
-    if SPLIT != WHOLE:
-        if turn == 0:
-            cast_ballot(ballots_ptr, winners_ptr, 0, slot + part, slots, best, row, logit, denominator)
-            tl.store(admitted_ptr + slot + part, pickable)
-
-    for step in range(begin_step, end_step):
+    slot = part.slot + part.part
+    begin_step, end_step = 0, K
+    if SPLIT == LAUNCHES:
+        begin_step, end_step = tl.maximum(turn - 1, 0), turn
+    partial, pickable = look_first(
+        rows, part, state, shared, weights, tau, turn, SEEDED, KEEP, EARLY, START, SPLIT, BLOCK_N, CHUNK, CHUNKS,
+        BLOCK_R,
+    )  # fmt: skip
+    for step in range(begin_step, end_step):  # @steps
+        # -- agree on the pick
         if SPLIT == COOPERATIVE:
-            grid_barrier(barrier_ptr + set_id, parts * (step + 1))
+            grid_barrier(part.barrier + rows.set_id, part.parts * (step + 1))
         if SPLIT != WHOLE:
-            best, row, logit, denominator, pickable = count_ballots(
-                ballots_ptr, winners_ptr, admitted_ptr, step, slot, slots, parts, tau, KEEP, BLOCK_P
-            )
-        opening = tl.full((), step, tl.int32) == 0
-        if start_ptr is not None:
-            start = tl.load(start_ptr + set_id).to(tl.int32)
-            if RESIDENT and SPLIT == WHOLE:
-                given = tl.sum(tl.where((lane == start) & open_to, 1, 0), axis=0) > 0
-            else:
-                given = may_start(rows_ptr, quality_ptr, mask_ptr, start, first, count, stride_row, cols, C)
-            pickable = tl.where(given, tl.maximum(pickable, 1), 0)  # EARLY: no other is known of yet
-            row = tl.where(opening, start, row)
-        elif EARLY and not RESIDENT:
-            if opening:
-                while (best > float("-inf")) & (is_sound_row(rows_ptr, row, True, stride_row, cols, C) == 0):
-                    best, row = favourite(
-                        quality_ptr, noise_ptr, seed, mask_ptr, set_id, first, 0, count, R, best, row, SEEDED, BLOCK_R
+            partial, pickable = merge_partials(shared, part, step, tau, KEEP, BLOCK_P)
+            if EARLY and KEEP:
+                if (step == 1) & (part.part == 0):
+                    lane = tl.arange(0, BLOCK_P)
+                    each = tl.load(
+                        shared.openings + part.slot + lane, mask=lane < part.parts, other=0.0, cache_modifier=".cg"
                     )
-                pickable = tl.where(best > float("-inf"), 1, 0)  # as far as is known
-            if KEEP and SPLIT != WHOLE:
-                if (step == 1) & (part == 0):
-                    tl.store(
-                        normalizers_ptr + set_id.to(tl.int64) * K, add_normalizers(openings_ptr, slot, parts, BLOCK_P)
-                    )
-        there = step < pickable
-        picked = load_row(rows_ptr, row, there, stride_row, cols, C)
-        if part == 0:
-            out = set_id.to(tl.int64) * K + step
-            tl.store(counts_ptr + set_id, tl.minimum(pickable, K).to(tl.int64))
-            tl.store(picked_ptr + out * C + cols, picked, mask=cols < C)
-            tl.store(indices_ptr + out, tl.where(there, row, -1).to(tl.int64))
-            distance = tl.where(opening, float("inf"), logit)  # no pick is before the first
-            tl.store(distances_ptr + out, tl.where(there, distance, 0.0))
-            if KEEP:
-                empty = best == float("-inf")
-                normalizer = tl.where(empty, 0.0, best) / tau + log(denominator)
-                tl.store(normalizers_ptr + out, normalizer)
+                    tl.store(out.softmax + rows.set_id.to(tl.int64) * K * 3 + 1, tl.sum(each, axis=0))
+        given = step < K
+        if step == 0:
+            if START:
+                row, given = given_start(rows, start_ptr, BLOCK_C)
+                partial = Partial(partial.score, tl.where(given, row, NO_ROW), 0.0, partial.denominator, 0)
+                pickable = tl.where(given, tl.maximum(pickable, 1), 0)  # EARLY: no other is known of yet
+            elif EARLY:
+                partial = next_usable(rows, partial, SEEDED, BLOCK_R, BLOCK_C)
+                pickable = tl.where(partial.row != NO_ROW, 1, 0)  # as far as is known
+        # -- write it
+        there = (step < pickable) & (partial.row != NO_ROW)
+        values = load_row(rows.features, partial.row, there, rows.stride, cols, rows.C)
+        if part.part == 0:
+            store_pick(rows, out, partial, step, there, values, pickable, K, KEEP, BLOCK_C)
         if step + 1 < K:
-            direction = picked.to(tl.float32)
+            # -- products with it, a tile at a time
+            direction = values.to(tl.float32)
             if not NORMALIZED:
-                length = tl.sqrt_rn(tl.sum(direction * direction, axis=0))
-                direction = direction / tl.where(there, length, 1.0)
-            pick = row
-            opened, openings = best, 0.0
-            best, row, logit, denominator = float("-inf"), 0, 0.0, 0.0
-            if RESIDENT:
-                gap, tied = approach(held.to(tl.float32), direction, norm, gap, mine, pick, NORMALIZED, DISTINCT)
-                if KEEP:
-                    save_gap(gaps_ptr, step * R + first + mine, gap, tied, open_to, inside)
-                logits = gap * weight
-                noisy = perturb(logits, mine, inside, step + 1, set_id, first, R, noise_ptr, seed, SEEDED)
-                noisy = tl.where(open_to & (gap >= 0), noisy, float("-inf"))
-                best, row, logit, denominator = challenge(best, row, logit, denominator, noisy, logits, mine, tau, KEEP)
+                direction, _ = unit_vector(direction, there)
+            tl.debug_barrier()  # all have read what these loops write
+            tl.store(state.directions + slot.to(tl.int64) * rows.C + cols, direction, mask=cols < rows.C)
+            tl.debug_barrier()
+            if EARLY:
+                if step == 0:
+                    pickable = open_rows(
+                        rows, part, out, state, shared, weights, partial.score, given, tau, SEEDED, KEEP, START, SPLIT,
+                        BLOCK_N, CHUNK, CHUNKS, BLOCK_R,
+                    )  # fmt: skip
+                else:
+                    see_rows(rows, part, state, False, True, BLOCK_N, CHUNK, CHUNKS)
             else:
-                admitted = 0
-                for begin in range(low, high, BLOCK_N):
-                    rows = begin + lane
-                    inside = rows < high
-                    tile = load_rows(rows_ptr, rows, inside, stride_row, cols, C).to(tl.float32)
-                    if EARLY:
-                        if opening:
-                            quality, mark = admit(tile, rows, inside, first, quality_ptr, mask_ptr)
-                            tl.store(norms_ptr + first + rows, mark, mask=inside)
-                            admitted += tl.sum((mark > 0).to(tl.int32), axis=0)
-                            if KEEP and start_ptr is None:
-                                noisy = perturb(quality, rows, inside, 0, set_id, first, R, noise_ptr, seed, SEEDED)
-                                shares = tl.exp((noisy - opened) / tau)
-                                openings += tl.sum(tl.where(mark > 0, shares, 0.0), axis=0)
-                        else:
-                            mark = tl.load(norms_ptr + first + rows, mask=inside, other=-1.0)
-                    else:
-                        mark = tl.load(norms_ptr + first + rows, mask=inside, other=-1.0)
-                    open_to = mark > 0
-                    norm = tl.where(open_to, mark, 1.0)
-                    quality = norm
-                    if quality_ptr is not None:
-                        quality = tl.load(quality_ptr + first + rows, mask=open_to, other=1.0)
-                    before = inside & (step > 0)
-                    gap = tl.load(nearest_ptr + first + rows, mask=before, other=float("inf"))
-                    gap, tied = approach(tile, direction, norm, gap, rows, pick, NORMALIZED, DISTINCT)
-                    tl.store(nearest_ptr + first + rows, gap, mask=inside)
-                    if KEEP:
-                        save_gap(gaps_ptr, step * R + first + rows, gap, tied, open_to, inside)
-                    logits = gap * scale * power(quality, gamma)
-                    noisy = perturb(logits, rows, inside, step + 1, set_id, first, R, noise_ptr, seed, SEEDED)
-                    noisy = tl.where(open_to & (gap >= 0), noisy, float("-inf"))
-                    best, row, logit, denominator = challenge(
-                        best, row, logit, denominator, noisy, logits, rows, tau, KEEP
-                    )
-                tl.debug_barrier()
-                if EARLY:
-                    if opening:
-                        normalizer = tl.where(openings > 0, opened / tau + log(openings), float("-inf"))
-                        if SPLIT == WHOLE:
-                            pickable = admitted
-                            if KEEP:
-                                tl.store(normalizers_ptr + set_id.to(tl.int64) * K, normalizer)
-                        else:
-                            tl.store(admitted_ptr + slot + part, admitted)
-                            tl.store(openings_ptr + slot + part, normalizer)
+                see_rows(rows, part, state, False, True, BLOCK_N, CHUNK, CHUNKS)
+            # -- distances and scores, a row to a thread
+            exponent = tl.load(state.exponents + slot)
+            partial = score_rows(
+                rows, part.low, part.high, state, out.gaps, weights, step, partial.row, exponent, tau, SEEDED,
+                NORMALIZED, DISTINCT, KEEP, BLOCK_R,
+            )  # fmt: skip
             if SPLIT != WHOLE:
-                cast_ballot(ballots_ptr, winners_ptr, step + 1, slot + part, slots, best, row, logit, denominator)
+                store_partial(shared, part, step + 1, partial)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -356,6 +553,8 @@ def select_forward(
     quality_ptr,  # [R] float32, or None for the norms
     gamma_ptr,  # [1], or None for gamma_value
     gamma_value,
+    tau_ptr,  # [1], or None for tau_value
+    tau_value,
     noise_ptr,  # [K, R] float32, or None
     seed_ptr,  # [1] int64, or None
     seed_value: "i64",  # or negative: seed_ptr has it
@@ -363,20 +562,23 @@ def select_forward(
     mask_ptr,  # [R] bool, or None
     lengths_ptr,  # [B], or None
     cu_seqlens_ptr,  # [B + 1], or None
-    order_ptr,  # [B], the sets in the order to start them in, or None
-    picked_ptr,  # out [B, K, C]
-    distances_ptr,  # out [B, K] float32
-    indices_ptr,  # out [B, K] int64
-    counts_ptr,  # out [B] int64
-    normalizers_ptr,  # out [B, K] float32 (KEEP)
-    gaps_ptr,  # out [K - 1, R] float32 (KEEP)
-    norms_ptr,  # out [R] float32, the marks (KEEP or streaming)
-    nearest_ptr,  # scratch [R] float32, the running gaps (streaming)
-    ballots_ptr,  # scratch [2, B, parts, 3] float32 (split)
-    winners_ptr,  # scratch [2, B, parts] int32 (split)
-    admitted_ptr,  # scratch [B, parts] int32, pickable rows (split)
-    openings_ptr,  # scratch [B, parts] float32, log-normalizers of step 0 (split, EARLY)
-    barrier_ptr,  # [B] int32, zero: parts that arrived (split, cooperative)
+    picked_ptr,  # out, as are the next: see `Out`
+    distances_ptr,
+    indices_ptr,
+    counts_ptr,
+    softmax_ptr,
+    gaps_ptr,
+    norms_ptr,  # see `State`
+    products_ptr,
+    nearest_ptr,
+    directions_ptr,
+    exponents_ptr,
+    extremes_ptr,
+    numbers_ptr,  # see `Shared` (split)
+    winners_ptr,
+    pickable_ptr,
+    openings_ptr,
+    barrier_ptr,  # [B] int32, zero: parts that arrived (cooperative)
     parts,
     turn,
     stride_set,
@@ -385,47 +587,42 @@ def select_forward(
     C,
     K,
     R: "i64",
-    tau,
+    shortest,  # sets of fewer rows are another launch's
+    longest,
     scale,
     SEEDED: tl.constexpr,
     NORMALIZED: tl.constexpr,
     DISTINCT: tl.constexpr,
     KEEP: tl.constexpr,
     EARLY: tl.constexpr,  # the first pick needs no pass over the rows: K > 1, and a quality or a start is given
-    TIER: tl.constexpr,
     SPLIT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # rows of a tile
+    CHUNK: tl.constexpr,  # columns at a time
+    CHUNKS: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # C up to the next power of two
     BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # rows at a time where only their qualities are read
+    BLOCK_R: tl.constexpr,  # rows at a time in the scalar loop
 ):
-    sets = tl.num_programs(0)
-    part = 0
     set_id = tl.program_id(0)
+    part, sets = 0, tl.num_programs(0)
     if SPLIT != WHOLE:
         sets = sets // parts
         part = set_id % parts
         set_id = set_id // parts
-    if order_ptr is not None:
-        set_id = tl.load(order_ptr + set_id).to(tl.int32)
     first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
-    gamma = tl.cast(scalar(gamma_ptr, gamma_value), tl.float32)
+    low, high = 0, count
+    if SPLIT != WHOLE:
+        low, high = divide(count, part, parts, BLOCK_N)
     seed = (seed_ptr, seed_value)
-    if TIER == RAGGED:
-        resident = count <= BLOCK_N
-    else:
-        resident: tl.constexpr = TIER == RESIDENT_TIER
-    if resident:
+    rows = Rows(rows_ptr + offset, stride_row, C, R, set_id, first, count, quality_ptr, mask_ptr, noise_ptr, seed)
+    mine = Part(low, high, part, parts, set_id * parts, sets * parts, barrier_ptr)
+    out = Out(picked_ptr, distances_ptr, indices_ptr, counts_ptr, softmax_ptr, gaps_ptr, K)
+    state = State(norms_ptr, products_ptr, nearest_ptr, directions_ptr, exponents_ptr, extremes_ptr)
+    shared = Shared(numbers_ptr, winners_ptr, pickable_ptr, openings_ptr)
+    weights = Weights(finite_or_nan(scalar(gamma_ptr, gamma_value)), scale)
+    tau = scalar(tau_ptr, tau_value)
+    if (count >= shortest) & (count <= longest):
         forward_set(
-            rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, start_ptr, mask_ptr, picked_ptr, distances_ptr,
-            indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, ballots_ptr, winners_ptr,
-            admitted_ptr, openings_ptr, barrier_ptr, set_id, part, parts, sets, turn, first, count, stride_row, C, K, R,
-            tau, scale, SEEDED, NORMALIZED, DISTINCT, KEEP, EARLY, True, SPLIT, BLOCK_N, BLOCK_C, BLOCK_P, BLOCK_R,
-        )  # fmt: skip
-    else:
-        forward_set(
-            rows_ptr + offset, quality_ptr, gamma, noise_ptr, seed, start_ptr, mask_ptr, picked_ptr, distances_ptr,
-            indices_ptr, counts_ptr, normalizers_ptr, gaps_ptr, norms_ptr, nearest_ptr, ballots_ptr, winners_ptr,
-            admitted_ptr, openings_ptr, barrier_ptr, set_id, part, parts, sets, turn, first, count, stride_row, C, K, R,
-            tau, scale, SEEDED, NORMALIZED, DISTINCT, KEEP, EARLY, False, SPLIT, BLOCK_N, BLOCK_C, BLOCK_P, BLOCK_R,
+            rows, mine, out, state, shared, weights, start_ptr, tau, K, turn, SEEDED, NORMALIZED, DISTINCT, KEEP,
+            EARLY, SPLIT, BLOCK_N, CHUNK, CHUNKS, BLOCK_C, BLOCK_P, BLOCK_R,
         )  # fmt: skip

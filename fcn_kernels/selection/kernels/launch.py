@@ -1,131 +1,147 @@
 """Launch geometry, computed once for a call, and the two launchers that the op calls.
 
-`forward_plan` and `backward_plan` are pure functions of sizes, so that the tests can build every configuration that
-a launch would use on a machine without a GPU.
+Plans are pure functions of sizes, so that the tests can build every configuration that a launch would use on a machine
+without a GPU.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from fcn_kernels.device.gpu import MOST_REGISTERS, Device, device_of, gamma_argument, seed_argument
+from fcn_kernels.device.gpu import Device, device_of, gamma_argument, has_no_room, seed_argument
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE
-from fcn_kernels.selection.kernels import tune
 from fcn_kernels.selection.kernels.backward import select_backward
-from fcn_kernels.selection.kernels.common import RAGGED, RESIDENT_TIER, STREAMING_TIER
 from fcn_kernels.selection.kernels.forward import select_forward
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
 
-TIERS = {RESIDENT_TIER.value: "resident", STREAMING_TIER.value: "streaming", RAGGED.value: "ragged"}
-
-# Bytes of a tile's rows that a thread holds. Twice as many spill; `python -m benchmarks.checks.builds` prints what the
-# compiler makes of every launch.
-FORWARD_BYTES = 256
-BACKWARD_BYTES = 128
-# Elements of one where registers go elsewhere: to what a streamed set carries along and its parts exchange, or to
-# vectors of over WIDE columns.
-TIGHT_BACKWARD_ELEMENTS = 32
-SPLIT_ELEMENTS = 64
-WIDE = 2048
-WRITE_ELEMENTS = 8  # of a tile of gradients, which stands beside its rows
-# 16 warps leave a thread 128 registers, and so many bytes beside what else a step holds want up to 255.
-MOST_WARPS = 8
-STREAMING_WARPS = 4  # several programs an SM keep more loads in flight than one large one
-STREAMING_ROWS = 256
-AT_ONCE = 2  # programs of 4 warps and 255 registers a thread on an SM
-SPLIT_ROWS = 32  # a part with less work than that costs more at the barrier than it saves
 MAX_DIM = 4096  # a row must fit a program
-SCALAR_ROWS = 1024
+MAX_ROWS = 2**31 - 1
+CHUNK_BYTES = 512  # of a row at a time: 16 bytes a thread, so that its sum stays within a warp
+TILE_ELEMENTS = 32  # of a tile that a thread holds
+WIDE = 1024  # columns above which a row takes all of a program's threads, and not a warp, a chunk at a time
+WARPS = 4
+WIDE_WARPS = 8
+SHORT_ROWS = 64  # sets of a packed batch that a program of one warp takes
+FORWARD_AT_ONCE = 3  # programs of 4 warps on a multiprocessor
+BACKWARD_AT_ONCE = 2
+REGISTERS = 65536  # of a multiprocessor
+SPLIT_ROWS = 32  # a part with less work than that costs more at the barrier than it saves
+SCALAR_ROWS = 256  # at a time in the scalar loops
 SUM_COLUMNS = 16  # 64 bytes a part: C = 512 is 64 parts' work
 SUM_ELEMENTS = 32  # of a tile of the parts' sums that a thread holds
 
-Result = TypeVar("Result")
-
 
 class Plan(NamedTuple):
-    """How a kernel is launched: the constants it is built with, and how many programs share a set."""
+    """How a kernel is launched: the constants it is built with, how many programs share a set, and which sets it is
+    for."""
 
-    tier: int
     block_n: int
-    block_c: int
-    warps: int
+    chunk: int
+    chunks: int
+    warps: int = WARPS
     parts: int = 1
     split: int = WHOLE.value
+    block_r: int = SCALAR_ROWS
+    at_once: int = BACKWARD_AT_ONCE
+    shortest: int = 0
+    longest: int = MAX_ROWS
 
     @property
     def name(self) -> str:
-        """resident, streaming or ragged, and how a set is divided."""
+        """How a set is divided."""
         meeting = {COOPERATIVE.value: "at barriers", LAUNCHES.value: "between launches"}.get(self.split)
-        return TIERS[self.tier] + (f", split into {self.parts} parts that meet {meeting}" if meeting else "")
+        return f"split into {self.parts} parts that meet {meeting}" if meeting else "a program a set"
 
     @property
-    def block_p(self) -> int:
-        """Places for one number of each part."""
-        return int(triton.next_power_of_2(self.parts))
+    def block_c(self) -> int:
+        """Columns of a row, up to a power of two."""
+        return int(triton.next_power_of_2(self.chunk * self.chunks))
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What both kernels are built with."""
+        return {
+            "SPLIT": self.split,
+            "BLOCK_N": self.block_n,
+            "CHUNK": self.chunk,
+            "CHUNKS": self.chunks,
+            "BLOCK_C": self.block_c,
+            "BLOCK_P": int(triton.next_power_of_2(self.parts)),
+            "BLOCK_R": self.block_r,
+        }
 
     @property
     def options(self) -> dict[str, Any]:
         """What Triton is told beside the kernel's own constants."""
-        cooperative = {"launch_cooperative_grid": True} if self.split == COOPERATIVE.value else {}
-        return {"num_warps": self.warps, **(MOST_REGISTERS if self.warps <= 8 else {}), **cooperative}
+        options: dict[str, Any] = {"num_warps": self.warps}
+        if torch.version.hip is None:
+            # a multiple of 8, as registers are handed out; all programs of a cooperative launch must run at once
+            most = REGISTERS // (32 * WARPS * self.at_once) // 8 * 8
+            options["maxnreg"] = min(255, most) if self.split == COOPERATIVE.value else 255
+        return options | ({"launch_cooperative_grid": True} if self.split == COOPERATIVE.value else {})
 
 
-def forward_plan(
-    sets: int, rows: int | None, dim: int, itemsize: int, ragged: bool, device: Device, held: int = FORWARD_BYTES
-) -> Plan:
-    """The forward launch for ``sets`` sets of up to ``rows`` rows (None: known on the device alone).
+def forward_plans(
+    sets: int, rows: int | None, dim: int, itemsize: int, ragged: bool, device: Device
+) -> tuple[Plan, ...]:
+    """The forward launches for ``sets`` sets of up to ``rows`` rows (None: known on the device alone).
 
-    Rows are of ``dim`` numbers of ``itemsize`` bytes; a thread holds ``held`` bytes of them.
-
-    A set that fits the registers of a program is resident. Sets that are too few to fill the device are split, if
-    each part still gets SPLIT_ROWS rows. Where lengths are on the device (``ragged``) each set decides by its own.
+    Rows are of ``dim`` numbers of ``itemsize`` bytes. Sets that are too few to fill the device are split, if each part
+    still gets SPLIT_ROWS rows. Where lengths are on the device (``ragged``), one launch takes the short sets, with
+    programs of a warp, and one the others.
     """
-    elements = held // itemsize
-    return _plan(sets, rows, dim, ragged, device, elements, elements, hold_parts=True)
+    chunk = _chunk(dim, itemsize)
+    return _plans(sets, rows, dim, chunk, chunk, ragged, device, FORWARD_AT_ONCE)
 
 
-def backward_plan(
-    sets: int, rows: int | None, dim: int, itemsize: int, ragged: bool, device: Device, held: int = BACKWARD_BYTES
-) -> Plan:
-    """As :func:`forward_plan`."""
-    elements = held // itemsize if dim <= WIDE else TIGHT_BACKWARD_ELEMENTS
-    return _plan(sets, rows, dim, ragged, device, elements, TIGHT_BACKWARD_ELEMENTS, hold_parts=False)
+def backward_plans(
+    sets: int, rows: int | None, dim: int, itemsize: int, ragged: bool, device: Device
+) -> tuple[Plan, ...]:
+    """As :func:`forward_plans`."""
+    chunk = _chunk(dim, itemsize)
+    return _plans(sets, rows, dim, chunk, -(-dim // chunk) * chunk, ragged, device, BACKWARD_AT_ONCE)
 
 
-def _plan(
-    sets: int, rows: int | None, dim: int, ragged: bool, device: Device, elements: int, streamed_elements: int,
-    hold_parts: bool,
-) -> Plan:  # fmt: skip
-    block_c = max(16, triton.next_power_of_2(dim))
-    warp = elements * 32
-    parts, split = 1, WHOLE
+def _chunk(dim: int, itemsize: int) -> int:
+    block_c = max(16, int(triton.next_power_of_2(dim)))
+    return block_c if dim > WIDE else min(block_c, CHUNK_BYTES // itemsize)
+
+
+def _plans(
+    sets: int, rows: int | None, dim: int, chunk: int, held: int, ragged: bool, device: Device, at_once: int
+) -> tuple[Plan, ...]:
+    chunks = -(-dim // chunk)
+    wide = held > WIDE
+
+    def plan(warps: int, parts: int = 1, split: int = WHOLE.value, **bounds: int) -> Plan:
+        block_n = 1 << max(1, (TILE_ELEMENTS * 32 * warps // held).bit_length() - 1)
+        block_r = SCALAR_ROWS * warps // WARPS
+        if rows is not None:
+            each = int(triton.next_power_of_2(-(-max(rows, 1) // parts)))
+            block_n, block_r = max(2, min(block_n, each)), max(16, min(block_r, each))
+        return Plan(
+            min(block_n, block_r), chunk, chunks, warps, parts, split, block_r, max(1, at_once * WARPS // warps),
+            **bounds
+        )  # fmt: skip
+
+    warps = WIDE_WARPS if wide else WARPS
     if rows is not None:
-        block_n = max(2, triton.next_power_of_2(rows))
-        if block_n * block_c <= warp * MOST_WARPS:
-            return Plan(RESIDENT_TIER.value, block_n, block_c, max(1, block_n * block_c // warp))
-        parts = min(device.processors // max(sets, 1), rows // SPLIT_ROWS)
+        parts = min(device.processors * at_once * WARPS // warps // max(sets, 1), rows // SPLIT_ROWS)
         if parts > 1:
-            split = COOPERATIVE if device.cooperative else LAUNCHES
-            block_n = triton.next_power_of_2(triton.cdiv(rows, parts))
-            if hold_parts and split == COOPERATIVE and block_n * block_c <= warp * MOST_WARPS:
-                return Plan(RESIDENT_TIER.value, block_n, block_c, MOST_WARPS, parts, split.value)
-    warp = min(streamed_elements, streamed_elements if split == WHOLE else SPLIT_ELEMENTS) * 32
-    warps = max(STREAMING_WARPS, min(MOST_WARPS, 2 * block_c // warp))
-    if rows is not None and split != WHOLE:
-        # 255 registers a thread, the most there can be, still let this many programs run on an SM at once
-        parts = max(1, min(parts * (8 // warps), rows // SPLIT_ROWS))
-    block_n = max(2, min(warp * warps // block_c, STREAMING_ROWS))
-    tier = RAGGED if ragged and split == WHOLE else STREAMING_TIER
-    return Plan(tier.value, block_n, block_c, warps, max(parts, 1), split.value)
+            return (plan(warps, parts, (COOPERATIVE if device.cooperative else LAUNCHES).value),)
+    if ragged and sets > 1 and not wide and (rows is None or rows > SHORT_ROWS):
+        return plan(1, longest=SHORT_ROWS), plan(warps, shortest=SHORT_ROWS + 1)
+    return (plan(warps),)
 
 
 def plans(p: Problem) -> tuple[Plan, Plan]:
-    """The forward and the backward plan of a call, by rule."""
+    """A call's forward and backward plan; the one for long sets where there are two."""
     sizes = _plan_sizes(p)
-    return forward_plan(*sizes), backward_plan(*sizes)
+    return forward_plans(*sizes)[-1], backward_plans(*sizes)[-1]
 
 
 def _plan_sizes(p: Problem) -> tuple[int, int | None, int, int, bool, Device]:
@@ -134,171 +150,149 @@ def _plan_sizes(p: Problem) -> tuple[int, int | None, int, int, bool, Device]:
     return p.sets, rows, p.dim, p.features.itemsize, packed or p.lengths is not None, device_of(p.features)
 
 
-def forward(p: Problem, keep: bool) -> Selected:
-    """One launch, or K + 1 where parts of a set meet between them; ``keep`` also saves what :func:`backward` reads."""
-    _check(p)
-    return _planned(p, forward_plan, FORWARD_BYTES, keep, lambda plan: _forward(p, keep, plan))
-
-
-def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
-    """One launch, or 2 K + 1 where parts of a set meet between them, and the sum of gamma's gradient over the sets."""
-    return _planned(p, backward_plan, BACKWARD_BYTES, True, lambda plan: _backward(p, grad, saved, plan))
-
-
-def _planned(p: Problem, plan_for: Callable[..., Plan], held: int, keep: bool, run: Callable[[Plan], Result]) -> Result:
-    """Run with the plan that the rule gives, or with the fastest if tuning is on."""
-    sizes = _plan_sizes(p)
-    plan = plan_for(*sizes)
-    if tune.ENABLED and p.sets:
-        candidates = list(dict.fromkeys((plan, plan_for(*sizes, held // 2), plan_for(*sizes, held // 4))))
-        key = (plan_for.__name__, *sizes, p.k, keep, p.features.dtype, p.features.device)
-        plan = tune.fastest(key, candidates, run)
-    return run(plan)
-
-
-def _forward(p: Problem, keep: bool, plan: Plan) -> Selected:
-    streams, divided = plan.tier != RESIDENT_TIER.value, plan.split != WHOLE.value
-    new, sets, slots = p.features.new_empty, p.sets, p.sets * plan.parts
+def forward(p: Problem, keep: bool, plans: Sequence[Plan] | None = None) -> Selected:
+    """Launches by ``plans``, K + 1 where parts of a set meet between them; ``keep`` also saves what :func:`backward`
+    reads."""
+    if p.dim > MAX_DIM:
+        raise ValueError(f'expected at most {MAX_DIM} columns for backend="triton", got {p.dim}')
+    plans = plans or forward_plans(*_plan_sizes(p))
     out = Selected.empty(p, keep, normalizers=True)
-    if sets == 0:
+    slots = p.sets * plans[0].parts
+    if p.sets == 0:
         return out
-    softmax, gaps, norms = out.kept or (None, None, new(p.rows, dtype=torch.float32) if streams or divided else None)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return p.features.new_empty(shape, dtype=dtype)
+
+    softmax, gaps, norms = out.kept or (None, None, new(p.rows))
+    arguments = {
+        **_given(p, out.indices),
+        "start_ptr": p.start,
+        "mask_ptr": p.mask,
+        "picked_ptr": out.features,
+        "distances_ptr": out.distances,
+        "indices_ptr": out.indices,
+        "counts_ptr": out.counts,
+        "softmax_ptr": softmax,
+        "gaps_ptr": gaps,
+        "norms_ptr": norms,
+        "products_ptr": new(p.rows),
+        "nearest_ptr": new(p.rows),
+        "directions_ptr": new(slots, p.dim),
+        "exponents_ptr": new(slots, dtype=torch.int32),
+        "extremes_ptr": new(slots, dtype=torch.int32),
+        "numbers_ptr": new(2, slots, 4),
+        "winners_ptr": new(2, slots, dtype=torch.int32),
+        "pickable_ptr": new(slots, dtype=torch.int32),
+        "openings_ptr": new(slots),
+        "DISTINCT": p.distinct,
+        "KEEP": keep,
+        "EARLY": p.k > 1 and (p.quality is not None or p.start is not None),
+    }
     with torch.cuda.device_of(p.features):
-        arguments = (
-            p.features,
-            p.quality,
-            *gamma_argument(p.gamma),
-            p.noise,
-            *seed_argument(p.seed, out.indices),
-            p.start,
-            p.mask,
-            p.lengths,
-            p.cu_seqlens,
-            _order(p, plan),
-            out.features,
-            out.distances,
-            out.indices,
-            out.counts,
-            softmax,
-            gaps,
-            norms,
-            new(p.rows, dtype=torch.float32) if streams else None,
-            new(2, slots, 3, dtype=torch.float32) if divided else None,
-            new(2, slots, dtype=torch.int32) if divided else None,
-            new(slots, dtype=torch.int32) if divided else None,
-            new(slots, dtype=torch.float32) if divided else None,
-            _barriers(p, plan),
-            plan.parts,
-        )
-        for turn in range(_launches(plan, p.k + 1)):
-            select_forward[(slots,)](
-                *arguments,
-                turn,
-                *_sizes(p),
-                SEEDED=p.seed is not None,
-                NORMALIZED=p.normalized,
-                DISTINCT=p.distinct,
-                KEEP=keep,
-                EARLY=p.k > 1 and (p.quality is not None or p.start is not None),
-                TIER=plan.tier,
-                SPLIT=plan.split,
-                BLOCK_N=plan.block_n,
-                BLOCK_C=plan.block_c,
-                BLOCK_P=plan.block_p,
-                BLOCK_R=SCALAR_ROWS,
-                **plan.options,
-            )
+        for plan in plans:
+            _launch(select_forward, p, plan, p.k + 1, arguments | plan.constants)
     return out
 
 
-def _backward(p: Problem, grad: Tensor, saved: Saved, plan: Plan) -> Gradients:
-    streams, divided = plan.tier != RESIDENT_TIER.value, plan.split != WHOLE.value
-    empty, sets, slots = saved.norms.new_empty, p.sets, p.sets * plan.parts
+def backward(p: Problem, grad: Tensor, saved: Saved, plans: Sequence[Plan] | None = None) -> Gradients:
+    """Launches by ``plans``, 2 K + 1 where parts of a set meet between them, and the sum of gamma's gradient."""
+    plans = plans or backward_plans(*_plan_sizes(p))
+    new, slots = saved.norms.new_empty, p.sets * plans[0].parts
     drows = torch.empty_like(p.features, memory_format=torch.contiguous_format)
-    dquality = empty(p.rows)
-    dgamma = empty(slots)
-    if sets == 0:
+    dquality, dgamma = new(p.rows), new(slots)
+    if p.sets == 0:
         return Gradients(drows, dquality, dgamma.sum())
+    arguments = {
+        **_given(p, saved.indices),
+        "grad_ptr": grad.contiguous(),
+        "indices_ptr": saved.indices,
+        "counts_ptr": saved.counts,
+        "softmax_ptr": saved.softmax,
+        "gaps_ptr": saved.gaps,
+        "norms_ptr": saved.norms,
+        "drows_ptr": drows,
+        "dquality_ptr": dquality,
+        "dgamma_ptr": dgamma,
+        "arriving_ptr": new(p.sets, p.k, p.dim),
+        "units_ptr": new(p.sets, p.k, p.dim),
+        "dcos_ptr": new(max(1, p.k - 1), p.rows),
+        **{name: new(p.rows) for name in ("min_grad_ptr", "prob_ptr", "slope_ptr", "dots_ptr")},
+        "means_ptr": new(3, slots),
+        "sums_ptr": new(slots, 2, p.dim),
+        "totals_ptr": new(p.sets, 2, p.dim),
+        "CHOSEN": p.start is None,
+    }
     with torch.cuda.device_of(p.features):
-        arguments = (
-            p.features,
-            p.quality,
-            *gamma_argument(p.gamma),
-            p.noise,
-            *seed_argument(p.seed, saved.indices),
-            p.lengths,
-            p.cu_seqlens,
-            _order(p, plan),
-            grad.contiguous(),
-            saved.indices,
-            saved.counts,
-            saved.softmax,
-            saved.gaps,
-            saved.norms,
-            drows,
-            dquality,
-            dgamma,
-            empty(sets, p.k, p.dim),
-            empty(p.k - 1, p.rows),
-            empty(p.rows) if streams else None,
-            empty(p.rows),
-            empty(3, slots) if divided else None,
-            empty(slots, 2, p.dim) if divided else None,
-            empty(sets, 2, p.dim) if divided else None,
-            _barriers(p, plan),
-            plan.parts,
-        )
-        for turn in range(_launches(plan, 2 * p.k + 1)):
-            select_backward[(slots,)](
-                *arguments,
-                turn,
-                *_sizes(p),
-                SEEDED=p.seed is not None,
-                NORMALIZED=p.normalized,
-                CHOSEN=p.start is None,
-                TIER=plan.tier,
-                SPLIT=plan.split,
-                BLOCK_N=plan.block_n,
-                BLOCK_W=min(plan.block_n, max(1, WRITE_ELEMENTS * 32 * plan.warps // plan.block_c)),
-                BLOCK_C=plan.block_c,
-                BLOCK_R=SCALAR_ROWS,
-                BLOCK_P=plan.block_p,
-                BLOCK_S=max(1, min(SUM_COLUMNS, SUM_ELEMENTS * 32 * plan.warps // plan.block_p)),
-                **plan.options,
-            )
+        for plan in plans:
+            constants = {
+                "BLOCK_W": plan.block_n,
+                "FOLD": min(plan.block_n, max(1, plan.warps * CHUNK_BYTES // p.features.itemsize // plan.chunk)),
+                "BLOCK_S": max(1, min(SUM_COLUMNS, SUM_ELEMENTS * 32 * plan.warps // plan.constants["BLOCK_P"])),
+            }
+            _launch(select_backward, p, plan, 2 * p.k + 1, arguments | plan.constants | constants)
     return Gradients(drows, dquality, dgamma.sum())
 
 
-def _launches(plan: Plan, steps: int) -> int:
-    return steps if plan.split == LAUNCHES.value else 1
-
-
-def _order(p: Problem, plan: Plan) -> Tensor | None:
-    """Sets of lengths known on the device alone, longest first: a long one that starts last keeps all others waiting.
-
-    Only where they do not all run at once. At IJB-C's size on 264 programs, simulated, a call takes 1.00 times an
-    even split's time instead of 1.74.
-    """
-    if plan.tier != RAGGED.value or p.sets <= AT_ONCE * device_of(p.features).processors:
-        return None
-    lengths = p.lengths if p.cu_seqlens is None else p.cu_seqlens.diff()
-    return None if lengths is None else lengths.argsort(descending=True)
-
-
-def _barriers(p: Problem, plan: Plan) -> Tensor | None:
-    if plan.split != COOPERATIVE.value:
-        return None
-    return torch.zeros(p.sets, dtype=torch.int32, device=p.features.device)
-
-
-def _sizes(p: Problem) -> tuple[Any, ...]:
-    """stride_set, stride_row, N, C, K, R, tau, scale."""
+def _given(p: Problem, stand_in: Tensor) -> dict[str, Any]:
+    """Arguments that both kernels take from the call; ``stand_in`` is any int64 tensor of the device."""
     packed = p.cu_seqlens is not None
     stride_set, stride_row = (0, p.features.stride(0)) if packed else p.features.stride()[:2]
-    n = 0 if packed else p.features.shape[1]
-    return stride_set, stride_row, n, p.dim, p.k, p.rows, float(p.tau), p.distance_scale
+    gamma_ptr, gamma_value = gamma_argument(p.gamma)
+    tau_ptr, tau_value = gamma_argument(p.tau) if isinstance(p.tau, Tensor) else (None, float(p.tau))
+    seed_ptr, seed_value = seed_argument(p.seed, stand_in)
+    return {
+        "rows_ptr": p.features,
+        "quality_ptr": p.quality,
+        "gamma_ptr": gamma_ptr,
+        "gamma_value": gamma_value,
+        "tau_ptr": tau_ptr,
+        "tau_value": tau_value,
+        "noise_ptr": p.noise,
+        "seed_ptr": seed_ptr,
+        "seed_value": seed_value,
+        "lengths_ptr": p.lengths,
+        "cu_seqlens_ptr": p.cu_seqlens,
+        "stride_set": stride_set,
+        "stride_row": stride_row,
+        "N": 0 if packed else p.features.shape[1],
+        "C": p.dim,
+        "K": p.k,
+        "R": p.rows,
+        "scale": p.distance_scale,
+        "SEEDED": p.seed is not None,
+        "NORMALIZED": p.normalized,
+    }
 
 
-def _check(p: Problem) -> None:
-    if p.dim > MAX_DIM:
-        raise ValueError(f'expected at most {MAX_DIM} columns for backend="triton", got {p.dim}')
+def _launch(kernel: Any, p: Problem, plan: Plan, turns: int, arguments: dict[str, Any]) -> None:
+    """One launch, or a launch a turn; parts that cannot all run at once meet between launches, here and from now on."""
+    if plan.split == COOPERATIVE.value:
+        try:
+            _run(kernel, p, plan, 1, arguments)
+            return
+        except RuntimeError as error:
+            if not has_no_room(error, p.features):
+                raise
+        warnings.warn(
+            "a cooperative launch did not fit this GPU: large sets take a launch a step from now on", stacklevel=2
+        )
+        plan = plan._replace(split=LAUNCHES.value)
+    _run(kernel, p, plan, turns if plan.split == LAUNCHES.value else 1, arguments | plan.constants)
+
+
+def _run(kernel: Any, p: Problem, plan: Plan, turns: int, arguments: dict[str, Any]) -> None:
+    barrier = None
+    if plan.split == COOPERATIVE.value:
+        barrier = torch.zeros(p.sets, dtype=torch.int32, device=p.features.device)
+    launch: Callable[..., None] = kernel[(p.sets * plan.parts,)]
+    for turn in range(turns):
+        launch(
+            **arguments,
+            barrier_ptr=barrier,
+            parts=plan.parts,
+            turn=turn,
+            shortest=plan.shortest,
+            longest=plan.longest,
+            **plan.options,
+        )
