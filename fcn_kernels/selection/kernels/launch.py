@@ -95,7 +95,8 @@ def forward_plans(
     programs of a warp, and one the others.
     """
     chunk = _chunk(dim, itemsize)
-    return _plans(sets, rows, dim, chunk, chunk, ragged, device, FORWARD_AT_ONCE)
+    held = max(chunk, -(-dim // chunk) * chunk // 2)  # the compiler loads all chunks ahead, where they are few
+    return _plans(sets, rows, dim, chunk, held, ragged, device, FORWARD_AT_ONCE)
 
 
 def backward_plans(
