@@ -80,7 +80,7 @@ class Plan(NamedTuple):
         options: dict[str, Any] = {"num_warps": self.warps}
         if torch.version.hip is None:
             # a multiple of 8, as registers are handed out; all programs of a cooperative launch must run at once
-            most = REGISTERS // (32 * WARPS * self.at_once) // 8 * 8
+            most = REGISTERS // (32 * self.warps * self.at_once) // 8 * 8
             options["maxnreg"] = min(255, most) if self.split == COOPERATIVE.value else 255
         return options | ({"launch_cooperative_grid": True} if self.split == COOPERATIVE.value else {})
 
@@ -130,8 +130,9 @@ def _plans(
         )  # fmt: skip
 
     warps = WIDE_WARPS if wide else WARPS
+    programs = device.processors * max(1, at_once * WARPS // warps)
     if rows is not None:
-        parts = min(device.processors * at_once * WARPS // warps // max(sets, 1), rows // SPLIT_ROWS)
+        parts = min(programs // max(sets, 1), rows // SPLIT_ROWS)
         if parts > 1:
             return (plan(warps, parts, (COOPERATIVE if device.cooperative else LAUNCHES).value),)
     if ragged and sets > 1 and not wide and (rows is None or rows > SHORT_ROWS):
