@@ -112,6 +112,7 @@ from fcn_kernels.selection.problem import Problem
 def built(rows, k, split=launch.WHOLE.value):
     plan = launch.Plan(32, 64, 1, 4, 3, split)
     problem = Problem(torch.empty(2, rows, 64), torch.empty(2 * rows), torch.tensor(0.5), k=k)
+    specs = builds.record("", launch, ("select_forward",), lambda: launch.forward(problem, True, (plan,)))
     return {str(spec) for spec in specs}
 
 assert built(33, 3) == built(48, 3) == built(48, 16)

@@ -49,10 +49,9 @@ def test_a_gamma_that_is_no_number(tier: str, gamma: float, device: torch.device
     from fcn_kernels.selection.kernels import launch
     from fcn_kernels.selection.problem import Problem
 
-    nothing = dict.fromkeys(("noise", "seed", "start", "lengths", "cu_seqlens"))
     problem = Problem(
         features=leaf.detach(), quality=torch.tensor([9.0, 1, 2, 3, 1]).to(device), gamma=torch.tensor(gamma),
-        mask=mask.flatten().to(device), k=3, tau=1.0, distance_scale=1.0, normalized=False, distinct=True, **nothing,
+        mask=mask.flatten().to(device), k=3, distinct=True,
     )  # fmt: skip
     with forced(tier), poisoned():
         out = launch.forward(problem, True)
