@@ -432,6 +432,7 @@ def write_rows(
             to = grads.rows + at[:, None] * rows.C + cols[None, :]
             written = (n < extent)[:, None] & (cols < rows.C)[None, :]
             tl.store(to, gradient.to(grads.rows.dtype.element_ty), mask=written)
+        tl.debug_barrier()  # all have loaded, of other rows, what is stored here
         tl.store(grads.quality + at, tl.zeros_like(norm), mask=(n >= part.high) & (n < extent))
     if CHOSEN and rows.quality is not None:
         tl.store(state.means + 2 * part.slots + part.slot + part.part, tl.sum(mean, axis=0))
