@@ -69,6 +69,8 @@ def test_no_thread_overwrites_what_another_has_to_load(builds):
 def test_programs_fit_an_sm(builds):
     """The registers that the plan of a cooperative launch counts on: its programs must all run at once."""
     for b in builds:
+        if "launches" in b["label"]:
+            continue  # of these no program waits for another
         programs = 2 if b["warps"] <= 4 else 1
         if "one set" in b["label"] and b["kernel"] == "select_forward":
             programs = 3
