@@ -20,7 +20,7 @@ from fcn_kernels.heads.facecoresetnet import CoresetAggregator
 LENGTHS = (3, 700, 0, 1, 64)
 """Of packed sets: some stay on the chip, one is streamed, one is empty."""
 SHAPES = [(3, 5, 32), (2, 64, 100), (1, 600, 64), (150, 130, 256)]
-"""(B, N, C): resident, with columns that are no power of two, split, and streamed."""
+"""(B, N, C): small sets, columns that are no power of two, a split set, and many sets."""
 
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
