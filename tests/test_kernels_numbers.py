@@ -10,7 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from oracle import assert_as_accurate_as_eager
 from poison import poisoned
+from problems import random_case
 from test_kernels import TIERS, forced
 
 from fcn_kernels import coreset_select
@@ -100,3 +102,11 @@ def test_noise_of_minus_infinity(tier: str, device: torch.device) -> None:
     expected = torch.zeros(1, 5, 4)
     expected[:, 1:3] = 1
     assert torch.equal(grad.cpu(), expected)
+
+
+@tiers
+def test_unit_rows_have_a_derivative_at_their_own_pick(tier: str, device: torch.device) -> None:
+    """As in the listing: nothing is projected, so that a pick's distance to itself moves with its length."""
+    case = random_case(2, 20, 9, 5, unit=True, gamma=-0.7, tau=0.5, noise=None).to(device)
+    with forced(tier), poisoned():
+        assert_as_accurate_as_eager(case, "triton")

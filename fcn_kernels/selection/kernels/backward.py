@@ -136,13 +136,22 @@ def mean_of(state, part, step, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def route_min_grad(rows, kept, state, weights, min_grad, allowed, quality, n, inside, step):
+def times_prob(value, prob):
+    """value prob [n], 0 where prob is, even if the value is infinite."""
+    return tl.where(prob > 0, value * prob, 0.0)
+
+
+@triton.jit
+def route_min_grad(
+    rows, kept, state, weights, min_grad, allowed, quality, n, inside, step, NORMALIZED: tl.constexpr
+):  # fmt: skip
     """Divide the minimum's gradient [n] of step + 1 between the distance to pick ``step`` and those before it."""
     _, _, share = load_gap(rows, kept, n, inside, step)
     weight = whole_weight(weights, quality, exponent_of(kept, step + 1))
     mine = tl.where(allowed, share * min_grad, 0.0)
-    # a pick is 0 away from itself, whatever it is
-    dcos = tl.where(n == pick_of(kept, step), 0.0, -weight * mine)
+    dcos = -weight * mine
+    if not NORMALIZED:  # a pick is 0 away from itself, wherever it moves; not where nothing is projected
+        dcos = tl.where(n == pick_of(kept, step), 0.0, dcos)
     tl.store(state.dcos + step * rows.R + rows.first + n, dcos, mask=inside)
     return min_grad - mine
 
@@ -164,8 +173,9 @@ def prepare_step(
         prob = tl.load(state.prob + rows.first + n, mask=inside & settle, other=0.0)
         if settle:
             min_grad = route_min_grad(
-                rows, kept, state, weights, min_grad - mean * prob / tau, allowed, quality, n, inside, step
-            )
+                rows, kept, state, weights, min_grad - times_prob(mean, prob) / tau, allowed, quality, n, inside, step,
+                NORMALIZED,
+            )  # fmt: skip
         tl.debug_barrier()  # all have loaded what is stored here
         tl.store(state.min_grad + rows.first + n, min_grad, mask=inside)
         # -- this step's softmax
@@ -173,7 +183,9 @@ def prepare_step(
         logits = gap * weight_of(weights, quality, exponent)
         prob = probabilities(rows, kept, logits, n, inside, step, tau, SEEDED)
         tl.store(state.prob + rows.first + n, tl.where(allowed & in_softmax, prob, 0.0), mask=inside)
-        slope = tl.where(allowed & (n != pick), -whole_weight(weights, quality, exponent) * share, 0.0)
+        slope = tl.where(allowed, -whole_weight(weights, quality, exponent) * share, 0.0)
+        if not NORMALIZED:
+            slope = tl.where(n == pick, 0.0, slope)
         tl.store(state.slope + rows.first + n, slope, mask=inside)
 
 
@@ -304,7 +316,7 @@ def arrive(
 @triton.jit
 def prepare_write(
     rows, part, kept, state, grads, weights, mean, tau, SEEDED: tl.constexpr, CHOSEN: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    NORMALIZED: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The last scalar loop before the rows' gradient: all that is known of a row without its dot with the first pick's.
 
@@ -321,7 +333,8 @@ def prepare_write(
         if settle:
             min_grad = tl.load(state.min_grad + at, mask=inside, other=0.0)
             prob = tl.load(state.prob + at, mask=inside, other=0.0)
-            route_min_grad(rows, kept, state, weights, min_grad - mean * prob / tau, allowed, quality, n, inside, 0)
+            min_grad -= times_prob(mean, prob) / tau
+            route_min_grad(rows, kept, state, weights, min_grad, allowed, quality, n, inside, 0, NORMALIZED)
         along = tl.zeros((BLOCK_R,), tl.float32)
         dlogweight = tl.zeros((BLOCK_R,), tl.float32)
         for step in range(kept.picks - 1):  # @picks
@@ -369,7 +382,7 @@ def settle_quality(rows, part, kept, state, grads, tau, BLOCK_R: tl.constexpr, B
         dot = tl.load(state.dots + rows.first + n, mask=inside, other=0.0)
         dquality = tl.load(grads.quality + rows.first + n, mask=inside, other=0.0)
         tl.debug_barrier()  # all have loaded what is stored here
-        tl.store(grads.quality + rows.first + n, dquality + prob * (dot - mean) / tau, mask=inside)
+        tl.store(grads.quality + rows.first + n, dquality + times_prob(dot - mean, prob) / tau, mask=inside)
     tl.debug_barrier()
 
 
@@ -431,6 +444,7 @@ def write_rows(
             )
             to = grads.rows + at[:, None] * rows.C + cols[None, :]
             written = (n < extent)[:, None] & (cols < rows.C)[None, :]
+            gradient = tl.where(allowed[:, None], gradient, 0.0)  # whatever the others' is
             tl.store(to, gradient.to(grads.rows.dtype.element_ty), mask=written)
         tl.debug_barrier()  # all have loaded, of other rows, what is stored here
         tl.store(grads.quality + at, tl.zeros_like(norm), mask=(n >= part.high) & (n < extent))
@@ -483,7 +497,7 @@ def backward_set(
     if SPLIT != LAUNCHES or phase >= ending:
         mean, centre = arrive(rows, part, kept, state, 0, kept.picks > 1, SPLIT, NORMALIZED, BLOCK_C, BLOCK_P)
         if SPLIT != LAUNCHES or phase == ending:
-            prepare_write(rows, part, kept, state, grads, weights, mean, tau, SEEDED, CHOSEN, BLOCK_R)
+            prepare_write(rows, part, kept, state, grads, weights, mean, tau, SEEDED, CHOSEN, NORMALIZED, BLOCK_R)
             if NORMS:
                 dot_first(rows, part, kept, state, centre, BLOCK_N, CHUNK, CHUNKS)
         if NORMS:
