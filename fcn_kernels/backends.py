@@ -1,8 +1,10 @@
-"""Which backend a call goes to. An operation names its backends and says why its C++ cannot run here."""
+"""Which backend a call goes to, and what it runs under. An operation says why its C++ cannot run here."""
 
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,3 +62,8 @@ def runs_on(backend: str, dtype: torch.dtype, cpp_unavailable: Unavailable) -> s
     if backend != "cpu":
         return backend
     return "torch" if cpp_unavailable(dtype) else "cpp"
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Products in the dtype of their operands; without the cost of entering it where autocast is off anyway."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

@@ -6,7 +6,7 @@ with the counter (row within the set, step // 4, set, stream); the four words it
 """
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -42,3 +42,12 @@ def gumbel_noise(seed: int, sets: Tensor, rows: int, block: int) -> Tensor:
     """Noise of steps 4 * block ... 4 * block + 3, (4, G, rows) float32, for the sets numbered ``sets`` (G,)."""
     row = torch.arange(rows, device=sets.device)
     return gumbel(philox(seed, row, block, sets))
+
+
+def draw_seed(features: Tensor, generator: Generator | None) -> Tensor:
+    """A 0-d int64 seed; from the default CPU generator unless it has to be drawn within a recorded computation."""
+    recorded = torch.compiler.is_compiling() or (features.is_cuda and torch.cuda.is_current_stream_capturing())
+    device = features.device if recorded else torch.device("cpu")
+    if generator is not None:
+        device = generator.device
+    return torch.randint(2**63 - 1, (), device=device, generator=generator)

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fcn_kernels.attention import torch_backend
 from fcn_kernels.attention.inputs import Arriving, Gradients, Inputs, Outputs
-from fcn_kernels.backends import resolve_backend
-from fcn_kernels.selection.select import draw_seed
+from fcn_kernels.backends import resolve_backend, without_autocast
+from fcn_kernels.noise import draw_seed
 from fcn_kernels.sets import RowSets, accumulator
 
 
@@ -121,13 +121,13 @@ def _backend(features: Tensor) -> ModuleType:
 
 def _forward(*args: Any) -> Outputs:
     p = Inputs(*args)
-    with torch.autocast(p.features.device.type, enabled=False):
+    with without_autocast(p.features.device.type):
         return _backend(p.features).forward(p)  # type: ignore[no-any-return]
 
 
 def _backward(*args: Any) -> Gradients:
     p, arriving = Inputs(*args[:_FIELDS]), Arriving(*args[_FIELDS:])
-    with torch.autocast(p.features.device.type, enabled=False):
+    with without_autocast(p.features.device.type):
         return _backend(p.features).backward(p, arriving)  # type: ignore[no-any-return]
 
 

@@ -21,7 +21,7 @@ from fcn_kernels.extras import require
 from fcn_kernels.files.embeddings import Embeddings, Keys, read
 from fcn_kernels.files.formats import EXTRA, InputError, format_of, reading, replacing
 from fcn_kernels.heads.facecoresetnet import Aggregate, CoresetAggregator
-from fcn_kernels.integrations.facecoresetnet import convert_state_dict
+from fcn_kernels.integrations.facecoresetnet import build_head
 from fcn_kernels.selection.checks import DTYPES
 from fcn_kernels.selection.select import coreset_select
 from fcn_kernels.sets import RowSets, accumulator
@@ -76,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--checkpoint", type=Path, help="state dict of a CoresetAggregator, or a checkpoint of FaceCoresetNet's authors"
     )
-    add("--num-heads", type=_at_least_one, default=8, help="of the checkpoint's attentions (default: %(default)s)")
-    add("--k", type=_at_least_one, default=3, help="picks a template (default: %(default)s)")
+    add("--num-heads", type=at_least_one, default=8, help="of the checkpoint's attentions (default: %(default)s)")
+    add("--k", type=at_least_one, default=3, help="picks a template (default: %(default)s)")
     add("--gamma", type=_finite, help=f"exponent of the quality (default: the checkpoint's, or {GAMMA})")
     add("--features", metavar="KEY", default=Keys().features, help="name of that column (default: %(default)s)")
     add("--ids", metavar="KEY", default=Keys().ids, help="name of that column (default: %(default)s)")
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=dtypes, default="float32", help="of the rows there (default: %(default)s)")
     add(
         "--batch-rows",
-        type=_at_least_one,
+        type=at_least_one,
         default=16384,
         help="rows at a time, in whole templates (default: %(default)s)",
     )
@@ -218,13 +218,7 @@ def load_head(path: Path, *, k: int = 3, num_heads: int = 8, gamma: float | None
             state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, Mapping):
             raise InputError(f"{path}: expected a state dict, got {type(state).__name__}")
-        width = "encoding_norm.weight"  # ours, after conversion at the latest
-        state = state if width in state else convert_state_dict(state)
-        head = CoresetAggregator(state[width].shape[0], k, num_heads)
-        head.load_state_dict(state)
-    if gamma is not None:
-        head.gamma.data.fill_(gamma)
-    return head.eval()
+        return build_head(state, k=k, num_heads=num_heads, gamma=gamma)
 
 
 def _head(args: argparse.Namespace, embeddings: Embeddings) -> Pool:
@@ -311,7 +305,8 @@ def _unwinding_on_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _at_least_one(text: str) -> int:
+def at_least_one(text: str) -> int:
+    """A count, as an argument of a command."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fcn_kernels.cli.aggregate import mean_of_coreset
+from fcn_kernels.cli.aggregate import at_least_one, mean_of_coreset
 from fcn_kernels.demos import repeatable
 from fcn_kernels.extras import require
 from fcn_kernels.files.embeddings import Embeddings, Keys, read
@@ -70,23 +70,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--features", metavar="KEY", default=Keys().features, help="name of that column (default: %(default)s)")
     add("--quality", metavar="KEY", help="name of that column (default: quality if there is one, else the norms)")
     add("--head", choices=["coreset"], default="coreset", help="what is trained (default: %(default)s)")
-    add("--k", type=_count, default=3, help="picks a set (default: %(default)s)")
-    add("--num-heads", type=_count, default=8, help="of the head's attentions (default: %(default)s)")
+    add("--k", type=at_least_one, default=3, help="picks a set (default: %(default)s)")
+    add("--num-heads", type=at_least_one, default=8, help="of the head's attentions (default: %(default)s)")
     add("--gamma", type=float, default=1.0, help="gamma before training (default: %(default)s)")
     add("--dropout", type=float, default=0.1, help="in the head's attentions (default: %(default)s)")
     add("--loss", choices=list(MARGINS), default="adaface", help="default: %(default)s")
-    add("--longest", type=_count, default=20, help="most rows in a set (default: %(default)s)")
+    add("--longest", type=at_least_one, default=20, help="most rows in a set (default: %(default)s)")
     add("--corrupt", type=_chance, default=0.0, metavar="P", help="chance of a row (default: %(default)s)")
     add("--duplicates", type=_chance, default=0.0, metavar="P", help="chance of a row (default: %(default)s)")
     add("--hold-out", choices=["identities", "rows"], default="identities", help="default: %(default)s")
     add("--share", type=_chance, default=0.2, help="of what is held out (default: %(default)s)")
-    add("--validation-sets", type=_count, default=200, help="on each side (default: %(default)s)")
+    add("--validation-sets", type=at_least_one, default=200, help="on each side (default: %(default)s)")
     add("--far", type=float, default=1e-2, help="false accept rate of the TAR (default: %(default)s)")
-    add("--steps", type=_count, default=1000, help="at most (default: %(default)s)")
-    add("--batch", type=_count, default=32, help="sets a step (default: %(default)s)")
+    add("--steps", type=at_least_one, default=1000, help="at most (default: %(default)s)")
+    add("--batch", type=at_least_one, default=32, help="sets a step (default: %(default)s)")
     add("--rate", type=float, default=1e-3, help="highest learning rate (default: %(default)s)")
-    add("--every", type=_count, default=50, help="steps between validations (default: %(default)s)")
-    add("--patience", type=_count, default=6, help="validations without a better TAR (default: %(default)s)")
+    add("--every", type=at_least_one, default=50, help="steps between validations (default: %(default)s)")
+    add("--patience", type=at_least_one, default=6, help="validations without a better TAR (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--device", default="cpu", help="default: %(default)s; under torchrun, cuda is the process's own")
 
@@ -310,13 +310,6 @@ def _processes(args: argparse.Namespace) -> Iterator[None]:
 
 def _first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
 
 
 def _chance(text: str) -> float:

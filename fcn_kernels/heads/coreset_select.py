@@ -43,7 +43,7 @@ class CoresetSelect(nn.Module):
         if not isinstance(tau, Tensor):
             checks.scale("tau", tau, torch.float32)
         checks.exponent(gamma, torch.empty(0))
-        self.k = checks.picks(k)
+        self.k = checks.at_least_one("k", k)
         self.gamma = nn.Parameter(torch.tensor(float(gamma)))
         self.tau = tau
         self.distance_scale = distance_scale

@@ -1,8 +1,6 @@
 """FaceCoresetNet's aggregation head: from a set of face embeddings to one descriptor."""
 
 import math
-import operator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +9,11 @@ from torch.nn import functional as F
 
 from fcn_kernels.attention.encoding import Waves, sinusoid
 from fcn_kernels.attention.op import set_attention
+from fcn_kernels.backends import without_autocast
+from fcn_kernels.selection import checks
 from fcn_kernels.selection.select import Coreset, coreset_select
 from fcn_kernels.sets import RowSets, accumulator
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 DISTANCE_SCALE = 0.5  # of the authors' code: (1 - cos) / 2
 
 
@@ -84,7 +83,7 @@ class CoresetAggregator(nn.Module):
     ) -> None:
         super().__init__()
         dim, k, num_heads = (
-            _at_least_one(name, value) for name, value in (("dim", dim), ("k", k), ("num_heads", num_heads))
+            checks.at_least_one(name, value) for name, value in (("dim", dim), ("k", k), ("num_heads", num_heads))
         )
         if dim % 2 or dim % num_heads:
             raise ValueError(f"expected dim even and divisible by num_heads = {num_heads}, got {dim}")
@@ -252,7 +251,9 @@ def aggregate_sets(
         raise TypeError(f"expected features of a floating-point dtype, got {features.dtype}")
     if quality.device != features.device:
         raise ValueError(f"expected quality on the features' device {features.device}, got {quality.device}")
-    mask = _as_bool(mask)
+    if mask is not None:
+        shape = tuple(quality.shape)
+        mask = checks.row_mask(mask, features, shape, checks.may_look(features)).view(shape)
     coreset = select_scaled(features, quality, k, gamma, mask=mask, lengths=lengths, cu_seqlens=cu_seqlens, **options)
     single = features.ndim == 2 and cu_seqlens is None
     if mask is not None:
@@ -269,15 +270,6 @@ def aggregate_sets(
     return coreset, aggregate[0] if single else aggregate
 
 
-def _as_bool(mask: Tensor | None) -> Tensor | None:
-    """A mask of 0 and 1 as one of bools; whatever else there is, the selection refuses."""
-    if not isinstance(mask, Tensor) or mask.dtype not in _INTEGERS:
-        return mask
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("expected an integer mask of 0 and 1, got other values in it")
-    return mask != 0
-
-
 def refine(
     layers: HeadLayers, core: Tensor, counts: Tensor, features: Tensor, quality: Tensor, sets: RowSets
 ) -> Tensor:
@@ -285,7 +277,7 @@ def refine(
 
     In float32, or float64 for float64 weights, whatever the weights' dtype and autocast are.
     """
-    with _no_autocast(core.device.type):
+    with without_autocast(core.device.type):
         core = core.to(accumulator(layers.self_norm.weight.dtype))
         picked = torch.arange(core.shape[1], device=core.device) < counts[:, None]
         target = core + _encode(_length(core), layers.encoding_norm)
@@ -383,23 +375,6 @@ def _layer_norm(rows: Tensor, layer: nn.LayerNorm) -> Tensor:
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(rows, weight.to(rows.dtype), bias.to(rows.dtype))
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Products in the dtype of their operands; without the cost of entering it where autocast is off anyway."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"expected {name} to be an integer of at least 1, got {value!r} of type {type(value).__name__}")
-    if not 1 <= number < 2**63:
-        raise ValueError(f"expected {name} to be an integer of at least 1, got {value!r}")
-    return number
 
 
 def _number(name: str, value: Any) -> float:

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import operator
 from typing import Any
 
 import torch
@@ -75,19 +76,23 @@ def check_generator(generator: Any) -> None:
         raise TypeError(f"expected generator to be a torch.Generator, got {type(generator).__name__}")
 
 
-def picks(k: Any) -> Any:
-    """``k`` as an int, NumPy's integers too; or a symbol, which stays one."""
-    wanted = "an integer of at least 1"
-    if isinstance(k, torch.SymInt):
-        return k
-    if isinstance(k, bool) or not isinstance(k, int | numbers.Integral):
-        raise TypeError(f"expected k to be {wanted}, got {k!r} of type {type(k).__name__}")
-    k = int(k)
-    if k < 1:
-        raise ValueError(f"expected k to be {wanted}, got {k}")
-    if k > MOST_PICKS:
-        raise ValueError(f"expected k to be {wanted} and at most 2^31 - 1, got {k}")
-    return k
+def at_least_one(name: str, value: Any) -> Any:
+    """An int, from NumPy's integers too; or a symbol, which stays one."""
+    wanted = f"expected {name} to be an integer of at least 1"
+    try:
+        # an int that a compiler follows would be bound to one value by `index`
+        number = value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{wanted}, got {value!r} of type {type(value).__name__}")
+    if isinstance(number, torch.SymInt):
+        return number
+    if number < 1:
+        raise ValueError(f"{wanted}, got {number}")
+    if number > MOST_PICKS:
+        raise ValueError(f"{wanted} and at most 2^31 - 1, got {number}")
+    return number
 
 
 def scale(name: str, value: Any, dtype: torch.dtype) -> Any:

@@ -27,7 +27,6 @@ def _schema(fields: Any) -> str:
 
 _FIELDS = len(Problem._fields)
 _TENSORS = sum(kind in (Tensor, Tensor | None) for kind in get_type_hints(Problem).values())  # they come first
-_DIFFERENTIABLE = ("features", "quality", "gamma")
 
 # A Library, not custom_op: the latter's wrappers cost more on the host than a call on small sets takes.
 _library = torch.library.Library("fcn_kernels", "DEF")
@@ -45,10 +44,8 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 def select(problem: Problem, backend: str) -> tuple[Any, ...]:
     """Run the forward operator: features, distances, indices and counts, and what else it gives."""
-    features, quality, gamma = leaves = problem[:3]
-    graded = torch.is_grad_enabled() and (
-        features.requires_grad or gamma.requires_grad or (quality is not None and quality.requires_grad)
-    )
+    leaves = problem[:3]
+    graded = _asks_for_gradient(*leaves)
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return _run(*problem, graded, backend)  # type: ignore[no-any-return]
     if torch._C._are_functorch_transforms_active() or _has_tangent(leaves):
@@ -58,6 +55,12 @@ def select(problem: Problem, backend: str) -> tuple[Any, ...]:
         return _apply(backend, *problem)  # type: ignore[no-any-return]
     with _below_autograd():
         return _run(*problem, False, backend)  # type: ignore[no-any-return]
+
+
+def _asks_for_gradient(features: Tensor, quality: Tensor | None, gamma: Tensor) -> bool:
+    return torch.is_grad_enabled() and (
+        features.requires_grad or gamma.requires_grad or (quality is not None and quality.requires_grad)
+    )
 
 
 def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -188,8 +191,7 @@ class _SelectBackward(torch.autograd.Function):
 
 def _select_autograd(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
     *fields, _keep, backend = args
-    leaves = [getattr(Problem(*fields), name) for name in _DIFFERENTIABLE]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+    if _asks_for_gradient(*fields[:3]):
         return *_Select.apply(backend, *fields)[:4], []
     with _below_autograd():
         return _run(*args)  # type: ignore[no-any-return]

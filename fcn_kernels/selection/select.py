@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from fcn_kernels.backends import resolve_backend
+from fcn_kernels.noise import draw_seed
 from fcn_kernels.selection import checks, op
 from fcn_kernels.selection.cpp import launch as cpp
 from fcn_kernels.selection.problem import Problem
@@ -122,7 +123,7 @@ def coreset_select(
     shape = tuple(features.shape[:-1])
     accumulate = accumulator(features.dtype)
     look = checks.may_look(features, strict)
-    k = checks.picks(k)
+    k = checks.at_least_one("k", k)
     given = [n for n, v in (("mask", mask), ("lengths", lengths), ("cu_seqlens", cu_seqlens)) if v is not None]
     if len(given) > 1:
         raise ValueError(f"expected at most one of mask, lengths and cu_seqlens, got {' and '.join(given)}")
@@ -166,15 +167,6 @@ def coreset_select(
     rows, distances, indices, counts = op.select(problem, resolve_backend(backend, features, cpp.unavailable))[:4]
     coreset = Coreset(rows, indices, counts, distances)
     return Coreset(*(t[0] for t in coreset)) if single else coreset
-
-
-def draw_seed(features: Tensor, generator: Generator | None) -> Tensor:
-    """A 0-d int64 seed; from the default CPU generator unless it has to be drawn within a recorded computation."""
-    recorded = torch.compiler.is_compiling() or (features.is_cuda and torch.cuda.is_current_stream_capturing())
-    device = features.device if recorded else torch.device("cpu")
-    if generator is not None:
-        device = generator.device
-    return torch.randint(2**63 - 1, (), device=device, generator=generator)
 
 
 def _unpacked(

@@ -6,12 +6,12 @@ out instead of recording the steps. Shapes in comments: G sets of a group, n row
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fcn_kernels.backends import without_autocast
 from fcn_kernels.noise import STEPS_PER_DRAW, gumbel_noise
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
 from fcn_kernels.sets import GROUP_BYTES, accumulator, row_norms, usable
@@ -32,7 +32,7 @@ def forward(p: Problem, keep: bool) -> Selected:
         tensor.zero_()
     for tensor in (out.indices, *out.kept[2:]):  # no pick; and of a row that its norm is not wanted
         tensor.fill_(-1)
-    with _no_autocast(p.features.device.type):
+    with without_autocast(p.features.device.type):
         for group in _groups(p):
             _select(p, group, out)
     return out
@@ -43,7 +43,7 @@ def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
     dx = torch.zeros_like(p.features, memory_format=torch.contiguous_format)
     dq = torch.zeros_like(saved.norms)
     dgamma = saved.norms.new_zeros(())
-    with _no_autocast(p.features.device.type):
+    with without_autocast(p.features.device.type):
         for group in _groups(p):
             dgamma += _differentiate(p, group, saved, grad, dx, dq)
     return Gradients(dx, dq, dgamma)
@@ -70,12 +70,6 @@ def unpickable_row(p: Problem) -> tuple[int, int, str] | None:
                 reason = f"its quality is {q:g}, expected finite and above 0"
             found.append((int(group.sets[at[0]]), at[1], reason))
     return min(found, default=None)
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Products in the dtype of their operands; where autocast is off, without the cost of entering it."""
-    enabled = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
 # --- sets side by side --------------------------------------------------------------------------------------------

@@ -95,8 +95,7 @@ class Selection {
     const Acc* const quality;
     Weights weights;
     Acc noise_scale = 1;
-    bool measured = false;  // all norms are known
-    const int64_t most;     // picks there can be
+    const int64_t most;  // picks there can be
     // Of each pick: its row times a power of two that keeps products with it in range, that row's norm, and the cosine
     // to itself as it rounds.
     std::vector<Acc> directions, pick_norms, own_cosines;

@@ -241,7 +241,7 @@ def _given(p: Problem, stand_in: Tensor) -> dict[str, Any]:
     packed = p.cu_seqlens is not None
     stride_set, stride_row = (0, p.features.stride(0)) if packed else p.features.stride()[:2]
     gamma_ptr, gamma_value = gamma_argument(p.gamma)
-    tau_ptr, tau_value = gamma_argument(p.tau) if isinstance(p.tau, Tensor) else (None, float(p.tau))
+    tau_ptr, tau_value = gamma_argument(p.tau)
     seed_ptr, seed_value = seed_argument(p.seed, stand_in)
     return {
         "rows_ptr": p.features,
