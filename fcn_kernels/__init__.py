@@ -1,5 +1,12 @@
 """Fused, differentiable coreset selection: pick the few rows of a set that are both good and different."""
 
+import sys
+
+if sys.argv[:1] == ["-m"]:  # on the way to __main__: PyTorch takes seconds to import, and Ctrl-C meanwhile is no fault
+    from fcn_kernels import _interrupt
+
+    _interrupt.say_so()
+
 from fcn_kernels._version import __version__
 from fcn_kernels.heads.coreset_select import CoresetSelect
 from fcn_kernels.heads.facecoresetnet import CoresetAggregator

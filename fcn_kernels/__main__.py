@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from fcn_kernels import _interrupt
+
 COMMANDS = {
     "info": ("fcn_kernels.cli.info", "versions, devices, and the backend and tier that a call would take"),
     "demo": ("fcn_kernels.demos.select_demo", "pick coresets of real handwritten digits; a table and a picture"),
@@ -16,6 +18,15 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
+    _interrupt.restore()
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:  # during imports: a command that has begun says itself what became of its output
+        print("python -m fcn_kernels: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="python -m fcn_kernels", description=__doc__.partition(":")[2].strip())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

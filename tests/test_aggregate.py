@@ -20,6 +20,7 @@ from torch import Tensor
 from fcn_kernels import CoresetAggregator
 from fcn_kernels.__main__ import main
 from fcn_kernels.cli import aggregate
+from fcn_kernels.files import aggregate as library
 from fcn_kernels.files import formats
 from fcn_kernels.files.embeddings import Embeddings
 from fcn_kernels.files.formats import InputError
@@ -285,9 +286,9 @@ def test_a_batch_holds_no_more_rows_than_told_unless_one_template_does() -> None
     embeddings = Embeddings(recorder, columns["template_ids"], None, "x")  # type: ignore[arg-type]
 
     def pool(*args: Tensor) -> Any:
-        return aggregate.mean_of_coreset(*args, k=K, gamma=0.0)
+        return library.mean_of_coreset(*args, k=K, gamma=0.0)
 
-    aggregate.aggregate(embeddings, pool, k=K, batch_rows=12)
+    library.aggregate(embeddings, pool, k=K, batch_rows=12)
     assert recorder.asked == [1 + 7 + 2, 30, 3, 12]
 
 
@@ -426,12 +427,21 @@ def test_columns_of_different_lengths_are_refused_by_row_and_template(tmp_path: 
     [
         ({"template_ids": np.arange(ROWS) / 2}, "expected integers or strings in 'template_ids', got float64"),
         ({"template_ids": np.zeros((ROWS, 2), int)}, "expected 'template_ids' of shape (T,) or (T, 1), got"),
-        ({"features": np.ones((ROWS, 2, 2))}, "expected floating-point 'features' of shape (T, C), got float64"),
-        ({"features": np.ones((ROWS, DIM), int)}, "expected floating-point 'features' of shape (T, C), got int64"),
+        (
+            {"features": np.ones((ROWS, 2, 2))},
+            "expected floating-point or integer 'features' of shape (T, C), got float64",
+        ),
+        (
+            {"features": np.ones((ROWS, DIM), bool)},
+            "expected floating-point or integer 'features' of shape (T, C), got",
+        ),
         ({"features": np.ones((ROWS, 0))}, f"got float64 of shape ({ROWS}, 0)"),
-        ({"quality": np.array(["sharp"] * ROWS)}, "expected numbers in 'quality', got <U5"),
+        ({"quality": np.array(["sharp"] * ROWS)}, "expected numbers in 'quality', got text"),
         ({"template_ids": np.zeros(0, int)}, "expected at least one row, got none in 'template_ids'"),
-        ({"template_ids": np.array([None] * ROWS)}, "template_ids.npy holds Python objects"),
+        (
+            {"template_ids": np.array([None] * ROWS)},
+            "template_ids.npy: cannot be read: holds Python objects other than strings",
+        ),
     ],
 )
 def test_columns_of_the_wrong_kind_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -513,7 +523,10 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path, checkpoint: Pat
     state = torch.load(checkpoint, weights_only=True)
     other = tmp_path / "other.pt"
     for content, part in (
-        ({n: v for n, v in state.items() if n != "self_norm.bias"}, "cannot be read"),
+        ({n: v for n, v in state.items() if n != "self_norm.bias"}, "missing keys ['self_norm.bias']"),
+        (state | {"self_norm.bias": torch.ones(5)}, f"self_norm.bias (5,) instead of ({DIM},)"),
+        (state | {"encoding_norm.weight": torch.ones(5, 5)}, "encoding_norm.weight of shape (C,), got (5, 5)"),
+        (state | {"self_norm.bias": torch.full((DIM,), torch.nan)}, "NaN or infinity in ['self_norm.bias']"),
         ({"weight": torch.ones(3)}, "missing keys"),
         ([1, 2], "expected a state dict, got list"),
     ):
@@ -529,8 +542,10 @@ def test_options_that_cannot_be_met_are_refused_before_any_work(tmp_path: Path) 
     npy = save(tmp_path, "npy", make())
     assert "--device nowhere: " in refused(tmp_path, inputs, "--device", "nowhere")
     assert "several .npy files have none" in refused(tmp_path, npy, "--ids", "x")
-    assert "expected one INPUT or FEATURES.npy IDS.npy [QUALITY.npy], got" in refused(tmp_path, [*inputs, *npy])
-    assert "or a second .npy with the template ids" in refused(tmp_path, npy[:1])
+    assert "expected one INPUT, FEATURES.npy IDS.npy [QUALITY.npy] or FEATURES.npy TABLE.csv, got" in refused(
+        tmp_path, [*inputs, *npy]
+    )
+    assert "or a second .npy or .csv with the template ids" in refused(tmp_path, npy[:1])
     assert "expected a file that ends in .npz, .npy, .pt" in refused(tmp_path, [str(tmp_path / "x.csv")])
     for out, message in (
         (tmp_path / "o.csv", "expected a file that ends in"),
@@ -574,7 +589,7 @@ def test_output_is_replaced_only_when_told_and_never_when_it_is_read_from(tmp_pa
     assert out.read_bytes() == b"precious"
     aggregate.run_checked(arguments(*inputs, "--out", out, "--overwrite"))
     assert zipfile.is_zipfile(out)
-    with pytest.raises(InputError, match="is read from, and cannot be OUTPUT too"):
+    with pytest.raises(InputError, match="is read from, and cannot be written too"):
         aggregate.run_checked(arguments(*inputs, "--out", inputs[0], "--overwrite"))
 
 
@@ -605,7 +620,7 @@ def test_a_write_that_fails_leaves_what_was_there(
     def fail(file: Any, _: Any) -> None:
         file.write(b"half")
         file.flush()
-        assert len(list(tmp_path.glob(".o.npz.*.tmp"))) == 1
+        assert len(list(tmp_path.glob(".fcn-*.tmp"))) == 1
         raise error
 
     inputs = save(tmp_path, "npz", make())
@@ -654,6 +669,7 @@ def test_a_process_that_is_ended_leaves_nothing_and_shows_no_traceback(tmp_path:
     inputs = save(tmp_path, "npz", make())
     script = """
 import signal, sys
+from fcn_kernels.files import aggregate as library
 from fcn_kernels.files import formats
 from fcn_kernels.__main__ import main
 def write(file, arrays):
@@ -667,7 +683,7 @@ sys.exit(main(sys.argv[1:]))
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"
-        assert len(list(tmp_path.glob(".o.npz.*.tmp"))) == 1
+        assert len(list(tmp_path.glob(".fcn-*.tmp"))) == 1
         process.terminate()
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
@@ -687,4 +703,4 @@ def test_the_command_says_what_it_did_and_what_it_refuses(tmp_path: Path, capsys
     )
     with pytest.raises(SystemExit):
         main(["aggregate", "--help"])
-    assert "compressed .npz are unpacked" in capsys.readouterr().out
+    assert "compressed .npz and separate columns are unpacked" in capsys.readouterr().out

@@ -219,7 +219,7 @@ def test_a_file_that_runs_code_is_not_loaded(tmp_path):
     with pytest.raises(Exception, match=r"[Ww]eights"):
         load_state_dict(tmp_path / "bad.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(TypeError, match="state dict, got list"):
+    with pytest.raises(ValueError, match="state dict, got list"):
         load_state_dict(tmp_path / "list.pt")
 
 

@@ -16,11 +16,12 @@ import torch
 from torch.nn import functional as F
 
 from fcn_kernels.__main__ import main
-from fcn_kernels.cli.aggregate import load_head
 from fcn_kernels.cli.train import start_from_rows
 from fcn_kernels.evaluation.verification import roc
+from fcn_kernels.files.checkpoint import load_checkpoint
 from fcn_kernels.heads.adaface import AdaFace
 from fcn_kernels.heads.facecoresetnet import CoresetAggregator
+from fcn_kernels.integrations.facecoresetnet import build_head
 from fcn_kernels.training.draw import Recipe, draw, group
 
 np = pytest.importorskip("numpy")
@@ -131,7 +132,7 @@ def test_two_processes_train_one_head(digits: tuple[Path, torch.Tensor, torch.Te
     done = subprocess.run([*command, "--steps", "20", "--every", "10"], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("loss, first and last tenth of 20 steps") == 1
-    assert load_head(out).dim == 64
+    assert build_head(load_checkpoint(out)).dim == 64
 
 
 def test_the_shares_of_the_processes_are_the_batch() -> None:

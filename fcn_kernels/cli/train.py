@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +14,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fcn_kernels.cli.aggregate import at_least_one, mean_of_coreset
+from fcn_kernels.cli.arguments import (
+    EXIT_STATUS,
+    add_max_unpacked,
+    at_least_one,
+    chance,
+    check_device,
+    finite,
+    run_to_status,
+)
 from fcn_kernels.demos import repeatable
 from fcn_kernels.extras import require
+from fcn_kernels.files.aggregate import mean_of_coreset
+from fcn_kernels.files.checkpoint import load_checkpoint
 from fcn_kernels.files.embeddings import Embeddings, Keys, read
-from fcn_kernels.files.formats import InputError, reading, replacing
+from fcn_kernels.files.formats import InputError, Scratch, reading
+from fcn_kernels.files.output import check_output, replacing
 from fcn_kernels.heads.adaface import AdaFace
 from fcn_kernels.heads.facecoresetnet import CoresetAggregator
 from fcn_kernels.training.draw import Recipe, Rows, draw, group
@@ -28,7 +38,7 @@ from fcn_kernels.training.loop import Plan, Training, Trial, tar, train
 EXTRA = "tool,demo"  # tqdm and formats; scikit-learn and matplotlib
 T_ALPHA = 0.1  # share of a batch in AdaFace's running norms: runs are short
 MARGINS = {"adaface": 0.8, "cosine": 0.0}
-ABOUT = """
+ABOUT = f"""
 Each step draws sets of 1 to --longest rows of one identity, with replacement, gives them to a CoresetAggregator, and
 classifies its descriptors with a margin softmax over the identities: AdaFace, or the same without a margin (cosine).
 A row is made a unit row of quality q, INPUT's quality or the row's norm, as `aggregate` does.
@@ -48,7 +58,7 @@ The same seed gives the same numbers on one machine; a CPU computes with one thr
 share of every batch:
   torchrun --nproc-per-node 2 -m fcn_kernels train ...
 
-Exit status: 0 done, 1 could not write, 2 bad usage or input, 130 interrupted.
+{EXIT_STATUS}
 """
 # What a run's numbers follow from: with another of these, --resume would go on with a different run.
 FIXED = (
@@ -72,14 +82,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--head", choices=["coreset"], default="coreset", help="what is trained (default: %(default)s)")
     add("--k", type=at_least_one, default=3, help="picks a set (default: %(default)s)")
     add("--num-heads", type=at_least_one, default=8, help="of the head's attentions (default: %(default)s)")
-    add("--gamma", type=float, default=1.0, help="gamma before training (default: %(default)s)")
+    add("--gamma", type=finite, default=1.0, help="gamma before training (default: %(default)s)")
     add("--dropout", type=float, default=0.1, help="in the head's attentions (default: %(default)s)")
     add("--loss", choices=list(MARGINS), default="adaface", help="default: %(default)s")
     add("--longest", type=at_least_one, default=20, help="most rows in a set (default: %(default)s)")
-    add("--corrupt", type=_chance, default=0.0, metavar="P", help="chance of a row (default: %(default)s)")
-    add("--duplicates", type=_chance, default=0.0, metavar="P", help="chance of a row (default: %(default)s)")
+    add("--corrupt", type=chance, default=0.0, metavar="P", help="chance of a row (default: %(default)s)")
+    add("--duplicates", type=chance, default=0.0, metavar="P", help="chance of a row (default: %(default)s)")
     add("--hold-out", choices=["identities", "rows"], default="identities", help="default: %(default)s")
-    add("--share", type=_chance, default=0.2, help="of what is held out (default: %(default)s)")
+    add("--share", type=chance, default=0.2, help="of what is held out (default: %(default)s)")
     add("--validation-sets", type=at_least_one, default=200, help="on each side (default: %(default)s)")
     add("--far", type=float, default=1e-2, help="false accept rate of the TAR (default: %(default)s)")
     add("--steps", type=at_least_one, default=1000, help="at most (default: %(default)s)")
@@ -89,31 +99,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--patience", type=at_least_one, default=6, help="validations without a better TAR (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--device", default="cpu", help="default: %(default)s; under torchrun, cuda is the process's own")
+    add_max_unpacked(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train and write; returns the exit status that the help promises."""
-    try:
+
+    def work() -> str:
         # the last digits of a sum depend on the number of threads, and a second one has little to do here
         with repeatable(args.seed), _processes(args):
             summary = run_checked(args)
-            if _first():
-                print(summary)
-        return 0
-    except (InputError, ValueError) as error:
-        message, status = str(error), 2
-    except OSError as error:
-        message, status = str(error), 1
-    except KeyboardInterrupt:
-        message, status = f"interrupted; --resume goes on from the last validation, {state_path(args.out)}", 130
-    print(f"python -m fcn_kernels train: {message}", file=sys.stderr)
-    return status
+            return summary if _first() else ""
+
+    return run_to_status("train", work, f"--resume goes on from the last validation, {state_path(args.out)}")
 
 
 def run_checked(args: argparse.Namespace) -> str:
     """What :func:`run` does, with errors raised; returns a summary."""
     _check_paths(args)
-    embeddings = read(args.input, Keys(args.features, args.ids, args.quality), args.out.absolute().parent)
+    keys = Keys(args.features, args.ids, args.quality)
+    embeddings = read(args.input, keys, Scratch(args.out.absolute().parent, args.max_unpacked))
     np = require("numpy", EXTRA)
     names, identity = np.unique(embeddings.ids, return_inverse=True)
     unit, quality = unit_rows(embeddings)
@@ -135,7 +140,7 @@ def run_checked(args: argparse.Namespace) -> str:
     state = _saved(args, fixed) if args.resume else None
 
     def save(state: dict[str, Any]) -> None:
-        with replacing(state_path(args.out)) as file:
+        with replacing(state_path(args.out), overwrite=True) as file:
             torch.save(state | {"fixed": fixed}, file)
 
     done = state["step"] if state else 0
@@ -147,7 +152,7 @@ def run_checked(args: argparse.Namespace) -> str:
 
         state = train(Training(head, classifier).to(args.device), rows, trial, plan, state, save, show)
     if _first():
-        with replacing(args.out) as file:
+        with replacing(args.out, args.overwrite) as file:
             torch.save(state["best"], file)
         draw_curves(args.out.with_suffix(".png"), state, untrained, args.far)
         state_path(args.out).unlink(missing_ok=True)
@@ -229,7 +234,7 @@ def draw_curves(path: Path, state: dict[str, Any], untrained: float, far: float)
     accepted.legend(frameon=False)
     exponent.plot(steps, state["gammas"], color="#225ea8", marker=".")
     exponent.set(title="gamma", xlabel="step")
-    with replacing(path) as file:
+    with replacing(path, overwrite=True) as file:
         page.savefig(file, format="png")
 
 
@@ -258,8 +263,8 @@ def _saved(args: argparse.Namespace, fixed: dict[str, Any]) -> dict[str, Any]:
     path = state_path(args.out)
     if not path.exists():
         raise InputError(f"{path}: is not there, so there is no run to go on with")
+    state: dict[str, Any] = dict(load_checkpoint(path))
     with reading(path):
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         differ = [name for name, value in fixed.items() if state["fixed"][name] != value]
     if differ:
         raise InputError(f"{path}: is of a run with another {', '.join(differ)}")
@@ -273,12 +278,9 @@ def _check_paths(args: argparse.Namespace) -> None:
         require(package, EXTRA)
     if out.suffix != ".pt":
         raise InputError(f"{out}: expected a file that ends in .pt")
-    if not os.access(out.absolute().parent, os.W_OK):
-        raise InputError(f"{out}: expected a file in a folder that exists and can be written to")
-    if any(path.exists() and out.exists() and path.samefile(out) for path in args.input):
-        raise InputError(f"{out}: is read from, and cannot be OUT too")
-    if out.exists() and not args.overwrite:
-        raise InputError(f"{out}: is there already; --overwrite replaces it")
+    check_output(out, args.input, args.overwrite)
+    check_output(state_path(out), args.input, overwrite=True)
+    check_device(args.device)
     if state_path(out).exists() and not (args.resume or args.overwrite):
         raise InputError(f"{state_path(out)}: is of an unfinished run; --resume goes on, --overwrite starts anew")
 
@@ -310,10 +312,3 @@ def _processes(args: argparse.Namespace) -> Iterator[None]:
 
 def _first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _chance(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected 0 to 1, got {text}")
-    return value

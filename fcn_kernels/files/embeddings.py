@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,27 @@ import torch
 from torch import Tensor
 
 from fcn_kernels.extras import require
-from fcn_kernels.files.formats import EXTRA, Columns, InputError, RowError, format_of, load_npy, reading
+from fcn_kernels.files.formats import (
+    EXTRA,
+    Columns,
+    InputError,
+    RowError,
+    Scratch,
+    format_of,
+    load_csv,
+    load_npy,
+    numbers_or_text,
+    reading,
+    stack,
+    suffix_of,
+)
 from fcn_kernels.selection.checks import DTYPES
 
 if TYPE_CHECKING:
     from fcn_kernels.files.formats import Array
+
+
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 class Keys(NamedTuple):
@@ -30,7 +47,7 @@ class Embeddings(NamedTuple):
     """T rows and the templates that they belong to."""
 
     features: Tensor
-    """(T, C), of a floating-point dtype; mapped from a file."""
+    """(T, C), of a floating-point dtype or of integers; mapped from a file."""
     ids: Array
     """(T,) integers or strings."""
     quality: Tensor | None
@@ -43,13 +60,14 @@ class Embeddings(NamedTuple):
         return _bad_row(self.source, row, self.ids, reason)
 
 
-def read(paths: Sequence[Path], keys: Keys, scratch: Path) -> Embeddings:
-    """Open one file of named columns; or .npy files of features, ids and, optionally, quality.
+def read(paths: Sequence[Path], keys: Keys, scratch: Scratch) -> Embeddings:
+    """Open one file of named columns; .npy files of features, ids and, optionally, quality; or .npy and .csv.
 
     Args:
-        paths: the file, or the two or three .npy files.
-        keys: names of the columns, for one file.
-        scratch: folder of the unnamed temporary file that a packed format is unpacked into.
+        paths: the file; the two or three .npy files; or the .npy of the features and a .csv of the other columns.
+        keys: names of the columns, for one file and for a .csv. Features may be a pattern (``"f*"``), of one column a
+            feature, if no column has that very name.
+        scratch: where packed columns are unpacked.
 
     Raises:
         InputError: a file cannot be read, lacks a column, or holds one of the wrong shape or type; naming the file
@@ -58,7 +76,7 @@ def read(paths: Sequence[Path], keys: Keys, scratch: Path) -> Embeddings:
     """
     source = str(paths[0])
     if len(paths) > 1:
-        columns, keys = _several_npy(paths, keys)
+        columns, keys = _several(paths, keys)
     else:
         opener = format_of(paths[0]).open
         with reading(source):
@@ -66,7 +84,7 @@ def read(paths: Sequence[Path], keys: Keys, scratch: Path) -> Embeddings:
     ids: Any = ()
     try:
         ids = _ids(columns, keys.ids, source)
-        features = _features(columns, keys.features, source)
+        features = _features(columns, keys.features, source, scratch)
         _check_lengths(keys.features, len(features), keys.ids, len(ids))
         quality = None
         if keys.quality is not None or "quality" in columns:
@@ -78,13 +96,28 @@ def read(paths: Sequence[Path], keys: Keys, scratch: Path) -> Embeddings:
     return Embeddings(features, ids, quality, source)
 
 
-def _several_npy(paths: Sequence[Path], keys: Keys) -> tuple[Columns, Keys]:
-    """FEATURES.npy, IDS.npy and, optionally, QUALITY.npy: columns under the names of their files."""
-    if len(paths) > 3 or any(path.suffix != ".npy" for path in paths):
-        raise InputError(f"expected one INPUT or FEATURES.npy IDS.npy [QUALITY.npy], got {' '.join(map(str, paths))}")
+def _several(paths: Sequence[Path], keys: Keys) -> tuple[Columns, Keys]:
+    """FEATURES.npy IDS.npy [QUALITY.npy], or FEATURES.npy TABLE.csv: their columns and what they are called."""
+    features, *others = paths
+    suffixes = [suffix_of(path) for path in paths]
+    if suffixes == [".npy", ".csv"] and keys.features == Keys().features:
+        return _with_csv(features, others[0], keys)
+    if len(paths) > 3 or any(suffix != ".npy" for suffix in suffixes):
+        raise InputError(
+            "expected one INPUT, FEATURES.npy IDS.npy [QUALITY.npy] or FEATURES.npy TABLE.csv, "
+            f"got {' '.join(map(str, paths))}"
+        )
     if keys != Keys():
         raise InputError("--features, --ids and --quality name columns of one INPUT; several .npy files have none")
     return {str(path): partial(load_npy, path) for path in paths}, Keys(*map(str, paths))
+
+
+def _with_csv(features: Path, table: Path, keys: Keys) -> tuple[Columns, Keys]:
+    columns = dict(load_csv(table))
+    if keys.ids not in columns and len(columns) == 1:  # no line of names: the first line is an id too
+        ((first, rest),) = columns.items()
+        columns = {keys.ids: lambda: numbers_or_text([first, *map(str, rest())])}
+    return columns | {str(features): partial(load_npy, features)}, keys._replace(features=str(features))
 
 
 def _bad_row(source: str, row: int, ids: Array, reason: str) -> InputError:
@@ -106,25 +139,34 @@ def _column(columns: Columns, name: str, source: str) -> Any:
 
 
 def _one_a_row(columns: Columns, name: str, source: str) -> Array:
-    """Numbers or strings (T,), from (T,) or (T, 1)."""
+    """Numbers or strings (T,), from (T,) or (T, 1), in the machine's byte order."""
     column = _column(columns, name, source)
     if isinstance(column, list) and len({type(value) for value in column}) > 1:
         raise InputError(f"{source}: expected values of one type in {name!r}, got a list of several")
     if isinstance(column, Tensor) and column.dtype == torch.bfloat16:
         column = column.float()
     with reading(source):
-        values: Array = require("numpy", EXTRA).asarray(column)
+        np = require("numpy", EXTRA)
+        values: Array = np.asarray(column)
+        if values.dtype.kind == "S":
+            values = np.char.decode(values, "utf-8")
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim != 1:
         raise InputError(f"{source}: expected {name!r} of shape (T,) or (T, 1), got {values.shape}")
     if not len(values):
         raise InputError(f"{source}: expected at least one row, got none in {name!r}")
-    return values
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def _ids(columns: Columns, name: str, source: str) -> Array:
     ids = _one_a_row(columns, name, source)
+    if ids.dtype.kind == "f":  # as pandas leaves integers that once had a gap among them
+        with require("numpy", EXTRA).errstate(invalid="ignore"):
+            whole = ids.astype("int64")
+        if (whole != ids).any() or (abs(ids) >= 2.0**53).any():
+            raise InputError(f"{source}: expected integers or strings in {name!r}, got {ids.dtype} with other values")
+        ids = whole
     if ids.dtype.kind not in "iuU":
         raise InputError(f"{source}: expected integers or strings in {name!r}, got {ids.dtype}")
     return ids
@@ -132,18 +174,24 @@ def _ids(columns: Columns, name: str, source: str) -> Array:
 
 def _quality(columns: Columns, name: str, source: str) -> Tensor:
     quality = _one_a_row(columns, name, source)
-    if quality.dtype.kind not in "iuf":
+    if quality.dtype.kind not in "iufU":
         raise InputError(f"{source}: expected numbers in {name!r}, got {quality.dtype}")
-    return torch.from_numpy(quality.astype("float64"))
+    try:
+        return torch.from_numpy(quality.astype("float64"))
+    except ValueError as error:
+        raise InputError(f"{source}: expected numbers in {name!r}, got text: {error}") from error
 
 
-def _features(columns: Columns, name: str, source: str) -> Tensor:
-    column = _column(columns, name, source)
+def _features(columns: Columns, name: str, source: str, scratch: Scratch) -> Tensor:
     with reading(source):
-        features = torch.as_tensor(column)
-    if features.ndim != 2 or features.shape[1] == 0 or features.dtype not in DTYPES:
+        if name not in columns and fnmatch.filter(columns, name):
+            column = stack(columns, name, scratch)
+        else:
+            column = _column(columns, name, source)
+        features = torch.as_tensor(column if isinstance(column, list | Tensor) else scratch.native(column))
+    if features.ndim != 2 or features.shape[1] == 0 or features.dtype not in (*DTYPES, *INTEGERS):
         raise InputError(
-            f"{source}: expected floating-point {name!r} of shape (T, C), "
+            f"{source}: expected floating-point or integer {name!r} of shape (T, C), "
             f"got {str(features.dtype).removeprefix('torch.')} of shape {tuple(features.shape)}"
         )
     return features

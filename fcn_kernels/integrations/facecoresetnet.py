@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fcn_kernels.files.checkpoint import load_checkpoint
 from fcn_kernels.heads.facecoresetnet import (
     DISTANCE_SCALE,
     CoresetAggregator,
@@ -144,8 +145,8 @@ def build_head(
         gamma: to use instead of the checkpoint's.
 
     Raises:
-        TypeError, ValueError: as :func:`convert_state_dict` and :class:`fcn_kernels.CoresetAggregator`.
-        RuntimeError: a parameter has the wrong shape.
+        TypeError, ValueError: as :func:`convert_state_dict` and :class:`fcn_kernels.CoresetAggregator`; or parameters
+            have the wrong shapes, which the message names with those expected.
 
     Warns:
         UserWarning: k is given and is not what the checkpoint was trained with.
@@ -161,7 +162,17 @@ def build_head(
         k = PAPER_K if trained is None else trained
     elif trained is not None and trained != k:
         warnings.warn(f"the checkpoint was trained with k = {trained}, and is used with k = {k}", stacklevel=2)
-    head = CoresetAggregator(len(state[_NAMES[_WIDTH]]), k, num_heads)
+    width = state[_NAMES[_WIDTH]]
+    if width.ndim != 1:
+        raise ValueError(f"expected {_NAMES[_WIDTH]} of shape (C,), got {tuple(width.shape)}")
+    head = CoresetAggregator(len(width), k, num_heads)
+    wrong = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own.shape)}"
+        for name, own in head.state_dict().items()
+        if state[name].shape != own.shape
+    ]
+    if wrong:
+        raise ValueError(f"expected parameters for C = {head.dim}, as {_NAMES[_WIDTH]} has, got {', '.join(wrong)}")
     head.load_state_dict(state)
     return head.eval()
 
@@ -170,12 +181,9 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """:func:`convert_state_dict` of a checkpoint file, read onto the CPU with ``weights_only=True``.
 
     Raises:
-        TypeError, ValueError: as :func:`convert_state_dict`; or the file holds no mapping.
+        TypeError, ValueError: as :func:`convert_state_dict`; or the file cannot be read, or holds no mapping.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, Mapping):
-        raise TypeError(f"expected {os.fspath(path)} to hold a state dict, got {type(checkpoint).__name__}")
-    return convert_state_dict(checkpoint)
+    return convert_state_dict(load_checkpoint(path))
 
 
 def patch(model: Model, *, attention: bool = False) -> Model:

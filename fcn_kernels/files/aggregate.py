@@ -1,0 +1,140 @@
+"""One descriptor per template, from rows on disk: a batch of whole templates at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fcn_kernels.extras import require
+from fcn_kernels.files.embeddings import Embeddings
+from fcn_kernels.files.formats import EXTRA, InputError
+from fcn_kernels.heads.facecoresetnet import Aggregate
+from fcn_kernels.selection.select import coreset_select
+from fcn_kernels.sets import RowSets, accumulator
+
+if TYPE_CHECKING:
+    from fcn_kernels.files.formats import Array
+
+# Unit rows (T, C), quality (T,) and cu_seqlens (B + 1,) to B descriptors.
+Pool: TypeAlias = Callable[[Tensor, Tensor, Tensor], Aggregate]
+
+MOST_PICKS = 4096
+"""More are asked for only where a template has as many rows."""
+
+
+def mean_of_coreset(unit: Tensor, quality: Tensor, cu_seqlens: Tensor, *, k: int, gamma: float) -> Aggregate:
+    """The mean of the coreset's rows q u: its direction, its length, and the coreset.
+
+    Args:
+        unit: (T, C) unit rows, packed. quality: (T,), above 0. cu_seqlens: (B + 1,) offsets of the sets.
+        k, gamma: as in :func:`coreset_select`.
+    """
+    coreset = coreset_select(unit, k, quality, gamma, normalized=True, cu_seqlens=cu_seqlens)
+    scale = RowSets.packed(cu_seqlens, unit.device).take(quality, coreset.indices)
+    mean = (coreset.features * scale[..., None]).sum(1) / coreset.counts.clamp(min=1)[:, None]
+    return Aggregate(F.normalize(mean, dim=-1), torch.linalg.vector_norm(mean, dim=-1), coreset)
+
+
+@torch.inference_mode()
+def aggregate(
+    embeddings: Embeddings,
+    pool: Pool,
+    *,
+    k: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch_rows: int = 16384,
+    skip_bad_rows: bool = False,
+) -> dict[str, Array]:
+    """Aggregate every template, a batch of whole templates at a time.
+
+    Returns:
+        Arrays by name, a row for each template in the order of their ids: template_ids, descriptors (B, C), norms,
+        counts, picks (B, k) and left_out.
+
+    Raises:
+        InputError: a row has a norm or a quality that is not finite or not above 0, unless `skip_bad_rows`; or k is
+            above 4096 and above the rows of the largest template.
+        FloatingPointError: a descriptor is not finite.
+    """
+    np = require("numpy", EXTRA)
+    template_ids, template_of, sizes = np.unique(embeddings.ids, return_inverse=True, return_counts=True)
+    order = torch.from_numpy(np.argsort(template_of, kind="stable"))
+    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]))
+    templates = len(template_ids)
+    if k > max(MOST_PICKS, sizes.max()):
+        raise InputError(f"--k {k}: expected at most {MOST_PICKS}, or the {sizes.max()} rows of the largest template")
+    out = {
+        "descriptors": torch.zeros(templates, embeddings.features.shape[1], dtype=accumulator(dtype)),
+        "norms": torch.zeros(templates, dtype=accumulator(dtype)),
+        "counts": torch.zeros(templates, dtype=torch.int64),
+        "picks": torch.full((templates, k), -1),
+        "left_out": torch.zeros(templates, dtype=torch.int64),
+    }
+    with require("tqdm", EXTRA).tqdm(total=len(order), desc="aggregating", unit="row", unit_scale=True) as bar:
+        for first, last in _batches(offsets, min(batch_rows, len(order))):
+            rows = order[offsets[first] : offsets[last]]
+            starts = offsets[first : last + 1] - offsets[first]
+            unit, quality, bad = _unit_rows(embeddings, rows, device, accumulator(dtype), skip_bad_rows)
+            descriptor, norm, coreset = pool(unit.to(dtype), quality, starts.to(device, torch.int32))
+            _check_finite(descriptor, template_ids[first:last], embeddings.source)
+            picks = coreset.indices.cpu()
+            results = {
+                "descriptors": descriptor,
+                "norms": norm,
+                "counts": coreset.counts,
+                "picks": torch.where(picks < 0, -1, rows[starts[:-1, None] + picks]),
+                "left_out": F.pad(bad.cumsum(0), (1, 0))[starts].diff(),
+            }
+            for name, values in results.items():
+                out[name][first:last] = values
+            bar.update(len(rows))
+    return {"template_ids": template_ids, **{name: values.numpy() for name, values in out.items()}}
+
+
+def _batches(offsets: Tensor, batch_rows: int) -> Iterator[tuple[int, int]]:
+    """Runs [first, last) of templates with at most `batch_rows` rows, or of one template with more."""
+    first, templates = 0, len(offsets) - 1
+    while first < templates:
+        fits = int(torch.searchsorted(offsets, offsets[first] + batch_rows, right=True)) - 1
+        last = max(fits, first + 1)
+        yield first, last
+        first = last
+
+
+def _unit_rows(
+    embeddings: Embeddings, rows: Tensor, device: str, dtype: torch.dtype, skip_bad_rows: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Some rows: unit (n, C) and quality (n,) on the device, and, on the CPU, which (n,) are bad.
+
+    Bad rows end as NaN or zero rows or keep their bad quality: all that selection and head leave out by themselves.
+    """
+    unit = embeddings.features[rows].to(device, dtype)
+    norms = torch.linalg.vector_norm(unit, dim=-1)
+    quality = norms if embeddings.quality is None else embeddings.quality[rows].to(norms)
+    usable = (norms > 0) & (norms < math.inf)
+    bad = ~(usable & (quality > 0) & (quality < math.inf)).cpu()
+    if bad.any() and not skip_bad_rows:
+        at = int(torch.where(bad, rows, len(embeddings.ids)).argmin())
+        what, value = ("its quality", quality) if usable[at] else ("the norm of its features", norms)
+        kind = str(dtype).removeprefix("torch.")
+        raise embeddings.bad_row(
+            int(rows[at]),
+            f"{what} is {float(value[at]):g} in {kind}, expected finite and above 0 "
+            "(--skip-bad-rows leaves such rows out)",
+        )
+    return unit.div_(norms[:, None]), quality, bad
+
+
+def _check_finite(descriptors: Tensor, template_ids: Array, source: str) -> None:
+    bad = ~descriptors.isfinite().all(-1).cpu()
+    if bad.any():
+        raise FloatingPointError(
+            f"{source}: the descriptor of template {template_ids[int(bad.int().argmax())]} is not finite, and nothing "
+            "is written: its rows leave the range of --dtype, or the checkpoint's numbers do"
+        )
