@@ -35,7 +35,7 @@ from fcn_kernels.heads.facecoresetnet import CoresetAggregator
 from fcn_kernels.training.draw import Recipe, Rows, draw, group
 from fcn_kernels.training.loop import Plan, Training, Trial, tar, train
 
-EXTRA = "tool,demo"  # tqdm and formats; scikit-learn and matplotlib
+EXTRA = "tool,demo"  # tqdm and formats; matplotlib
 T_ALPHA = 0.1  # share of a batch in AdaFace's running norms: runs are short
 MARGINS = {"adaface": 0.8, "cosine": 0.0}
 ABOUT = f"""
@@ -274,7 +274,7 @@ def _saved(args: argparse.Namespace, fixed: dict[str, Any]) -> dict[str, Any]:
 def _check_paths(args: argparse.Namespace) -> None:
     """Refuse before the work what could not be written after it, or would be lost."""
     out: Path = args.out
-    for package in ("tqdm", "numpy", "matplotlib.figure", "sklearn.metrics"):
+    for package in ("tqdm", "numpy", "matplotlib.figure"):
         require(package, EXTRA)
     if out.suffix != ".pt":
         raise InputError(f"{out}: expected a file that ends in .pt")
