@@ -8,8 +8,9 @@ if sys.argv[:1] == ["-m"]:  # on the way to __main__: PyTorch takes seconds to i
     _interrupt.say_so()
 
 from fcn_kernels._version import __version__
+from fcn_kernels.clustering.sums import cluster_sums
 from fcn_kernels.heads.coreset_select import CoresetSelect
 from fcn_kernels.heads.facecoresetnet import CoresetAggregator
 from fcn_kernels.selection.select import Coreset, coreset_select
 
-__all__ = ["Coreset", "CoresetAggregator", "CoresetSelect", "__version__", "coreset_select"]
+__all__ = ["Coreset", "CoresetAggregator", "CoresetSelect", "__version__", "cluster_sums", "coreset_select"]

@@ -1,0 +1,1 @@
+"""Cluster and aggregate: rows shared out among learned centers, and summed there."""
