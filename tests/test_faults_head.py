@@ -631,7 +631,7 @@ def test_picks_of_any_norm_are_refined_as_in_float64(size):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("size", [1e-30, 1e-25, 1e25, 1e30])
-@pytest.mark.parametrize("backend", ["cpp", "torch"], indirect=True)
+@pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
 def test_norms_from_one_end_of_float32_to_the_other(size, training, backend):
     features, quality = _rows(2, 8)
     noise = _gumbel(K, 2, 8) if training else None

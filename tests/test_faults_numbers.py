@@ -22,9 +22,20 @@ from fcn_kernels import Coreset, coreset_select
 from fcn_kernels.selection.cpp import launch as cpp
 
 NAN, INF = math.nan, math.inf
-BACKENDS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(bool(cpp.unavailable(torch.float32)), reason="C++"))]
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(bool(cpp.unavailable(torch.float32)), reason="there is no C++"))
+BACKENDS = ["torch", CPP, "triton"]
 anywhere = pytest.mark.parametrize("backend", BACKENDS)
-DRAWN = settings(max_examples=15)
+
+
+def drawn(test: Any) -> Any:
+    """Run a test of a backend on drawn data, fewer in the interpreter."""
+
+    def on(backend: str) -> None:
+        examples = settings(max_examples=3 if backend == "triton" else 15)
+        examples(given(st.data())(lambda data: test(backend, data)))()
+
+    on.__name__, on.__doc__ = test.__name__, test.__doc__
+    return on
 
 
 def train(features: Tensor, k: int, quality: Tensor | None = None, gamma: Any = 0.5, **options: Any) -> Any:
@@ -52,8 +63,7 @@ def same(found: Coreset, wanted: Coreset) -> None:
 
 
 @anywhere
-@DRAWN
-@given(st.data())
+@drawn
 def test_bad_rows_change_no_bit_of_the_others(backend: str, data: st.DataObject) -> None:
     """NaN and infinities in features and quality of rows that take no part, in every form of a batch."""
     seed, sample = data.draw(st.integers(0, 10**6)), data.draw(st.booleans())
@@ -132,7 +142,7 @@ def test_noise_of_minus_infinity_everywhere_picks_the_lowest_rows(backend: str) 
 
 
 @anywhere
-@DRAWN
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10**6), gamma=st.sampled_from([-40.0, -20.0, 15.0, 20.0, 60.0]), spread=st.floats(1.1, 30))
 def test_weights_outside_the_range_pick_what_float64_picks(
     backend: str, seed: int, gamma: float, spread: float
@@ -209,7 +219,7 @@ def test_rows_of_denormal_or_infinite_norm_are_not_usable(backend: str) -> None:
 
 @anywhere
 def test_of_equal_rows_the_lowest_is_picked(backend: str) -> None:
-    for seed in range(60):
+    for seed in range(0, 60, 12 if backend == "triton" else 1):
         n = 3 + seed
         x = rows(1, n, 512, seed=seed)
         far = int(coreset_select(x, 2, torch.ones(1, n), start=0, backend=backend).indices[0, 1])
@@ -221,11 +231,11 @@ def test_of_equal_rows_the_lowest_is_picked(backend: str) -> None:
 
 
 @anywhere
-@DRAWN
-@given(st.data())
+@drawn
 def test_memory_is_laid_out_as_the_caller_likes(backend: str, data: st.DataObject) -> None:
-    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
-    sets, n, c = (data.draw(st.integers(1, 7)) for _ in range(3))
+    wide = [] if backend == "triton" else [torch.float64]
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, *wide]))
+    sets, n, c = (data.draw(st.integers(1, most)) for most in (2 if backend == "triton" else 7, 7, 7))
     plain = rows(sets, n, c, seed=data.draw(st.integers(0, 1000))).to(dtype)
     order = data.draw(st.permutations(range(3)))
     inverse = [order.index(i) for i in range(3)]
@@ -280,7 +290,7 @@ def test_running_out_of_memory_raises(direction: str, room: int) -> None:
         assert ran.stdout.startswith("raised")
 
 
-@anywhere
+@pytest.mark.parametrize("backend", ["torch", CPP])  # a step takes the interpreter a millisecond
 def test_more_picks_than_memory_for_them_in_sets_of_few_rows(backend: str) -> None:
     assert coreset_select(rows(3, 2), 10**6, backend=backend).counts.tolist() == 3
 

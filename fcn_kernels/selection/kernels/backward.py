@@ -29,7 +29,7 @@ from fcn_kernels.selection.kernels.common import (
     Weights,
     add_noise,
     finite_or_nan,
-    power_of_two,
+    noise_unit,
     scalar,
     softmax_term,
     weight_of,
@@ -111,7 +111,7 @@ def probabilities(rows, kept, logits, n, inside, step, tau, SEEDED: tl.constexpr
     at = kept.softmax + (kept.base + step) * 3
     peak, denominator = tl.load(at), tl.load(at + 1)
     exponent = tl.load(at + 2).to(tl.int32)
-    score = add_noise(logits, rows, n, inside, step, power_of_two(-tl.maximum(exponent, 0)), SEEDED)
+    score = add_noise(logits, rows, n, inside, step, noise_unit(exponent), SEEDED)
     return softmax_term(score, peak, exponent, tau) / tl.where(denominator > 0, denominator, 1.0)
 
 

@@ -21,6 +21,7 @@ TAKEN = tl.constexpr(-4.0)
 # Norms outside are computed again from rows that were divided by a power of two: squares leave float32's range.
 LEAST_NORM = tl.constexpr(1e-15)
 MOST_NORM = tl.constexpr(1e15)
+LEAST_FLOAT = tl.constexpr(1.1754943508222875e-38)  # the smallest normal number
 MOST_FLOAT = tl.constexpr(3.4028234663852886e38)
 MOST_LOG2 = tl.constexpr(64.0)  # of weights that need no unit of their own
 MOST_WEIGHT_LOG2 = tl.constexpr(100)  # of a weight in a gradient
@@ -93,6 +94,12 @@ def times_power_of_two(number, exponent):
 
 
 @triton.jit
+def noise_unit(exponent):
+    """What noise is multiplied by where distances are in units of 2^exponent; 0 if that leaves nothing of it."""
+    return times_power_of_two(1.0, tl.maximum(-tl.maximum(exponent, 0), -252))
+
+
+@triton.jit
 def downscale_of(largest):
     """A power of two that takes numbers up to ``largest`` to about 1."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
@@ -103,6 +110,12 @@ def downscale_of(largest):
 def is_extreme(norm):
     """Whether a norm has to be made of scaled rows; not so those of rows that cannot be picked, which are -1 or NaN."""
     return ((norm >= 0) & (norm < LEAST_NORM)) | (norm > MOST_NORM)
+
+
+@triton.jit
+def is_usable_norm(norm):
+    """Whether rows of these norms may be picked, as `fcn_kernels.sets.usable` says; not so those marked -1 or NaN."""
+    return (norm >= LEAST_FLOAT) & (norm <= MOST_FLOAT)
 
 
 @triton.jit

@@ -28,8 +28,9 @@ from fcn_kernels.selection.kernels.common import (
     downscale_of,
     finite_or_nan,
     is_extreme,
+    is_usable_norm,
     log2_weight,
-    power_of_two,
+    noise_unit,
     scalar,
     softmax_term,
     times_power_of_two,
@@ -241,9 +242,9 @@ def admit_rows(
         quality = norm
         if rows.quality is not None:
             quality = tl.load(rows.quality + rows.first + n, mask=inside, other=-1.0)
-        sound = norm > 0
+        sound = is_usable_norm(norm)
         allowed = may_be_picked(rows, quality, n, inside) & sound
-        mark = tl.where(sound, tl.where(allowed, tl.minimum(norm, MOST_FLOAT), -1.0), float("nan"))
+        mark = tl.where(sound, tl.where(allowed, norm, -1.0), float("nan"))
         tl.debug_barrier()  # all have loaded what is stored here
         tl.store(state.norms + rows.first + n, mark, mask=inside)
         pickable += allowed.to(tl.int32)
@@ -273,7 +274,7 @@ def score_rows(
 ):  # fmt: skip
     """Update the running minimum with the distance to ``pick``; the next step's partial."""
     best = nobody(BLOCK_R)
-    unit = power_of_two(-tl.maximum(exponent, 0))
+    unit = noise_unit(exponent)
     for begin in range(low, high, BLOCK_R):  # @scalars
         n = begin + tl.arange(0, BLOCK_R)
         inside = n < high
@@ -333,25 +334,11 @@ def merge_partials(shared, part, step, tau, KEEP: tl.constexpr, BLOCK_P: tl.cons
     exponents = tl.load(shared.numbers + at * 4 + 3, mask=there, other=0.0, cache_modifier=".cg").to(tl.int32)
     exponent = tl.max(tl.where(row != NO_ROW, exponents, -1000000), axis=0)
     exponent = tl.where(exponent == -1000000, 0, exponent)
-    factor = power_of_two(tl.minimum(exponents - exponent, 0))
-    best = Partial(score * factor, row, logit * factor, denominator, exponent)
+    factor = times_power_of_two(1.0, tl.minimum(tl.maximum(exponents - exponent, -252), 0))
+    score = tl.where(score > float("-inf"), score * factor, score)
+    best = Partial(score, row, logit * factor, denominator, exponent)
     count = tl.load(shared.pickable + part.slot + lane, mask=there, other=0, cache_modifier=".cg")
     return reduce_best(best, exponent, tau, KEEP), tl.sum(count, axis=0)
-
-
-@triton.jit
-def is_usable_row(values):
-    """Whether one row [c] is finite and has a direction."""
-    unsound = tl.sum((tl.abs(values) < float("inf")).to(tl.int32) - 1, axis=0)
-    return (unsound == 0) & (tl.max(tl.abs(values), axis=0) > 0)
-
-
-@triton.jit
-def is_usable_pick(rows, row, BLOCK_C: tl.constexpr):
-    """The same of a row that is not loaded yet."""
-    return is_usable_row(
-        load_row(rows.features, row, row != NO_ROW, rows.stride, tl.arange(0, BLOCK_C), rows.C).to(tl.float32)
-    )
 
 
 @triton.jit
@@ -365,15 +352,24 @@ def unit_vector(values, there):
 
 
 @triton.jit
+def is_usable_pick(rows, row, BLOCK_C: tl.constexpr):
+    """Whether the features of one row are usable."""
+    values = load_row(rows.features, row, row != NO_ROW, rows.stride, tl.arange(0, BLOCK_C), rows.C)
+    _, norm = unit_vector(values.to(tl.float32), True)
+    return is_usable_norm(norm)
+
+
+@triton.jit
 def given_start(rows, start_ptr, BLOCK_C: tl.constexpr):
     """The given first pick and whether it may be picked, whatever is known of the other rows."""
     row = tl.load(start_ptr + rows.set_id).to(tl.int32)
     inside = (row >= 0) & (row < rows.count)
     values = load_row(rows.features, row, inside, rows.stride, tl.arange(0, BLOCK_C), rows.C).to(tl.float32)
-    _, quality = unit_vector(values, inside)
+    _, norm = unit_vector(values, inside)
+    quality = norm
     if rows.quality is not None:
         quality = tl.load(rows.quality + rows.first + row, mask=inside, other=-1.0)
-    return row, may_be_picked(rows, quality, row, inside) & is_usable_row(values)
+    return row, may_be_picked(rows, quality, row, inside) & is_usable_norm(norm)
 
 
 @triton.jit
