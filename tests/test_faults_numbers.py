@@ -143,14 +143,19 @@ def test_noise_of_minus_infinity_everywhere_picks_the_lowest_rows(backend: str) 
 
 @anywhere
 @settings(max_examples=15)
-@given(seed=st.integers(0, 10**6), gamma=st.sampled_from([-40.0, -20.0, 15.0, 20.0, 60.0]), spread=st.floats(1.1, 30))
+@given(
+    seed=st.integers(0, 10**6),
+    gamma=st.sampled_from([-40.0, -20.0, 15.0, 20.0, 60.0]),
+    spread=st.floats(1.1, 30),
+    scale=st.sampled_from([1.0, 1e-30, 1e30]),
+)
 def test_weights_outside_the_range_pick_what_float64_picks(
-    backend: str, seed: int, gamma: float, spread: float
+    backend: str, seed: int, gamma: float, spread: float, scale: float
 ) -> None:
     x = rows(1, 12, 8, seed=seed)
     q = 100 * spread ** rows(1, 12, seed=seed + 1).clamp(-1, 1)
-    found = coreset_select(x, 4, q, gamma, backend=backend)
-    logits = gamma * q.double().log()
+    found = coreset_select(x, 4, q, gamma, distance_scale=scale, backend=backend)
+    logits = gamma * q.double().log() + math.log(scale)
     unit = torch.nn.functional.normalize(x.double(), dim=-1)[0]
     picks, nearest = [int(q.argmax())], torch.full((12,), INF, dtype=torch.float64)
     for _ in range(3):
@@ -164,6 +169,14 @@ def test_weights_outside_the_range_pick_what_float64_picks(
         largest = torch.finfo(torch.float32).max
         distance = min(float(score.amax().exp()), largest)
         assert float(found.distances[0, len(picks) - 1]) == pytest.approx(distance, rel=1e-3, abs=1e-37)
+
+
+@anywhere
+def test_a_scale_that_brings_weights_back_into_the_range(backend: str) -> None:
+    q = torch.tensor([[116.0, 146, 155, 49, 98]])
+    found = coreset_select(rows(1, 5, 33), 4, q, 20.0, distance_scale=1e-30, backend=backend)
+    assert found.indices.tolist() == [[2, 1, 0, 4]]  # q^20 alone is up to 2^145
+    assert (found.distances[0, 1:] < 1e15).all()
 
 
 @anywhere

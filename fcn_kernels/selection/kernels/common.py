@@ -128,9 +128,10 @@ def log2_weight(weights, quality):
 @triton.jit
 def weight_of(weights, quality, exponent):
     """scale q^gamma 2^-exponent [n]."""
-    plain = exponent == 0
+    log2 = weights.gamma * tl.log2(quality)
+    plain = (exponent == 0) & (tl.abs(log2) <= MOST_WEIGHT_LOG2)
     shift = tl.where(plain, 0.0, tl.log2(weights.scale) - exponent.to(tl.float32))
-    return tl.where(plain, weights.scale, 1.0) * tl.exp2(weights.gamma * tl.log2(quality) + shift)
+    return tl.where(plain, weights.scale, 1.0) * tl.exp2(log2 + shift)
 
 
 @triton.jit
