@@ -206,6 +206,15 @@ def test_a_picked_row_is_not_picked_again_for_what_its_distance_rounds_to(backen
 
 
 @anywhere
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_duplicates_of_rows_that_are_unit_but_for_rounding_are_0_apart(backend: str, dtype: torch.dtype) -> None:
+    x = torch.nn.functional.normalize(rows(1, 8, 17), dim=-1).to(dtype)[:, [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]]
+    found = coreset_select(x, 6, torch.ones(1, 10), normalized=True, backend=backend)
+    assert sorted(found.indices[0, :4].tolist()) == [0, 1, 2, 3]
+    assert not found.distances[0, 4:].any()
+
+
+@anywhere
 @pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-25, 1e25, 1e30, 1e37])
 @pytest.mark.parametrize("given_quality", [False, True])
 def test_norms_at_the_ends_of_the_range(backend: str, size: float, given_quality: bool) -> None:

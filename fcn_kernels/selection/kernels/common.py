@@ -23,6 +23,7 @@ LEAST_NORM = tl.constexpr(1e-15)
 MOST_NORM = tl.constexpr(1e15)
 LEAST_FLOAT = tl.constexpr(1.1754943508222875e-38)  # the smallest normal number
 MOST_FLOAT = tl.constexpr(3.4028234663852886e38)
+SAME_COSINE = tl.constexpr(1e-6)  # two sums of the same 4,096 products in other orders
 MOST_LOG2 = tl.constexpr(64.0)  # of weights that need no unit of their own
 MOST_WEIGHT_LOG2 = tl.constexpr(100)  # of a weight in a gradient
 

@@ -19,6 +19,7 @@ from fcn_kernels.selection.kernels.common import (
     MOST_FLOAT,
     MOST_LOG2,
     NO_ROW,
+    SAME_COSINE,
     TAKEN,
     UNSPECIALIZED,
     Part,
@@ -269,10 +270,14 @@ def admit_rows(
 
 @triton.jit
 def score_rows(
-    rows, low, high, state, gaps_ptr, weights, step, pick, exponent, tau, SEEDED: tl.constexpr,
+    rows, low, high, state, gaps_ptr, weights, step, pick, own, exponent, tau, SEEDED: tl.constexpr,
     NORMALIZED: tl.constexpr, DISTINCT: tl.constexpr, KEEP: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Update the running minimum with the distance to ``pick``; the next step's partial."""
+    """Update the running minimum with the distance to ``pick``; the next step's partial.
+
+    A pick is 0 away from itself. NORMALIZED rows may be of length 1 but for rounding to 8 bits: there its duplicates
+    are 0 away, too, by its product with itself, ``own``.
+    """
     best = nobody(BLOCK_R)
     unit = noise_unit(exponent)
     for begin in range(low, high, BLOCK_R):  # @scalars
@@ -289,7 +294,10 @@ def score_rows(
         # -- update the running minimum
         if not NORMALIZED:
             cosine = tl.where(is_extreme(norm), cosine, cosine / tl.where(allowed, norm, 1.0))
-        fresh = tl.where(n == pick, 0.0, tl.maximum(1 - cosine, 0.0))  # rounding can take 1 - cosine below 0
+        alike = n == pick
+        if NORMALIZED:
+            alike = alike | (tl.abs(cosine - own) <= SAME_COSINE)
+        fresh = tl.where(alike, 0.0, tl.maximum(1 - cosine, 0.0))  # rounding can take 1 - cosine below 0
         if DISTINCT:
             before = tl.where(n == pick, TAKEN, before)
         gap = tl.minimum(before, fresh)
@@ -518,7 +526,10 @@ def forward_set(
         if step + 1 < K:
             # -- products with it, a tile at a time
             direction = values.to(tl.float32)
-            if not NORMALIZED:
+            own = 1.0
+            if NORMALIZED:
+                own = tl.sum(direction * direction, axis=0)
+            else:
                 direction, _ = unit_vector(direction, there)
             tl.debug_barrier()  # all have read what these loops write
             tl.store(state.directions + slot.to(tl.int64) * rows.C + cols, direction, mask=cols < rows.C)
@@ -536,7 +547,7 @@ def forward_set(
             # -- distances and scores, a row to a thread
             exponent = tl.load(state.exponents + slot)
             partial = score_rows(
-                rows, part.low, part.high, state, out.gaps, weights, step, partial.row, exponent, tau, SEEDED,
+                rows, part.low, part.high, state, out.gaps, weights, step, partial.row, own, exponent, tau, SEEDED,
                 NORMALIZED, DISTINCT, KEEP, BLOCK_R,
             )  # fmt: skip
             if SPLIT != WHOLE:
