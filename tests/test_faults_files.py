@@ -7,19 +7,22 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fcn_kernels.__main__ import main
 from fcn_kernels.cli import aggregate
 from fcn_kernels.files import formats
 from fcn_kernels.files.formats import InputError
 from fcn_kernels.files.output import replacing
-from tests.test_aggregate import DIM, ROWS, SIZES, arguments, compare, load, make, refused, result, save
+from tests.test_aggregate import DIM, INPUTS, ROWS, SIZES, arguments, compare, load, make, refused, result, save
 
 np = pytest.importorskip("numpy")
 pa = pytest.importorskip("pyarrow")
@@ -268,6 +271,29 @@ def test_a_full_disk_while_unpacking_is_not_the_files_fault(
     error = capsys.readouterr().err
     assert "No space left on device" in error
     assert inputs[0] not in error
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(INPUTS),
+    place=st.floats(0, 1, exclude_max=True),
+    byte=st.integers(0, 255),
+    cut=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_any_damage_ends_in_a_sentence(kind: str, place: float, byte: int, cut: bool, seed: int) -> None:
+    """One byte is another, or all from it on are gone: refused as the file's fault, or computed from what is there."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = [Path(path) for path in save(folder, kind, make(seed))]
+        damaged = paths[seed % len(paths)]
+        content = bytearray(damaged.read_bytes())
+        at = int(place * len(content))
+        damaged.write_bytes(content[:at] if cut else content[:at] + bytes([byte]) + content[at + 1 :])
+        status = main(["aggregate", *map(str, paths), "--out", str(folder / "o.npz"), "--max-unpacked", "0.01"])
+        assert status in (0, 2)
+        assert (folder / "o.npz").exists() == (status == 0)
+        assert not list(folder.glob(".fcn*"))
 
 
 # Options
