@@ -231,6 +231,23 @@ def test_norms_at_the_ends_of_the_range(backend: str, size: float, given_quality
 
 
 @anywhere
+@pytest.mark.parametrize(("size", "gamma"), [(1e20, 0.5), (1e-20, 0.5), (1.0, 60.0), (1e20, 20.0)])
+def test_sets_that_are_split_keep_what_their_first_pass_found(backend: str, size: float, gamma: float) -> None:
+    x = rows(1, 80, 8) * size  # two parts of the Triton kernels, which meet between launches in the interpreter
+    coreset, (grad,), dgamma = train(x, 4, gamma=gamma, backend=backend)
+    norms = x[0].double().norm(dim=-1)
+    unit, log_weight = x[0].double() / norms[:, None], gamma * norms.log()
+    picks, nearest = [int(log_weight.argmax())], torch.full((80,), INF, dtype=torch.float64)
+    for _ in range(3):
+        nearest = torch.minimum(nearest, 1 - unit @ unit[picks[-1]])
+        nearest[picks] = 0
+        picks.append(int((nearest.log() + log_weight).argmax()))
+    assert coreset.indices[0].tolist() == picks
+    assert grad.isfinite().all()
+    assert dgamma.isfinite()
+
+
+@anywhere
 def test_rows_of_denormal_or_infinite_norm_are_not_usable(backend: str) -> None:
     x = rows(1, 4, 300)
     x[0, 1], x[0, 2] = 1e-42, 3e38

@@ -429,30 +429,25 @@ def see_rows(
 
 @triton.jit
 def look_first(
-    rows, part, state, shared, weights, tau, turn, SEEDED: tl.constexpr, KEEP: tl.constexpr, EARLY: tl.constexpr,
+    rows, part, state, shared, weights, tau, SEEDED: tl.constexpr, KEEP: tl.constexpr, EARLY: tl.constexpr,
     START: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """What comes before the first pick: the pass that first sees the rows, or EARLY, a look at their qualities."""
-    high = part.high
-    if SPLIT == LAUNCHES:
-        high = tl.where(turn == 0, high, part.low)
+    slot = part.slot + part.part
     partial = reduce_best(nobody(BLOCK_R), 0, 1.0, False)
-    pickable = 0
+    pickable = tl.sum(tl.zeros((BLOCK_R,), tl.int32), axis=0)
     if EARLY:
         if not START:
-            partial = first_pick(rows, part.low, high, state, float("inf"), -1, SEEDED, True, BLOCK_R)
+            partial = first_pick(rows, part.low, part.high, state, float("inf"), -1, SEEDED, True, BLOCK_R)
     else:
-        look = Part(part.low, high, part.part, part.parts, part.slot, part.slots, part.barrier)
-        see_rows(rows, look, state, True, False, BLOCK_N, CHUNK, CHUNKS)
-        count, partial, _ = admit_rows(
-            rows, part.low, high, state, weights, part.slot + part.part, 0.0, tau, SEEDED, KEEP, True, False, BLOCK_R
+        see_rows(rows, part, state, True, False, BLOCK_N, CHUNK, CHUNKS)
+        pickable, partial, _ = admit_rows(
+            rows, part.low, part.high, state, weights, slot, 0.0, tau, SEEDED, KEEP, True, False, BLOCK_R
         )
-        pickable += count
     if SPLIT != WHOLE:
-        if turn == 0:
-            store_partial(shared, part, 0, partial)
-            tl.store(shared.pickable + part.slot + part.part, pickable)
+        store_partial(shared, part, 0, partial)
+        tl.store(shared.pickable + slot, pickable)
     return partial, pickable
 
 
@@ -492,10 +487,12 @@ def forward_set(
     begin_step, end_step = 0, K
     if SPLIT == LAUNCHES:
         begin_step, end_step = tl.maximum(turn - 1, 0), turn
-    partial, pickable = look_first(
-        rows, part, state, shared, weights, tau, turn, SEEDED, KEEP, EARLY, START, SPLIT, BLOCK_N, CHUNK, CHUNKS,
-        BLOCK_R,
-    )  # fmt: skip
+    partial = reduce_best(nobody(BLOCK_R), 0, 1.0, False)
+    pickable = tl.sum(tl.zeros((BLOCK_R,), tl.int32), axis=0)
+    if SPLIT != LAUNCHES or turn == 0:
+        partial, pickable = look_first(
+            rows, part, state, shared, weights, tau, SEEDED, KEEP, EARLY, START, SPLIT, BLOCK_N, CHUNK, CHUNKS, BLOCK_R
+        )
     for step in range(begin_step, end_step):  # @steps
         # -- agree on the pick
         if SPLIT == COOPERATIVE:
