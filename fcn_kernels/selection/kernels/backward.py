@@ -106,12 +106,12 @@ def whole_weight(weights, quality, exponent):
 
 
 @triton.jit
-def probabilities(rows, kept, logits, n, inside, step, tau, SEEDED: tl.constexpr):
+def probabilities(rows, kept, logits, n, inside, step, tau, BUILD: tl.constexpr):
     """A step's softmax [n] from its logits without noise, in units of 2^exponent."""
     at = kept.softmax + (kept.base + step) * 3
     peak, denominator = tl.load(at), tl.load(at + 1)
     exponent = tl.load(at + 2).to(tl.int32)
-    score = add_noise(logits, rows, n, inside, step, noise_unit(exponent), SEEDED)
+    score = add_noise(logits, rows, n, inside, step, noise_unit(exponent), BUILD.SEEDED)
     return softmax_term(score, peak, exponent, tau) / tl.where(denominator > 0, denominator, 1.0)
 
 
@@ -128,9 +128,9 @@ def exponent_of(kept, step):
 
 
 @triton.jit
-def mean_of(state, part, step, BLOCK_P: tl.constexpr):
+def mean_of(state, part, step, BUILD: tl.constexpr):
     """A step's softmax mean: the sum of one number of each part, in their order; step 2 stands for the first pick's."""
-    lane = tl.arange(0, BLOCK_P)
+    lane = tl.arange(0, BUILD.BLOCK_P)
     at = state.means + step * part.slots + part.slot + lane
     return tl.sum(tl.load(at, mask=lane < part.parts, other=0.0, cache_modifier=".cg"), axis=0)
 
@@ -142,30 +142,25 @@ def times_prob(value, prob):
 
 
 @triton.jit
-def route_min_grad(
-    rows, kept, state, weights, min_grad, allowed, quality, n, inside, step, NORMALIZED: tl.constexpr
-):  # fmt: skip
+def route_min_grad(rows, kept, state, weights, min_grad, allowed, quality, n, inside, step, BUILD: tl.constexpr):
     """Divide the minimum's gradient [n] of step + 1 between the distance to pick ``step`` and those before it."""
     _, _, share = load_gap(rows, kept, n, inside, step)
     weight = whole_weight(weights, quality, exponent_of(kept, step + 1))
     mine = tl.where(allowed, share * min_grad, 0.0)
     dcos = -weight * mine
-    if not NORMALIZED:  # a pick is 0 away from itself, wherever it moves; not where nothing is projected
+    if not BUILD.NORMALIZED:  # a pick is 0 away from itself, wherever it moves; not where nothing is projected
         dcos = tl.where(n == pick_of(kept, step), 0.0, dcos)
     tl.store(state.dcos + step * rows.R + rows.first + n, dcos, mask=inside)
     return min_grad - mine
 
 
 @triton.jit
-def prepare_step(
-    rows, part, kept, state, weights, step, mean, settle, tau, SEEDED: tl.constexpr, NORMALIZED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):  # fmt: skip
+def prepare_step(rows, part, kept, state, weights, step, mean, settle, tau, BUILD: tl.constexpr):
     """The scalar loop of a step: settle the mean of the one after it, then this one's softmax, noise and all."""
     exponent = exponent_of(kept, step)
     pick = pick_of(kept, step - 1)
-    for begin in range(part.low, part.high, BLOCK_R):  # @scalars
-        n = begin + tl.arange(0, BLOCK_R)
+    for begin in range(part.low, part.high, BUILD.BLOCK_R):  # @scalars
+        n = begin + tl.arange(0, BUILD.BLOCK_R)
         inside = n < part.high
         allowed, _, quality = load_norm_and_quality(rows, kept, n, inside)
         # -- the minimum's gradient so far
@@ -173,18 +168,27 @@ def prepare_step(
         prob = tl.load(state.prob + rows.first + n, mask=inside & settle, other=0.0)
         if settle:
             min_grad = route_min_grad(
-                rows, kept, state, weights, min_grad - times_prob(mean, prob) / tau, allowed, quality, n, inside, step,
-                NORMALIZED,
-            )  # fmt: skip
+                rows,
+                kept,
+                state,
+                weights,
+                min_grad - times_prob(mean, prob) / tau,
+                allowed,
+                quality,
+                n,
+                inside,
+                step,
+                BUILD,
+            )
         tl.debug_barrier()  # all have loaded what is stored here
         tl.store(state.min_grad + rows.first + n, min_grad, mask=inside)
         # -- this step's softmax
         gap, in_softmax, share = load_gap(rows, kept, n, inside, step - 1)
         logits = gap * weight_of(weights, quality, exponent)
-        prob = probabilities(rows, kept, logits, n, inside, step, tau, SEEDED)
+        prob = probabilities(rows, kept, logits, n, inside, step, tau, BUILD)
         tl.store(state.prob + rows.first + n, tl.where(allowed & in_softmax, prob, 0.0), mask=inside)
         slope = tl.where(allowed, -whole_weight(weights, quality, exponent) * share, 0.0)
-        if not NORMALIZED:
+        if not BUILD.NORMALIZED:
             slope = tl.where(n == pick, 0.0, slope)
         tl.store(state.slope + rows.first + n, slope, mask=inside)
 
@@ -197,68 +201,67 @@ def load_cols(pointer, C, j: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def load_tile(rows, n, inside, allowed, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+def load_tile(rows, n, inside, allowed, BUILD: tl.constexpr):
     """A tile's chunks [n, c], 0 in rows that may not be picked: 0 * NaN is NaN, and they must not meet the sums."""
     tile = ()
-    for j in tl.static_range(CHUNKS):
-        tile = tile + (tl.where(allowed[:, None], load_chunk(rows, n, inside, j, CHUNK), 0.0),)
+    for j in tl.static_range(BUILD.CHUNKS):
+        tile = tile + (tl.where(allowed[:, None], load_chunk(rows, n, inside, j, BUILD.CHUNK), 0.0),)
     return tile
 
 
 @triton.jit
-def dot_rows(tile, vector_ptr, C, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+def dot_rows(tile, vector_ptr, C, BUILD: tl.constexpr):
     """x_n . v [n] of a tile's chunks."""
     products = tl.zeros_like(tile[0])
-    for j in tl.static_range(CHUNKS):
-        products += tile[j] * load_cols(vector_ptr, C, j, CHUNK)[None, :]
+    for j in tl.static_range(BUILD.CHUNKS):
+        products += tile[j] * load_cols(vector_ptr, C, j, BUILD.CHUNK)[None, :]
     return tl.sum(products, axis=1)
 
 
 @triton.jit
-def add_weighted(sums, tile, weight, FOLD: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+def add_weighted(sums, tile, weight, BUILD: tl.constexpr):
     """sums + sum_n weight_n x_n in chunks [fold, c]: over the rows that a thread holds; the rest is done at the end."""
     new = ()
-    for j in tl.static_range(CHUNKS):
+    for j in tl.static_range(BUILD.CHUNKS):
         each = tile[j] * weight[:, None]
-        new = new + (sums[j] + tl.sum(tl.reshape(each, (each.shape[0] // FOLD, FOLD, CHUNK)), axis=0),)
+        new = new + (
+            sums[j] + tl.sum(tl.reshape(each, (each.shape[0] // BUILD.FOLD, BUILD.FOLD, BUILD.CHUNK)), axis=0),
+        )
     return new
 
 
 @triton.jit
-def sum_rows(
-    rows, part, kept, state, step, centre, tau, NORMALIZED: tl.constexpr, BLOCK_N: tl.constexpr, FOLD: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
+def sum_rows(rows, part, kept, state, step, centre, tau, BUILD: tl.constexpr):
     """The tile loop of a step: the dot with the arriving gradient, and the two sums of what pick step - 1 gets."""
     arriving_ptr = state.arriving + (kept.base + step) * rows.C
-    mean = tl.zeros((BLOCK_N,), tl.float32)
+    mean = tl.zeros((BUILD.BLOCK_N,), tl.float32)
     fixed, by_mean = (), ()
-    for _ in tl.static_range(CHUNKS):
-        fixed = fixed + (tl.zeros((FOLD, CHUNK), tl.float32),)
-        by_mean = by_mean + (tl.zeros((FOLD, CHUNK), tl.float32),)
-    for begin in range(part.low, part.high, BLOCK_N):  # @tiles
-        n = begin + tl.arange(0, BLOCK_N)
+    for _ in tl.static_range(BUILD.CHUNKS):
+        fixed = fixed + (tl.zeros((BUILD.FOLD, BUILD.CHUNK), tl.float32),)
+        by_mean = by_mean + (tl.zeros((BUILD.FOLD, BUILD.CHUNK), tl.float32),)
+    for begin in range(part.low, part.high, BUILD.BLOCK_N):  # @tiles
+        n = begin + tl.arange(0, BUILD.BLOCK_N)
         inside = n < part.high
         at = rows.first + n
         norm = tl.load(kept.norms + at, mask=inside, other=-1.0)
         prob = tl.load(state.prob + at, mask=inside, other=0.0)
         slope = tl.load(state.slope + at, mask=inside, other=0.0)
         min_grad = tl.load(state.min_grad + at, mask=inside, other=0.0)
-        tile = load_tile(rows, n, inside, norm > 0, CHUNK, CHUNKS)
-        dot = tl.where(prob > 0, dot_rows(tile, arriving_ptr, rows.C, CHUNK, CHUNKS) - centre, 0.0)
+        tile = load_tile(rows, n, inside, norm > 0, BUILD)
+        dot = tl.where(prob > 0, dot_rows(tile, arriving_ptr, rows.C, BUILD) - centre, 0.0)
         mean += prob * dot
         min_grad += prob * dot / tau
         tl.debug_barrier()  # all have loaded what is stored here
         tl.store(state.min_grad + at, min_grad, mask=inside)
         norm = tl.where(norm > 0, norm, 1.0)
-        if NORMALIZED:
+        if BUILD.NORMALIZED:
             norm = tl.zeros_like(norm) + 1
-        fixed = add_weighted(fixed, tile, slope * min_grad / norm, FOLD, CHUNK, CHUNKS)
-        by_mean = add_weighted(by_mean, tile, slope * (prob / tau) / norm, FOLD, CHUNK, CHUNKS)
+        fixed = add_weighted(fixed, tile, slope * min_grad / norm, BUILD)
+        by_mean = add_weighted(by_mean, tile, slope * (prob / tau) / norm, BUILD)
     slot = part.slot + part.part
     tl.store(state.means + step % 2 * part.slots + slot, tl.sum(mean, axis=0))
-    for j in tl.static_range(CHUNKS):
-        cols = j * CHUNK + tl.arange(0, CHUNK)
+    for j in tl.static_range(BUILD.CHUNKS):
+        cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
         to = state.sums + slot.to(tl.int64) * (2 * rows.C) + cols
         tl.store(to, tl.sum(fixed[j], axis=0), mask=cols < rows.C)
         tl.store(to + rows.C, tl.sum(by_mean[j], axis=0), mask=cols < rows.C)
@@ -266,11 +269,11 @@ def sum_rows(
 
 
 @triton.jit
-def sum_parts(rows, part, state, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr):
+def sum_parts(rows, part, state, BUILD: tl.constexpr):
     """Add the parts' vectors [2 C], each part a share of the columns, in the order of the parts."""
-    lane = tl.arange(0, BLOCK_P)
-    for begin in range(part.part * BLOCK_S, 2 * rows.C, part.parts * BLOCK_S):
-        cols = begin + tl.arange(0, BLOCK_S)
+    lane = tl.arange(0, BUILD.BLOCK_P)
+    for begin in range(part.part * BUILD.BLOCK_S, 2 * rows.C, part.parts * BUILD.BLOCK_S):
+        cols = begin + tl.arange(0, BUILD.BLOCK_S)
         at = (part.slot + lane).to(tl.int64)[:, None] * (2 * rows.C) + cols[None, :]
         there = (lane < part.parts)[:, None] & (cols < 2 * rows.C)[None, :]
         values = tl.load(state.sums + at, mask=there, other=0.0, cache_modifier=".cg")
@@ -279,22 +282,19 @@ def sum_parts(rows, part, state, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def arrive(
-    rows, part, kept, state, step, later, SPLIT: tl.constexpr, NORMALIZED: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):  # fmt: skip
+def arrive(rows, part, kept, state, step, later, BUILD: tl.constexpr):
     """Complete the gradient at pick ``step`` with what the ``later`` step gave it; returns (that step's mean, centre).
 
     The centre is the product with the pick's own row. The softmax's gradient does not change with what is taken off
     all dots, and where the softmax is all but one-hot, taking this off leaves a mean as small as the gradient itself.
     """
-    cols = tl.arange(0, BLOCK_C)
+    cols = tl.arange(0, BUILD.BLOCK_C)
     there = (cols < rows.C) & (step < kept.picks)
     mean = 0.0
     if later:
-        mean += mean_of(state, part, (step + 1) % 2, BLOCK_P)
+        mean += mean_of(state, part, (step + 1) % 2, BUILD)
     totals_ptr = state.totals
-    if SPLIT == WHOLE:
+    if BUILD.SPLIT == WHOLE:
         totals_ptr = state.sums
     at = totals_ptr + rows.set_id.to(tl.int64) * (2 * rows.C) + cols
     # -- from the sums to the gradient at the pick's row: (I - u u^T) / |x|
@@ -302,7 +302,7 @@ def arrive(
     pull -= mean * tl.load(at + rows.C, mask=there & later, other=0.0, cache_modifier=".cg")
     values = load_row(rows.features, pick_of(kept, step), step < kept.picks, rows.stride, cols, rows.C).to(tl.float32)
     unit, length = values, 1.0
-    if not NORMALIZED:
+    if not BUILD.NORMALIZED:
         unit, length = unit_vector(values, step < kept.picks)
         length = tl.where(length > 0, length, 1.0)
         pull = (pull - tl.sum(pull * unit, axis=0) * unit) / length
@@ -314,19 +314,16 @@ def arrive(
 
 
 @triton.jit
-def prepare_write(
-    rows, part, kept, state, grads, weights, mean, tau, SEEDED: tl.constexpr, CHOSEN: tl.constexpr,
-    NORMALIZED: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+def prepare_write(rows, part, kept, state, grads, weights, mean, tau, BUILD: tl.constexpr):
     """The last scalar loop before the rows' gradient: all that is known of a row without its dot with the first pick's.
 
     Leaves in ``slope`` what the row's own direction gets, in ``prob`` the first pick's softmax.
     """
-    dgamma = tl.zeros((BLOCK_R,), tl.float32)
+    dgamma = tl.zeros((BUILD.BLOCK_R,), tl.float32)
     settle = kept.picks > 1
     gamma = tl.where(weights.gamma == weights.gamma, weights.gamma, 0.0)
-    for begin in range(part.low, part.high, BLOCK_R):  # @scalars
-        n = begin + tl.arange(0, BLOCK_R)
+    for begin in range(part.low, part.high, BUILD.BLOCK_R):  # @scalars
+        n = begin + tl.arange(0, BUILD.BLOCK_R)
         inside = n < part.high
         at = rows.first + n
         allowed, _, quality = load_norm_and_quality(rows, kept, n, inside)
@@ -334,9 +331,9 @@ def prepare_write(
             min_grad = tl.load(state.min_grad + at, mask=inside, other=0.0)
             prob = tl.load(state.prob + at, mask=inside, other=0.0)
             min_grad -= times_prob(mean, prob) / tau
-            route_min_grad(rows, kept, state, weights, min_grad, allowed, quality, n, inside, 0, NORMALIZED)
-        along = tl.zeros((BLOCK_R,), tl.float32)
-        dlogweight = tl.zeros((BLOCK_R,), tl.float32)
+            route_min_grad(rows, kept, state, weights, min_grad, allowed, quality, n, inside, 0, BUILD)
+        along = tl.zeros((BUILD.BLOCK_R,), tl.float32)
+        dlogweight = tl.zeros((BUILD.BLOCK_R,), tl.float32)
         for step in range(kept.picks - 1):  # @picks
             dcos = tl.load(state.dcos + step * rows.R + at, mask=inside & allowed, other=0.0)
             gap = tl.abs(tl.load(kept.gaps + step * rows.R + at, mask=inside & allowed, other=0.0))
@@ -345,25 +342,25 @@ def prepare_write(
         dgamma += dlogweight * tl.log(quality)
         tl.store(grads.quality + at, gamma * dlogweight / quality, mask=inside)
         tl.store(state.slope + at, -(along + dlogweight), mask=inside)
-        if CHOSEN:
+        if BUILD.CHOSEN:
             tl.debug_barrier()  # all have loaded what is stored here
-            prob = probabilities(rows, kept, quality, n, inside, 0, tau, SEEDED)
+            prob = probabilities(rows, kept, quality, n, inside, 0, tau, BUILD)
             tl.store(state.prob + at, tl.where(allowed & (kept.picks > 0), prob, 0.0), mask=inside)
     tl.store(grads.gamma + part.slot + part.part, tl.sum(dgamma, axis=0))
     tl.debug_barrier()
 
 
 @triton.jit
-def dot_first(rows, part, kept, state, centre, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+def dot_first(rows, part, kept, state, centre, BUILD: tl.constexpr):
     """Where the quality is the norm, its gradient is part of the rows': a pass for the first pick's dots and mean."""
     vector_ptr = state.arriving + kept.base * rows.C
-    mean = tl.zeros((BLOCK_N,), tl.float32)
-    for begin in range(part.low, part.high, BLOCK_N):  # @tiles
-        n = begin + tl.arange(0, BLOCK_N)
+    mean = tl.zeros((BUILD.BLOCK_N,), tl.float32)
+    for begin in range(part.low, part.high, BUILD.BLOCK_N):  # @tiles
+        n = begin + tl.arange(0, BUILD.BLOCK_N)
         inside = n < part.high
         prob = tl.load(state.prob + rows.first + n, mask=inside, other=0.0)
-        tile = load_tile(rows, n, inside, prob > 0, CHUNK, CHUNKS)
-        dot = dot_rows(tile, vector_ptr, rows.C, CHUNK, CHUNKS) - centre
+        tile = load_tile(rows, n, inside, prob > 0, BUILD)
+        dot = dot_rows(tile, vector_ptr, rows.C, BUILD) - centre
         dot = tl.where(prob > 0, dot, 0.0)
         tl.store(state.dots + rows.first + n, dot, mask=inside)
         mean += prob * dot
@@ -372,11 +369,11 @@ def dot_first(rows, part, kept, state, centre, BLOCK_N: tl.constexpr, CHUNK: tl.
 
 
 @triton.jit
-def settle_quality(rows, part, kept, state, grads, tau, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
+def settle_quality(rows, part, kept, state, grads, tau, BUILD: tl.constexpr):
     """The first pick's part of the quality's gradient, once its mean is known."""
-    mean = mean_of(state, part, 2, BLOCK_P)
-    for begin in range(part.low, part.high, BLOCK_R):  # @scalars
-        n = begin + tl.arange(0, BLOCK_R)
+    mean = mean_of(state, part, 2, BUILD)
+    for begin in range(part.low, part.high, BUILD.BLOCK_R):  # @scalars
+        n = begin + tl.arange(0, BUILD.BLOCK_R)
         inside = n < part.high
         prob = tl.load(state.prob + rows.first + n, mask=inside, other=0.0)
         dot = tl.load(state.dots + rows.first + n, mask=inside, other=0.0)
@@ -387,87 +384,74 @@ def settle_quality(rows, part, kept, state, grads, tau, BLOCK_R: tl.constexpr, B
 
 
 @triton.jit
-def write_chunk(
-    rows, kept, state, tile, n, inside, begin, inverse, radial, j: tl.constexpr, NORMALIZED: tl.constexpr,
-    BLOCK_W: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+def write_chunk(rows, kept, state, tile, n, inside, begin, inverse, radial, j: tl.constexpr, BUILD: tl.constexpr):
     """Columns of chunk j of the rows' gradient, [n, c]."""
     gradient = tile * inverse[:, None] * radial[:, None]
     for step in range(kept.picks):  # @picks
         if step + 1 < kept.picks:
             dcos = tl.load(state.dcos + step * rows.R + rows.first + n, mask=inside, other=0.0) * inverse
-            unit = load_cols(state.units + (kept.base + step) * rows.C, rows.C, j, CHUNK)
+            unit = load_cols(state.units + (kept.base + step) * rows.C, rows.C, j, BUILD.CHUNK)
             gradient += dcos[:, None] * unit[None, :]
         row = pick_of(kept, step)
-        if (row >= begin) & (row < begin + BLOCK_W):
-            arriving = load_cols(state.arriving + (kept.base + step) * rows.C, rows.C, j, CHUNK)
+        if (row >= begin) & (row < begin + BUILD.BLOCK_N):
+            arriving = load_cols(state.arriving + (kept.base + step) * rows.C, rows.C, j, BUILD.CHUNK)
             gradient += tl.where(n == row, 1.0, 0.0)[:, None] * arriving[None, :]
     return gradient
 
 
 @triton.jit
-def write_rows(
-    rows, part, kept, state, grads, centre, extent, CHOSEN: tl.constexpr, NORMALIZED: tl.constexpr,
-    BLOCK_W: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
+def write_rows(rows, part, kept, state, grads, centre, extent, BUILD: tl.constexpr):
     """The tile loop that writes the rows' gradient; with a given quality, also the first pick's dots and mean."""
-    mean = tl.zeros((BLOCK_W,), tl.float32)
-    for begin in range(part.low, extent, BLOCK_W):  # @writes
-        n = begin + tl.arange(0, BLOCK_W)
+    mean = tl.zeros((BUILD.BLOCK_N,), tl.float32)
+    for begin in range(part.low, extent, BUILD.BLOCK_N):  # @writes
+        n = begin + tl.arange(0, BUILD.BLOCK_N)
         inside = n < part.high
         at = rows.first + n
         norm = tl.load(kept.norms + at, mask=inside, other=-1.0)
         allowed = norm > 0
         radial = tl.load(state.slope + at, mask=inside, other=0.0)
-        tile = load_tile(rows, n, inside, allowed, CHUNK, CHUNKS)
+        tile = load_tile(rows, n, inside, allowed, BUILD)
         inverse = 1 / tl.where(allowed, norm, 1.0)
-        if NORMALIZED:
+        if BUILD.NORMALIZED:
             inverse = tl.zeros_like(norm) + 1
             radial = tl.zeros_like(norm)
         else:
             radial = radial * inverse
         if rows.quality is None:
             slope = tl.load(grads.quality + at, mask=inside & allowed, other=0.0)
-            if NORMALIZED:
+            if BUILD.NORMALIZED:
                 slope = slope / tl.where(allowed, norm, 1.0)
             radial += slope
-        elif CHOSEN:
+        elif BUILD.CHOSEN:
             prob = tl.load(state.prob + at, mask=inside, other=0.0)
             vector_ptr = state.arriving + kept.base * rows.C
-            dot = tl.where(prob > 0, dot_rows(tile, vector_ptr, rows.C, CHUNK, CHUNKS) - centre, 0.0)
+            dot = tl.where(prob > 0, dot_rows(tile, vector_ptr, rows.C, BUILD) - centre, 0.0)
             tl.store(state.dots + at, dot, mask=inside)
             mean += prob * dot
-        for j in tl.static_range(CHUNKS):
-            cols = j * CHUNK + tl.arange(0, CHUNK)
-            gradient = write_chunk(
-                rows, kept, state, tile[j], n, inside & allowed, begin, inverse, radial, j, NORMALIZED, BLOCK_W, CHUNK
-            )
+        for j in tl.static_range(BUILD.CHUNKS):
+            cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
+            gradient = write_chunk(rows, kept, state, tile[j], n, inside & allowed, begin, inverse, radial, j, BUILD)
             to = grads.rows + at[:, None] * rows.C + cols[None, :]
             written = (n < extent)[:, None] & (cols < rows.C)[None, :]
             gradient = tl.where(allowed[:, None], gradient, 0.0)  # whatever the others' is
             tl.store(to, gradient.to(grads.rows.dtype.element_ty), mask=written)
         tl.debug_barrier()  # all have loaded, of other rows, what is stored here
         tl.store(grads.quality + at, tl.zeros_like(norm), mask=(n >= part.high) & (n < extent))
-    if CHOSEN and rows.quality is not None:
+    if BUILD.CHOSEN and rows.quality is not None:
         tl.store(state.means + 2 * part.slots + part.slot + part.part, tl.sum(mean, axis=0))
     tl.debug_barrier()
 
 
 @triton.jit
-def meet(rows, part, met, SPLIT: tl.constexpr):
+def meet(rows, part, met, BUILD: tl.constexpr):
     """Wait for the other parts; returns how often they have met."""
-    if SPLIT == COOPERATIVE:
+    if BUILD.SPLIT == COOPERATIVE:
         grid_barrier(part.barrier + rows.set_id, part.parts * (met + 1))
     return met + 1
 
 
 @triton.jit
-def backward_set(
-    rows, part, kept, state, grads, weights, extent, tau, K, turn, SEEDED: tl.constexpr, NORMALIZED: tl.constexpr,
-    CHOSEN: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, FOLD: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):  # fmt: skip
+def backward_set(rows, part, kept, state, grads, weights, extent, tau, K, turn, BUILD: tl.constexpr):
     """One part of one set: its rows [low, high), and to ``extent`` padding, which gets zeros.
 
     Two phases a step (the part's sums, the parts' sum), then three: what precedes the rows' gradient, the rows'
@@ -476,40 +460,40 @@ def backward_set(
     """
     begin_back, end_back = 0, kept.picks - 1
     phase = turn
-    if SPLIT == LAUNCHES:
+    if BUILD.SPLIT == LAUNCHES:
         begin_back = turn // 2
         end_back = tl.minimum(begin_back + 1, end_back)
     met = 0
     for back in range(begin_back, end_back):  # @steps
         step = kept.picks - 1 - back
-        if SPLIT != LAUNCHES or phase % 2 == 0:
-            mean, centre = arrive(rows, part, kept, state, step, back > 0, SPLIT, NORMALIZED, BLOCK_C, BLOCK_P)
-            prepare_step(rows, part, kept, state, weights, step, mean, back > 0, tau, SEEDED, NORMALIZED, BLOCK_R)
+        if BUILD.SPLIT != LAUNCHES or phase % 2 == 0:
+            mean, centre = arrive(rows, part, kept, state, step, back > 0, BUILD)
+            prepare_step(rows, part, kept, state, weights, step, mean, back > 0, tau, BUILD)
             tl.debug_barrier()
-            sum_rows(rows, part, kept, state, step, centre, tau, NORMALIZED, BLOCK_N, FOLD, CHUNK, CHUNKS)
-        if SPLIT != WHOLE:
-            met = meet(rows, part, met, SPLIT)
-            if SPLIT != LAUNCHES or phase % 2 == 1:
-                sum_parts(rows, part, state, BLOCK_P, BLOCK_S)
-            met = meet(rows, part, met, SPLIT)
-    NORMS: tl.constexpr = CHOSEN and rows.quality is None
+            sum_rows(rows, part, kept, state, step, centre, tau, BUILD)
+        if BUILD.SPLIT != WHOLE:
+            met = meet(rows, part, met, BUILD)
+            if BUILD.SPLIT != LAUNCHES or phase % 2 == 1:
+                sum_parts(rows, part, state, BUILD)
+            met = meet(rows, part, met, BUILD)
+    NORMS: tl.constexpr = BUILD.CHOSEN and rows.quality is None
     ending = 2 * (K - 1)
-    if SPLIT != LAUNCHES or phase >= ending:
-        mean, centre = arrive(rows, part, kept, state, 0, kept.picks > 1, SPLIT, NORMALIZED, BLOCK_C, BLOCK_P)
-        if SPLIT != LAUNCHES or phase == ending:
-            prepare_write(rows, part, kept, state, grads, weights, mean, tau, SEEDED, CHOSEN, NORMALIZED, BLOCK_R)
+    if BUILD.SPLIT != LAUNCHES or phase >= ending:
+        mean, centre = arrive(rows, part, kept, state, 0, kept.picks > 1, BUILD)
+        if BUILD.SPLIT != LAUNCHES or phase == ending:
+            prepare_write(rows, part, kept, state, grads, weights, mean, tau, BUILD)
             if NORMS:
-                dot_first(rows, part, kept, state, centre, BLOCK_N, CHUNK, CHUNKS)
+                dot_first(rows, part, kept, state, centre, BUILD)
         if NORMS:
-            met = meet(rows, part, met, SPLIT)
-        if SPLIT != LAUNCHES or phase == ending + 1:
+            met = meet(rows, part, met, BUILD)
+        if BUILD.SPLIT != LAUNCHES or phase == ending + 1:
             if NORMS:
-                settle_quality(rows, part, kept, state, grads, tau, BLOCK_R, BLOCK_P)
-            write_rows(rows, part, kept, state, grads, centre, extent, CHOSEN, NORMALIZED, BLOCK_W, CHUNK, CHUNKS)
-        if CHOSEN and not NORMS:
-            met = meet(rows, part, met, SPLIT)
-            if SPLIT != LAUNCHES or phase == ending + 2:
-                settle_quality(rows, part, kept, state, grads, tau, BLOCK_R, BLOCK_P)
+                settle_quality(rows, part, kept, state, grads, tau, BUILD)
+            write_rows(rows, part, kept, state, grads, centre, extent, BUILD)
+        if BUILD.CHOSEN and not NORMS:
+            met = meet(rows, part, met, BUILD)
+            if BUILD.SPLIT != LAUNCHES or phase == ending + 2:
+                settle_quality(rows, part, kept, state, grads, tau, BUILD)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -556,31 +540,19 @@ def select_backward(
     shortest,  # sets of fewer rows are another launch's
     longest,
     scale,
-    SEEDED: tl.constexpr,
-    NORMALIZED: tl.constexpr,
-    CHOSEN: tl.constexpr,  # the first pick was chosen by quality, not given
-    SPLIT: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # rows of a tile
-    BLOCK_W: tl.constexpr,  # rows of a tile whose gradient is being written
-    FOLD: tl.constexpr,  # rows of a tile in different threads
-    CHUNK: tl.constexpr,  # columns at a time
-    CHUNKS: tl.constexpr,
-    BLOCK_C: tl.constexpr,  # C up to the next power of two
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # rows at a time in the scalar loops
-    BLOCK_S: tl.constexpr,  # columns at a time where the parts' sums are added
+    BUILD: tl.constexpr,  # see `Constants`
 ):
     set_id = tl.program_id(0)
     part, sets = 0, tl.num_programs(0)
-    if SPLIT != WHOLE:
+    if BUILD.SPLIT != WHOLE:
         sets = sets // parts
         part = set_id % parts
         set_id = set_id // parts
     first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     extent = count if cu_seqlens_ptr is not None else N
     low, high = 0, count
-    if SPLIT != WHOLE:
-        low, high = divide(count, part, parts, BLOCK_N)
+    if BUILD.SPLIT != WHOLE:
+        low, high = divide(count, part, parts, BUILD.BLOCK_N)
         if part != parts - 1:
             extent = high
     seed = (seed_ptr, seed_value)
@@ -596,7 +568,4 @@ def select_backward(
     weights = Weights(finite_or_nan(scalar(gamma_ptr, gamma_value)), scale)
     tau = scalar(tau_ptr, tau_value)
     if (count >= shortest) & (count <= longest):
-        backward_set(
-            rows, mine, kept, state, grads, weights, extent, tau, K, turn, SEEDED, NORMALIZED, CHOSEN, SPLIT, BLOCK_N,
-            BLOCK_W, FOLD, CHUNK, CHUNKS, BLOCK_C, BLOCK_P, BLOCK_R, BLOCK_S,
-        )  # fmt: skip
+        backward_set(rows, mine, kept, state, grads, weights, extent, tau, K, turn, BUILD)

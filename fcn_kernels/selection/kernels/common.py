@@ -5,6 +5,7 @@ loop* works on what is known of a row, a row to a thread: norm, quality, distanc
 for the other stands in memory, a number a row.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import triton
@@ -29,6 +30,34 @@ MOST_WEIGHT_LOG2 = tl.constexpr(100)  # of a weight in a gradient
 
 # Call-dependent scalars. Specializing on 1 or 16-divisibility would recompile without helping address arithmetic.
 UNSPECIALIZED = ["seed_value", "parts", "turn", "N", "K", "R", "shortest", "longest"]
+
+
+class Constants(NamedTuple):
+    """What a kernel is built for, handed on as one constant, ``BUILD``."""
+
+    SEEDED: tl.constexpr  # noise is drawn
+    NORMALIZED: tl.constexpr
+    SPLIT: tl.constexpr  # where the parts of a set meet: see `fcn_kernels.device.splits`
+    BLOCK_N: tl.constexpr  # rows of a tile
+    CHUNK: tl.constexpr  # columns at a time
+    CHUNKS: tl.constexpr
+    BLOCK_C: tl.constexpr  # C up to the next power of two
+    BLOCK_P: tl.constexpr  # parts up to the next power of two
+    BLOCK_R: tl.constexpr  # rows at a time in the scalar loops
+    # forward
+    DISTINCT: tl.constexpr = tl.constexpr(False)
+    KEEP: tl.constexpr = tl.constexpr(False)  # what the backward pass reads
+    EARLY: tl.constexpr = tl.constexpr(False)  # the first pick needs no pass: K > 1, and a quality or a start is given
+    # backward
+    CHOSEN: tl.constexpr = tl.constexpr(False)  # the first pick was chosen by quality, not given
+    FOLD: tl.constexpr = tl.constexpr(0)  # rows of a tile in different threads
+    BLOCK_S: tl.constexpr = tl.constexpr(0)  # columns at a time where the parts' sums are added
+
+    @classmethod
+    @cache
+    def of(cls, **values: int) -> "Constants":
+        """Each value as a constant of its own, as shapes are tuples of such."""
+        return cls(**{name: tl.constexpr(value) for name, value in values.items()})
 
 
 class Rows(NamedTuple):

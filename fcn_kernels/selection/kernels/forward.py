@@ -110,20 +110,19 @@ def load_direction(rows, direction_ptr, j: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def multiply_rows(
-    rows, low, high, state, direction_ptr, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
+    rows, low, high, state, direction_ptr, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, BUILD: tl.constexpr
+):
     """Norms and products with the pick's unit vector; returns how many norms have to be made again."""
-    extreme = tl.zeros((BLOCK_N,), tl.int32)
-    for begin in range(low, high, BLOCK_N):  # @tiles
-        n = begin + tl.arange(0, BLOCK_N)
+    extreme = tl.zeros((BUILD.BLOCK_N,), tl.int32)
+    for begin in range(low, high, BUILD.BLOCK_N):  # @tiles
+        n = begin + tl.arange(0, BUILD.BLOCK_N)
         inside = n < high
-        dots = tl.zeros((BLOCK_N, CHUNK), tl.float32)  # [n, c]
-        squares = tl.zeros((BLOCK_N, CHUNK), tl.float32)  # [n, c]
-        for j in tl.static_range(CHUNKS):
-            tile = load_chunk(rows, n, inside, j, CHUNK)
+        dots = tl.zeros((BUILD.BLOCK_N, BUILD.CHUNK), tl.float32)  # [n, c]
+        squares = tl.zeros((BUILD.BLOCK_N, BUILD.CHUNK), tl.float32)  # [n, c]
+        for j in tl.static_range(BUILD.CHUNKS):
+            tile = load_chunk(rows, n, inside, j, BUILD.CHUNK)
             if MULTIPLY:
-                dots += tile * load_direction(rows, direction_ptr, j, CHUNK)
+                dots += tile * load_direction(rows, direction_ptr, j, BUILD.CHUNK)
             if MEASURE:
                 squares += tile * tile
         if MULTIPLY:
@@ -138,27 +137,26 @@ def multiply_rows(
 
 @triton.jit
 def multiply_extreme_rows(
-    rows, low, high, state, direction_ptr, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
+    rows, low, high, state, direction_ptr, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, BUILD: tl.constexpr
+):
     """Again, for rows of extreme norms: of rows that are divided by a power of two. Cosines instead of products."""
-    for begin in range(low, high, BLOCK_N):
-        n = begin + tl.arange(0, BLOCK_N)
+    for begin in range(low, high, BUILD.BLOCK_N):
+        n = begin + tl.arange(0, BUILD.BLOCK_N)
         inside = n < high
         norm = tl.load(state.norms + rows.first + n, mask=inside, other=-1.0)
         again = is_extreme(norm)
         if tl.max(again.to(tl.int32), axis=0) > 0:
-            largest = tl.zeros((BLOCK_N,), tl.float32)
-            for j in tl.static_range(CHUNKS):
-                largest = tl.maximum(largest, tl.max(tl.abs(load_chunk(rows, n, again, j, CHUNK)), axis=1))
+            largest = tl.zeros((BUILD.BLOCK_N,), tl.float32)
+            for j in tl.static_range(BUILD.CHUNKS):
+                largest = tl.maximum(largest, tl.max(tl.abs(load_chunk(rows, n, again, j, BUILD.CHUNK)), axis=1))
             down = downscale_of(largest)
-            dots = tl.zeros((BLOCK_N,), tl.float32)
-            squares = tl.zeros((BLOCK_N,), tl.float32)
-            for j in tl.static_range(CHUNKS):
-                tile = load_chunk(rows, n, again, j, CHUNK) * down[:, None]
+            dots = tl.zeros((BUILD.BLOCK_N,), tl.float32)
+            squares = tl.zeros((BUILD.BLOCK_N,), tl.float32)
+            for j in tl.static_range(BUILD.CHUNKS):
+                tile = load_chunk(rows, n, again, j, BUILD.CHUNK) * down[:, None]
                 squares += tl.sum(tile * tile, axis=1)
                 if MULTIPLY:
-                    dots += tl.sum(tile * load_direction(rows, direction_ptr, j, CHUNK), axis=1)
+                    dots += tl.sum(tile * load_direction(rows, direction_ptr, j, BUILD.CHUNK), axis=1)
             length = tl.sqrt_rn(squares)
             tl.debug_barrier()
             if MULTIPLY:
@@ -204,16 +202,14 @@ def reduce_best(best, exponent, tau, KEEP: tl.constexpr):
 
 
 @triton.jit
-def first_pick(
-    rows, low, high, state, above, above_row, SEEDED: tl.constexpr, SAVE: tl.constexpr, BLOCK_R: tl.constexpr
-):
+def first_pick(rows, low, high, state, above, above_row, SAVE: tl.constexpr, BUILD: tl.constexpr):
     """The best by quality alone among rows [low, high) that come after (above, above_row); SAVE the scores."""
-    best = nobody(BLOCK_R)
-    for begin in range(low, high, BLOCK_R):  # @first
-        n = begin + tl.arange(0, BLOCK_R)
+    best = nobody(BUILD.BLOCK_R)
+    for begin in range(low, high, BUILD.BLOCK_R):  # @first
+        n = begin + tl.arange(0, BUILD.BLOCK_R)
         inside = n < high
         quality = tl.load(rows.quality + rows.first + n, mask=inside, other=-1.0)
-        score = add_noise(quality, rows, n, inside, 0, 1.0, SEEDED)
+        score = add_noise(quality, rows, n, inside, 0, 1.0, BUILD.SEEDED)
         if SAVE:
             tl.store(state.nearest + rows.first + n, score, mask=inside)
         allowed = may_be_picked(rows, quality, n, inside)
@@ -224,20 +220,19 @@ def first_pick(
 
 @triton.jit
 def admit_rows(
-    rows, low, high, state, weights, slot, peak, tau, SEEDED: tl.constexpr, KEEP: tl.constexpr, SCORE: tl.constexpr,
-    SAVED: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    rows, low, high, state, weights, slot, peak, tau, SCORE: tl.constexpr, SAVED: tl.constexpr, BUILD: tl.constexpr
+):
     """After the pass that first saw the rows: marks in the norms, and the unit of the part's distances.
 
     Returns (how many may be picked, the first pick's partial if SCORE, its softmax's sum if scores were SAVED).
     """
-    best = nobody(BLOCK_R)
-    pickable = tl.zeros((BLOCK_R,), tl.int32)
-    lowest = tl.full((BLOCK_R,), 1e30, tl.float32)
-    highest = tl.full((BLOCK_R,), -1e30, tl.float32)
-    total = tl.zeros((BLOCK_R,), tl.float32)
-    for begin in range(low, high, BLOCK_R):  # @scalars
-        n = begin + tl.arange(0, BLOCK_R)
+    best = nobody(BUILD.BLOCK_R)
+    pickable = tl.zeros((BUILD.BLOCK_R,), tl.int32)
+    lowest = tl.full((BUILD.BLOCK_R,), 1e30, tl.float32)
+    highest = tl.full((BUILD.BLOCK_R,), -1e30, tl.float32)
+    total = tl.zeros((BUILD.BLOCK_R,), tl.float32)
+    for begin in range(low, high, BUILD.BLOCK_R):  # @scalars
+        n = begin + tl.arange(0, BUILD.BLOCK_R)
         inside = n < high
         norm = tl.load(state.norms + rows.first + n, mask=inside, other=-1.0)
         quality = norm
@@ -253,35 +248,32 @@ def admit_rows(
         lowest = tl.minimum(lowest, tl.where(allowed, log2, 1e30))
         highest = tl.maximum(highest, tl.where(allowed, log2, -1e30))
         if SCORE:
-            score = add_noise(quality, rows, n, inside, 0, 1.0, SEEDED)
-            best = update_best(best, score, quality, n, allowed, 0, tau, KEEP)
+            score = add_noise(quality, rows, n, inside, 0, 1.0, BUILD.SEEDED)
+            best = update_best(best, score, quality, n, allowed, 0, tau, BUILD.KEEP)
         if SAVED:
             score = tl.load(state.nearest + rows.first + n, mask=inside, other=0.0)
             total += tl.where(allowed, softmax_term(score, peak, 0, tau), 0.0)
     least, most = tl.min(lowest, axis=0), tl.max(highest, axis=0)
     plain = (tl.maximum(tl.abs(least), tl.abs(most)) <= MOST_LOG2) | (most < -1e29)
     exponent = tl.where(plain, 0.0, tl.minimum(tl.maximum(tl.floor(most), -1e6), 1e6)).to(tl.int32)
-    if SEEDED or rows.noise is not None:
+    if BUILD.SEEDED or rows.noise is not None:
         exponent = tl.maximum(exponent, 0)  # noise has a scale of its own: beside it small weights are left small
     tl.store(state.exponents + slot, exponent)
     tl.debug_barrier()
-    return tl.sum(pickable, axis=0), reduce_best(best, 0, tau, KEEP), tl.sum(total, axis=0)
+    return tl.sum(pickable, axis=0), reduce_best(best, 0, tau, BUILD.KEEP), tl.sum(total, axis=0)
 
 
 @triton.jit
-def score_rows(
-    rows, low, high, state, gaps_ptr, weights, step, pick, own, exponent, tau, SEEDED: tl.constexpr,
-    NORMALIZED: tl.constexpr, DISTINCT: tl.constexpr, KEEP: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+def score_rows(rows, low, high, state, gaps_ptr, weights, step, pick, own, exponent, tau, BUILD: tl.constexpr):
     """Update the running minimum with the distance to ``pick``; the next step's partial.
 
     A pick is 0 away from itself. NORMALIZED rows may be of length 1 but for rounding to 8 bits: there its duplicates
     are 0 away, too, by its product with itself, ``own``.
     """
-    best = nobody(BLOCK_R)
+    best = nobody(BUILD.BLOCK_R)
     unit = noise_unit(exponent)
-    for begin in range(low, high, BLOCK_R):  # @scalars
-        n = begin + tl.arange(0, BLOCK_R)
+    for begin in range(low, high, BUILD.BLOCK_R):  # @scalars
+        n = begin + tl.arange(0, BUILD.BLOCK_R)
         inside = n < high
         # -- what is known of the rows
         norm = tl.load(state.norms + rows.first + n, mask=inside, other=-1.0)
@@ -292,26 +284,26 @@ def score_rows(
         if rows.quality is not None:
             quality = tl.load(rows.quality + rows.first + n, mask=allowed, other=1.0)
         # -- update the running minimum
-        if not NORMALIZED:
+        if not BUILD.NORMALIZED:
             cosine = tl.where(is_extreme(norm), cosine, cosine / tl.where(allowed, norm, 1.0))
         alike = n == pick
-        if NORMALIZED:
+        if BUILD.NORMALIZED:
             alike = alike | (tl.abs(cosine - own) <= SAME_COSINE)
         fresh = tl.where(alike, 0.0, tl.maximum(1 - cosine, 0.0))  # rounding can take 1 - cosine below 0
-        if DISTINCT:
+        if BUILD.DISTINCT:
             before = tl.where(n == pick, TAKEN, before)
         gap = tl.minimum(before, fresh)
         tl.debug_barrier()  # all have loaded what is stored here
         tl.store(state.nearest + rows.first + n, gap, mask=inside)
-        if KEEP:
+        if BUILD.KEEP:
             bits = tl.where(allowed, gap, 0.0).to(tl.int32, bitcast=True)
             bits |= tl.where((fresh == before) & allowed, -2147483648, 0)  # -gap would lose the sign of a tie at 0
             tl.store(gaps_ptr + step * rows.R + rows.first + n, bits.to(tl.float32, bitcast=True), mask=inside)
         # -- score
         logits = gap * weight_of(weights, tl.where(allowed, quality, 1.0), exponent)
-        score = add_noise(logits, rows, n, inside, step + 1, unit, SEEDED)
-        best = update_best(best, score, logits, n, allowed & (gap >= 0), exponent, tau, KEEP)
-    return reduce_best(best, exponent, tau, KEEP)
+        score = add_noise(logits, rows, n, inside, step + 1, unit, BUILD.SEEDED)
+        best = update_best(best, score, logits, n, allowed & (gap >= 0), exponent, tau, BUILD.KEEP)
+    return reduce_best(best, exponent, tau, BUILD.KEEP)
 
 
 # --- a step ----------------------------------------------------------------------------------------------------------
@@ -329,9 +321,9 @@ def store_partial(shared, part, step, partial):
 
 
 @triton.jit
-def merge_partials(shared, part, step, tau, KEEP: tl.constexpr, BLOCK_P: tl.constexpr):
+def merge_partials(shared, part, step, tau, BUILD: tl.constexpr):
     """The set's partial from those of its parts, in the largest unit of them, and how many rows may be picked."""
-    lane = tl.arange(0, BLOCK_P)
+    lane = tl.arange(0, BUILD.BLOCK_P)
     there = lane < part.parts
     at = (step % 2) * part.slots + part.slot + lane
     # .cg: other SMs wrote these, and L1 may hold what was here before
@@ -346,7 +338,7 @@ def merge_partials(shared, part, step, tau, KEEP: tl.constexpr, BLOCK_P: tl.cons
     score = tl.where(score > float("-inf"), score * factor, score)
     best = Partial(score, row, logit * factor, denominator, exponent)
     count = tl.load(shared.pickable + part.slot + lane, mask=there, other=0, cache_modifier=".cg")
-    return reduce_best(best, exponent, tau, KEEP), tl.sum(count, axis=0)
+    return reduce_best(best, exponent, tau, BUILD.KEEP), tl.sum(count, axis=0)
 
 
 @triton.jit
@@ -360,19 +352,19 @@ def unit_vector(values, there):
 
 
 @triton.jit
-def is_usable_pick(rows, row, BLOCK_C: tl.constexpr):
+def is_usable_pick(rows, row, BUILD: tl.constexpr):
     """Whether the features of one row are usable."""
-    values = load_row(rows.features, row, row != NO_ROW, rows.stride, tl.arange(0, BLOCK_C), rows.C)
+    values = load_row(rows.features, row, row != NO_ROW, rows.stride, tl.arange(0, BUILD.BLOCK_C), rows.C)
     _, norm = unit_vector(values.to(tl.float32), True)
     return is_usable_norm(norm)
 
 
 @triton.jit
-def given_start(rows, start_ptr, BLOCK_C: tl.constexpr):
+def given_start(rows, start_ptr, BUILD: tl.constexpr):
     """The given first pick and whether it may be picked, whatever is known of the other rows."""
     row = tl.load(start_ptr + rows.set_id).to(tl.int32)
     inside = (row >= 0) & (row < rows.count)
-    values = load_row(rows.features, row, inside, rows.stride, tl.arange(0, BLOCK_C), rows.C).to(tl.float32)
+    values = load_row(rows.features, row, inside, rows.stride, tl.arange(0, BUILD.BLOCK_C), rows.C).to(tl.float32)
     _, norm = unit_vector(values, inside)
     quality = norm
     if rows.quality is not None:
@@ -381,19 +373,19 @@ def given_start(rows, start_ptr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def next_usable(rows, partial, SEEDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def next_usable(rows, partial, BUILD: tl.constexpr):
     """From a first pick by quality alone on to the best whose row is usable."""
     score, row = partial.score, partial.row
-    while (row != NO_ROW) & (is_usable_pick(rows, row, BLOCK_C) == 0):
-        other = first_pick(rows, 0, rows.count, rows, score, row, SEEDED, False, BLOCK_R)
+    while (row != NO_ROW) & (is_usable_pick(rows, row, BUILD) == 0):
+        other = first_pick(rows, 0, rows.count, rows, score, row, False, BUILD)
         score, row = other.score, other.row
     return Partial(score, row, partial.logit, partial.denominator, partial.exponent)
 
 
 @triton.jit
-def store_pick(rows, out, partial, step, there, values, pickable, K, KEEP: tl.constexpr, BLOCK_C: tl.constexpr):
+def store_pick(rows, out, partial, step, there, values, pickable, K, BUILD: tl.constexpr):
     """Write a pick, and what is known of the set with it."""
-    cols = tl.arange(0, BLOCK_C)
+    cols = tl.arange(0, BUILD.BLOCK_C)
     at = rows.set_id.to(tl.int64) * K + step
     tl.store(out.counts + rows.set_id, tl.minimum(pickable, K).to(tl.int64))
     tl.store(out.picked + at * rows.C + cols, values, mask=cols < rows.C)
@@ -402,71 +394,54 @@ def store_pick(rows, out, partial, step, there, values, pickable, K, KEEP: tl.co
     distance = tl.where(distance == distance, tl.minimum(distance, MOST_FLOAT), 0.0)
     distance = tl.where(step == 0, float("inf"), distance)  # no pick is before the first
     tl.store(out.distances + at, tl.where(there, distance, 0.0))
-    if KEEP:
+    if BUILD.KEEP:
         tl.store(out.softmax + at * 3, partial.score)
         tl.store(out.softmax + at * 3 + 1, partial.denominator)
         tl.store(out.softmax + at * 3 + 2, tl.cast(partial.exponent, tl.float32))
 
 
 @triton.jit
-def see_rows(
-    rows, part, state, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):  # fmt: skip
+def see_rows(rows, part, state, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, BUILD: tl.constexpr):
     """A pass over a part's rows; where no row has an extreme norm that is one tile loop."""
     slot = part.slot + part.part
     direction_ptr = state.directions + slot.to(tl.int64) * rows.C
-    extreme = multiply_rows(rows, part.low, part.high, state, direction_ptr, MEASURE, MULTIPLY, BLOCK_N, CHUNK, CHUNKS)
+    extreme = multiply_rows(rows, part.low, part.high, state, direction_ptr, MEASURE, MULTIPLY, BUILD)
     if MEASURE:
         tl.store(state.extremes + slot, extreme)
     else:
         extreme = tl.load(state.extremes + slot)
     if extreme > 0:
-        multiply_extreme_rows(
-            rows, part.low, part.high, state, direction_ptr, MEASURE, MULTIPLY, BLOCK_N, CHUNK, CHUNKS
-        )
+        multiply_extreme_rows(rows, part.low, part.high, state, direction_ptr, MEASURE, MULTIPLY, BUILD)
 
 
 @triton.jit
-def look_first(
-    rows, part, state, shared, weights, tau, SEEDED: tl.constexpr, KEEP: tl.constexpr, EARLY: tl.constexpr,
-    START: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):  # fmt: skip
+def look_first(rows, part, state, shared, weights, tau, START: tl.constexpr, BUILD: tl.constexpr):
     """What comes before the first pick: the pass that first sees the rows, or EARLY, a look at their qualities."""
     slot = part.slot + part.part
-    partial = reduce_best(nobody(BLOCK_R), 0, 1.0, False)
-    pickable = tl.sum(tl.zeros((BLOCK_R,), tl.int32), axis=0)
-    if EARLY:
+    partial = reduce_best(nobody(BUILD.BLOCK_R), 0, 1.0, False)
+    pickable = tl.sum(tl.zeros((BUILD.BLOCK_R,), tl.int32), axis=0)
+    if BUILD.EARLY:
         if not START:
-            partial = first_pick(rows, part.low, part.high, state, float("inf"), -1, SEEDED, True, BLOCK_R)
+            partial = first_pick(rows, part.low, part.high, state, float("inf"), -1, True, BUILD)
     else:
-        see_rows(rows, part, state, True, False, BLOCK_N, CHUNK, CHUNKS)
-        pickable, partial, _ = admit_rows(
-            rows, part.low, part.high, state, weights, slot, 0.0, tau, SEEDED, KEEP, True, False, BLOCK_R
-        )
-    if SPLIT != WHOLE:
+        see_rows(rows, part, state, True, False, BUILD)
+        pickable, partial, _ = admit_rows(rows, part.low, part.high, state, weights, slot, 0.0, tau, True, False, BUILD)
+    if BUILD.SPLIT != WHOLE:
         store_partial(shared, part, 0, partial)
         tl.store(shared.pickable + slot, pickable)
     return partial, pickable
 
 
 @triton.jit
-def open_rows(
-    rows, part, out, state, shared, weights, opened, given, tau, SEEDED: tl.constexpr, KEEP: tl.constexpr,
-    START: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):  # fmt: skip
+def open_rows(rows, part, out, state, shared, weights, opened, given, tau, START: tl.constexpr, BUILD: tl.constexpr):
     """EARLY, the pass that sees the rows with the first pick made already; returns how many may be picked."""
     slot = part.slot + part.part
-    see_rows(rows, part, state, True, True, BLOCK_N, CHUNK, CHUNKS)
-    saved: tl.constexpr = KEEP and not START
-    pickable, _, total = admit_rows(
-        rows, part.low, part.high, state, weights, slot, opened, tau, SEEDED, KEEP, False, saved, BLOCK_R
-    )
+    see_rows(rows, part, state, True, True, BUILD)
+    saved: tl.constexpr = BUILD.KEEP and not START
+    pickable, _, total = admit_rows(rows, part.low, part.high, state, weights, slot, opened, tau, False, saved, BUILD)
     pickable = tl.where(given, pickable, 0)
-    if SPLIT == WHOLE:
-        if KEEP:
+    if BUILD.SPLIT == WHOLE:
+        if BUILD.KEEP:
             tl.store(out.softmax + rows.set_id.to(tl.int64) * out.steps * 3 + 1, total)
     else:
         tl.store(shared.pickable + slot, pickable)
@@ -475,33 +450,27 @@ def open_rows(
 
 
 @triton.jit
-def forward_set(
-    rows, part, out, state, shared, weights, start_ptr, tau, K, turn, SEEDED: tl.constexpr, NORMALIZED: tl.constexpr,
-    DISTINCT: tl.constexpr, KEEP: tl.constexpr, EARLY: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+def forward_set(rows, part, out, state, shared, weights, start_ptr, tau, K, turn, BUILD: tl.constexpr):
     """One part of one set, all of it where it is not split; launch ``turn`` > 0 of several makes pick turn - 1."""
     START: tl.constexpr = start_ptr is not None
-    cols = tl.arange(0, BLOCK_C)
+    cols = tl.arange(0, BUILD.BLOCK_C)
     slot = part.slot + part.part
     begin_step, end_step = 0, K
-    if SPLIT == LAUNCHES:
+    if BUILD.SPLIT == LAUNCHES:
         begin_step, end_step = tl.maximum(turn - 1, 0), turn
-    partial = reduce_best(nobody(BLOCK_R), 0, 1.0, False)
-    pickable = tl.sum(tl.zeros((BLOCK_R,), tl.int32), axis=0)
-    if SPLIT != LAUNCHES or turn == 0:
-        partial, pickable = look_first(
-            rows, part, state, shared, weights, tau, SEEDED, KEEP, EARLY, START, SPLIT, BLOCK_N, CHUNK, CHUNKS, BLOCK_R
-        )
+    partial = reduce_best(nobody(BUILD.BLOCK_R), 0, 1.0, False)
+    pickable = tl.sum(tl.zeros((BUILD.BLOCK_R,), tl.int32), axis=0)
+    if BUILD.SPLIT != LAUNCHES or turn == 0:
+        partial, pickable = look_first(rows, part, state, shared, weights, tau, START, BUILD)
     for step in range(begin_step, end_step):  # @steps
         # -- agree on the pick
-        if SPLIT == COOPERATIVE:
+        if BUILD.SPLIT == COOPERATIVE:
             grid_barrier(part.barrier + rows.set_id, part.parts * (step + 1))
-        if SPLIT != WHOLE:
-            partial, pickable = merge_partials(shared, part, step, tau, KEEP, BLOCK_P)
-            if EARLY and KEEP:
+        if BUILD.SPLIT != WHOLE:
+            partial, pickable = merge_partials(shared, part, step, tau, BUILD)
+            if BUILD.EARLY and BUILD.KEEP:
                 if (step == 1) & (part.part == 0):
-                    lane = tl.arange(0, BLOCK_P)
+                    lane = tl.arange(0, BUILD.BLOCK_P)
                     each = tl.load(
                         shared.openings + part.slot + lane, mask=lane < part.parts, other=0.0, cache_modifier=".cg"
                     )
@@ -509,45 +478,43 @@ def forward_set(
         given = step < K
         if step == 0:
             if START:
-                row, given = given_start(rows, start_ptr, BLOCK_C)
+                row, given = given_start(rows, start_ptr, BUILD)
                 partial = Partial(partial.score, tl.where(given, row, NO_ROW), 0.0, partial.denominator, 0)
-                pickable = tl.where(given, tl.maximum(pickable, 1), 0)  # EARLY: no other is known of yet
-            elif EARLY:
-                partial = next_usable(rows, partial, SEEDED, BLOCK_R, BLOCK_C)
+                pickable = tl.where(given, tl.maximum(pickable, 1), 0)  # BUILD.EARLY: no other is known of yet
+            elif BUILD.EARLY:
+                partial = next_usable(rows, partial, BUILD)
                 pickable = tl.where(partial.row != NO_ROW, 1, 0)  # as far as is known
         # -- write it
         there = (step < pickable) & (partial.row != NO_ROW)
         values = load_row(rows.features, partial.row, there, rows.stride, cols, rows.C)
         if part.part == 0:
-            store_pick(rows, out, partial, step, there, values, pickable, K, KEEP, BLOCK_C)
+            store_pick(rows, out, partial, step, there, values, pickable, K, BUILD)
         if step + 1 < K:
             # -- products with it, a tile at a time
             direction = values.to(tl.float32)
             own = 1.0
-            if NORMALIZED:
+            if BUILD.NORMALIZED:
                 own = tl.sum(direction * direction, axis=0)
             else:
                 direction, _ = unit_vector(direction, there)
             tl.debug_barrier()  # all have read what these loops write
             tl.store(state.directions + slot.to(tl.int64) * rows.C + cols, direction, mask=cols < rows.C)
             tl.debug_barrier()
-            if EARLY:
+            if BUILD.EARLY:
                 if step == 0:
                     pickable = open_rows(
-                        rows, part, out, state, shared, weights, partial.score, given, tau, SEEDED, KEEP, START, SPLIT,
-                        BLOCK_N, CHUNK, CHUNKS, BLOCK_R,
-                    )  # fmt: skip
+                        rows, part, out, state, shared, weights, partial.score, given, tau, START, BUILD
+                    )
                 else:
-                    see_rows(rows, part, state, False, True, BLOCK_N, CHUNK, CHUNKS)
+                    see_rows(rows, part, state, False, True, BUILD)
             else:
-                see_rows(rows, part, state, False, True, BLOCK_N, CHUNK, CHUNKS)
+                see_rows(rows, part, state, False, True, BUILD)
             # -- distances and scores, a row to a thread
             exponent = tl.load(state.exponents + slot)
             partial = score_rows(
-                rows, part.low, part.high, state, out.gaps, weights, step, partial.row, own, exponent, tau, SEEDED,
-                NORMALIZED, DISTINCT, KEEP, BLOCK_R,
-            )  # fmt: skip
-            if SPLIT != WHOLE:
+                rows, part.low, part.high, state, out.gaps, weights, step, partial.row, own, exponent, tau, BUILD
+            )
+            if BUILD.SPLIT != WHOLE:
                 store_partial(shared, part, step + 1, partial)
 
 
@@ -594,29 +561,18 @@ def select_forward(
     shortest,  # sets of fewer rows are another launch's
     longest,
     scale,
-    SEEDED: tl.constexpr,
-    NORMALIZED: tl.constexpr,
-    DISTINCT: tl.constexpr,
-    KEEP: tl.constexpr,
-    EARLY: tl.constexpr,  # the first pick needs no pass over the rows: K > 1, and a quality or a start is given
-    SPLIT: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # rows of a tile
-    CHUNK: tl.constexpr,  # columns at a time
-    CHUNKS: tl.constexpr,
-    BLOCK_C: tl.constexpr,  # C up to the next power of two
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # rows at a time in the scalar loop
+    BUILD: tl.constexpr,  # see `Constants`
 ):
     set_id = tl.program_id(0)
     part, sets = 0, tl.num_programs(0)
-    if SPLIT != WHOLE:
+    if BUILD.SPLIT != WHOLE:
         sets = sets // parts
         part = set_id % parts
         set_id = set_id // parts
     first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     low, high = 0, count
-    if SPLIT != WHOLE:
-        low, high = divide(count, part, parts, BLOCK_N)
+    if BUILD.SPLIT != WHOLE:
+        low, high = divide(count, part, parts, BUILD.BLOCK_N)
     seed = (seed_ptr, seed_value)
     rows = Rows(rows_ptr + offset, stride_row, C, R, set_id, first, count, quality_ptr, mask_ptr, noise_ptr, seed)
     mine = Part(low, high, part, parts, set_id * parts, sets * parts, barrier_ptr)
@@ -626,7 +582,4 @@ def select_forward(
     weights = Weights(finite_or_nan(scalar(gamma_ptr, gamma_value)), scale)
     tau = scalar(tau_ptr, tau_value)
     if (count >= shortest) & (count <= longest):
-        forward_set(
-            rows, mine, out, state, shared, weights, start_ptr, tau, K, turn, SEEDED, NORMALIZED, DISTINCT, KEEP,
-            EARLY, SPLIT, BLOCK_N, CHUNK, CHUNKS, BLOCK_C, BLOCK_P, BLOCK_R,
-        )  # fmt: skip
+        forward_set(rows, mine, out, state, shared, weights, start_ptr, tau, K, turn, BUILD)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fcn_kernels.device.gpu import Device, device_of, gamma_argument, has_no_room, seed_argument
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE
 from fcn_kernels.selection.kernels.backward import select_backward
+from fcn_kernels.selection.kernels.common import Constants
 from fcn_kernels.selection.kernels.forward import select_forward
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
 
@@ -61,18 +62,20 @@ class Plan(NamedTuple):
         """Columns of a row, up to a power of two."""
         return int(triton.next_power_of_2(self.chunk * self.chunks))
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        """What both kernels are built with."""
-        return {
-            "SPLIT": self.split,
-            "BLOCK_N": self.block_n,
-            "CHUNK": self.chunk,
-            "CHUNKS": self.chunks,
-            "BLOCK_C": self.block_c,
-            "BLOCK_P": int(triton.next_power_of_2(self.parts)),
-            "BLOCK_R": self.block_r,
-        }
+    def constants(self, p: Problem, **options: int) -> Constants:
+        """What a kernel is built for."""
+        return Constants.of(
+            SEEDED=p.seed is not None,
+            NORMALIZED=p.normalized,
+            SPLIT=self.split,
+            BLOCK_N=self.block_n,
+            CHUNK=self.chunk,
+            CHUNKS=self.chunks,
+            BLOCK_C=self.block_c,
+            BLOCK_P=int(triton.next_power_of_2(self.parts)),
+            BLOCK_R=self.block_r,
+            **options,
+        )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -187,13 +190,12 @@ def forward(p: Problem, keep: bool, plans: Sequence[Plan] | None = None) -> Sele
         "winners_ptr": new(2, slots, dtype=torch.int32),
         "pickable_ptr": new(slots, dtype=torch.int32),
         "openings_ptr": new(slots),
-        "DISTINCT": p.distinct,
-        "KEEP": keep,
-        "EARLY": p.k > 1 and (p.quality is not None or p.start is not None),
     }
+    early = p.k > 1 and (p.quality is not None or p.start is not None)
     with torch.cuda.device_of(p.features):
         for plan in plans:
-            _launch(select_forward, p, plan, p.k + 1, arguments | plan.constants)
+            build = plan.constants(p, DISTINCT=p.distinct, KEEP=keep, EARLY=early)
+            _launch(select_forward, p, plan, p.k + 1, arguments, build)
     return out
 
 
@@ -223,16 +225,14 @@ def backward(p: Problem, grad: Tensor, saved: Saved, plans: Sequence[Plan] | Non
         "means_ptr": new(3, slots),
         "sums_ptr": new(slots, 2, p.dim),
         "totals_ptr": new(p.sets, 2, p.dim),
-        "CHOSEN": p.start is None,
     }
     with torch.cuda.device_of(p.features):
         for plan in plans:
-            constants = {
-                "BLOCK_W": plan.block_n,
-                "FOLD": min(plan.block_n, max(1, plan.warps * CHUNK_BYTES // p.features.itemsize // plan.chunk)),
-                "BLOCK_S": max(1, min(SUM_COLUMNS, SUM_ELEMENTS * 32 * plan.warps // plan.constants["BLOCK_P"])),
-            }
-            _launch(select_backward, p, plan, 2 * p.k + 1, arguments | plan.constants | constants)
+            fold = min(plan.block_n, max(1, plan.warps * CHUNK_BYTES // p.features.itemsize // plan.chunk))
+            columns = SUM_ELEMENTS * 32 * plan.warps // int(triton.next_power_of_2(plan.parts))
+            columns = max(1, min(SUM_COLUMNS, columns))
+            build = plan.constants(p, CHOSEN=p.start is None, FOLD=fold, BLOCK_S=columns)
+            _launch(select_backward, p, plan, 2 * p.k + 1, arguments, build)
     return Gradients(drows, dquality, dgamma.sum())
 
 
@@ -262,16 +262,14 @@ def _given(p: Problem, stand_in: Tensor) -> dict[str, Any]:
         "K": p.k,
         "R": p.rows,
         "scale": p.distance_scale,
-        "SEEDED": p.seed is not None,
-        "NORMALIZED": p.normalized,
     }
 
 
-def _launch(kernel: Any, p: Problem, plan: Plan, turns: int, arguments: dict[str, Any]) -> None:
+def _launch(kernel: Any, p: Problem, plan: Plan, turns: int, arguments: dict[str, Any], build: Constants) -> None:
     """One launch, or a launch a turn; parts that cannot all run at once meet between launches, here and from now on."""
     if plan.split == COOPERATIVE.value:
         try:
-            _run(kernel, p, plan, 1, arguments)
+            _run(kernel, p, plan, 1, arguments, build)
             return
         except RuntimeError as error:
             if not has_no_room(error, p.features):
@@ -279,11 +277,11 @@ def _launch(kernel: Any, p: Problem, plan: Plan, turns: int, arguments: dict[str
         warnings.warn(
             "a cooperative launch did not fit this GPU: large sets take a launch a step from now on", stacklevel=2
         )
-        plan = plan._replace(split=LAUNCHES.value)
-    _run(kernel, p, plan, turns if plan.split == LAUNCHES.value else 1, arguments | plan.constants)
+        plan, build = plan._replace(split=LAUNCHES.value), build._replace(SPLIT=LAUNCHES)
+    _run(kernel, p, plan, turns if plan.split == LAUNCHES.value else 1, arguments, build)
 
 
-def _run(kernel: Any, p: Problem, plan: Plan, turns: int, arguments: dict[str, Any]) -> None:
+def _run(kernel: Any, p: Problem, plan: Plan, turns: int, arguments: dict[str, Any], build: Constants) -> None:
     barrier = None
     if plan.split == COOPERATIVE.value:
         barrier = torch.zeros(p.sets, dtype=torch.int32, device=p.features.device)
@@ -296,5 +294,6 @@ def _run(kernel: Any, p: Problem, plan: Plan, turns: int, arguments: dict[str, A
             turn=turn,
             shortest=plan.shortest,
             longest=plan.longest,
+            BUILD=build,
             **plan.options,
         )
