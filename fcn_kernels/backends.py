@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("triton", "cpp", "torch")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -62,6 +63,13 @@ def runs_on(backend: str, dtype: torch.dtype, cpp_unavailable: Unavailable) -> s
     if backend != "cpu":
         return backend
     return "torch" if cpp_unavailable(dtype) else "cpp"
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether PyTorch's forward mode follows any of these: it takes a derivative that is not registered for 0."""
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

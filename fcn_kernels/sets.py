@@ -37,6 +37,30 @@ def row_norms(rows: Tensor) -> Tensor:
     return norms
 
 
+def unpack_nested(
+    features: Tensor, quality: Tensor | None, mask: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A jagged nested tensor as packed features, quality and cu_seqlens; anything else as it is.
+
+    The quality may be nested as the features are, or packed.
+    """
+    nested = [t for t in (features, quality) if isinstance(t, Tensor) and t.is_nested]
+    if not nested:
+        return features, quality, cu_seqlens
+    for name, value in (("mask", mask), ("lengths", lengths), ("cu_seqlens", cu_seqlens)):
+        if value is not None:
+            raise ValueError(f"expected no {name} with nested features, which know their sets")
+    if not all(t.layout == torch.jagged and t.ndim == n for t, n in zip(nested, (3, 2), strict=False)):
+        raise ValueError("expected nested features (B, N of each set, C), and quality (B, N), of layout torch.jagged")
+    if not features.is_nested or features.lengths() is not None:  # type: ignore[attr-defined]
+        raise ValueError("expected nested quality with nested features, and neither with gaps between the sets")
+    if quality is not None and quality.is_nested:
+        if quality.values().shape != features.values().shape[:1]:
+            raise ValueError("expected quality to be nested as the features are")
+        quality = quality.values()
+    return features.values(), quality, features.offsets()  # type: ignore[attr-defined]
+
+
 class RowSets(NamedTuple):
     """Where sets lie among T rows: set b owns rows offsets[b] to offsets[b + 1]; its first lengths[b] take part."""
 

@@ -155,9 +155,9 @@ def test_jagged_nested_tensors_are_packed_sets() -> None:
     quality = torch.nested.nested_tensor([r.norm(dim=1) for r in rows], layout=torch.jagged)
     packed = torch.cat(rows).requires_grad_()
     offsets = torch.tensor([0, 5, 6, 13])
-    for q in (None, quality):
+    for q in (None, quality, quality.values()):
         found = coreset_select(nested, 3, q, 0.5)
-        wanted = coreset_select(packed, 3, None if q is None else q.values(), 0.5, cu_seqlens=offsets)
+        wanted = coreset_select(packed, 3, None if q is None else quality.values(), 0.5, cu_seqlens=offsets)
         same(found, wanted)
         (grad,) = torch.autograd.grad(found.features.square().sum(), nested)
         (right,) = torch.autograd.grad(wanted.features.square().sum(), packed)
@@ -165,7 +165,9 @@ def test_jagged_nested_tensors_are_packed_sets() -> None:
     with pytest.raises(ValueError, match="no cu_seqlens with nested features"):
         coreset_select(nested, 3, cu_seqlens=offsets)
     with pytest.raises(ValueError, match="quality to be nested as the features are"):
-        coreset_select(nested, 3, torch.ones(13))
+        coreset_select(nested, 3, torch.nested.nested_tensor([r[:1, 0] for r in rows], layout=torch.jagged))
+    with pytest.raises(ValueError, match="quality of shape"):
+        coreset_select(nested, 3, torch.ones(12))
     with pytest.raises(ValueError, match=r"layout torch\.jagged"):
         coreset_select(torch.nested.nested_tensor(rows), 3)
 

@@ -501,7 +501,7 @@ def test_nested_sets_are_packed_ones():
         assert torch.equal(grad, expected[1][0])
     with pytest.raises(ValueError, match="no cu_seqlens with nested features"):
         head(nested, norms, cu_seqlens=torch.tensor([0, 4, 4, 9]))
-    with pytest.raises(TypeError, match=r"layout torch\.jagged, got torch\.strided"):
+    with pytest.raises(ValueError, match=r"of layout torch\.jagged"):
         head(torch.nested.nested_tensor([features]), quality)
 
 

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fcn_kernels.attention import torch_backend
 from fcn_kernels.attention.inputs import Arriving, Gradients, Inputs, Outputs
-from fcn_kernels.backends import resolve_backend, without_autocast
+from fcn_kernels.backends import has_tangent, resolve_backend, without_autocast
 from fcn_kernels.noise import draw_seed
 from fcn_kernels.sets import RowSets, accumulator
 
@@ -73,7 +72,8 @@ def set_attention(
         raise ValueError(f"expected dropout in [0, 1), got {dropout}")
     if features.shape[1] % 2:
         raise ValueError(f"expected an even number of columns, got features of shape {tuple(features.shape)}")
-    _refuse_forward_mode(queries, features, quality, encoding_weight)
+    if not torch.compiler.is_compiling() and has_tangent(queries, features, quality, encoding_weight):
+        raise NotImplementedError("set_attention has no forward-mode derivative. Use backward() or torch.func.vjp.")
     dtype = accumulator(features.dtype)
     if dropout == 0:
         seed = None
@@ -84,14 +84,6 @@ def set_attention(
     )
     out, weight_sum, _ = (_Transformed.apply if _transformed() else _run)(*inputs)
     return out, weight_sum
-
-
-def _refuse_forward_mode(*tensors: Tensor) -> None:
-    """Where a derivative of an operator is not registered, PyTorch's forward mode takes it for 0."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError("set_attention has no forward-mode derivative. Use backward() or torch.func.vjp.")
 
 
 _FIELDS = len(Inputs._fields)

@@ -12,7 +12,7 @@ from fcn_kernels.attention.op import set_attention
 from fcn_kernels.backends import without_autocast
 from fcn_kernels.selection import checks
 from fcn_kernels.selection.select import Coreset, coreset_select
-from fcn_kernels.sets import RowSets, accumulator
+from fcn_kernels.sets import RowSets, accumulator, unpack_nested
 
 DISTANCE_SCALE = 0.5  # of the authors' code: (1 - cos) / 2
 
@@ -140,7 +140,7 @@ class CoresetAggregator(nn.Module):
         if not isinstance(features, Tensor) or not isinstance(quality, Tensor):
             got = f"{type(features).__name__} and {type(quality).__name__}"
             raise TypeError(f"expected features and quality to be Tensors, got {got}")
-        features, quality, cu_seqlens = _unnested(features, quality, cu_seqlens)
+        features, quality, cu_seqlens = unpack_nested(features, quality, mask, lengths, cu_seqlens)
         if features.ndim not in ((2, 3) if cu_seqlens is None else (2,)) or features.shape[-1] != self.dim:
             shape = (
                 f"(B, N, {self.dim}) or (N, {self.dim})" if cu_seqlens is None else f"(T, {self.dim}) with cu_seqlens"
@@ -178,18 +178,6 @@ class CoresetAggregator(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, k={self.k}"
-
-
-def _unnested(features: Tensor, quality: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Jagged nested tensors as packed sets; others as they are."""
-    if features.is_nested:
-        if features.layout != torch.jagged:
-            raise TypeError(f"expected nested features of layout torch.jagged, got {features.layout}")
-        if cu_seqlens is not None:
-            raise ValueError("expected no cu_seqlens with nested features")
-        features = features.contiguous()
-        features, cu_seqlens = features.values(), features.offsets()  # type: ignore[attr-defined]
-    return features, quality.contiguous().values() if quality.is_nested else quality, cu_seqlens
 
 
 def select_scaled(

@@ -10,10 +10,9 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from fcn_kernels.backends import runs_on
+from fcn_kernels.backends import has_tangent, runs_on
 from fcn_kernels.selection import torch_backend
 from fcn_kernels.selection.cpp import launch as cpp
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
@@ -48,7 +47,7 @@ def select(problem: Problem, backend: str) -> tuple[Any, ...]:
     graded = _asks_for_gradient(*leaves)
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return _run(*problem, graded, backend)  # type: ignore[no-any-return]
-    if torch._C._are_functorch_transforms_active() or _has_tangent(leaves):
+    if torch._C._are_functorch_transforms_active() or has_tangent(*leaves):
         return _Select.apply(backend, *problem)  # type: ignore[no-any-return]
     # Skip the dispatcher's autograd layer where nothing needs to intercept the call; it costs 1/6 of a tiny call.
     if graded:
@@ -60,13 +59,6 @@ def select(problem: Problem, backend: str) -> tuple[Any, ...]:
 def _asks_for_gradient(features: Tensor, quality: Tensor | None, gamma: Tensor) -> bool:
     return torch.is_grad_enabled() and (
         features.requires_grad or gamma.requires_grad or (quality is not None and quality.requires_grad)
-    )
-
-
-def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether forward-mode AD follows any of these."""
-    return forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     )
 
 

@@ -10,7 +10,7 @@ from fcn_kernels.noise import draw_seed
 from fcn_kernels.selection import checks, op
 from fcn_kernels.selection.cpp import launch as cpp
 from fcn_kernels.selection.problem import Problem
-from fcn_kernels.sets import accumulator
+from fcn_kernels.sets import accumulator, unpack_nested
 
 
 class Coreset(NamedTuple):
@@ -115,7 +115,7 @@ def coreset_select(
         >>> coreset.features.shape, coreset.indices.shape
         (torch.Size([2, 3, 512]), torch.Size([2, 3]))
     """
-    features, quality, cu_seqlens = _unpacked(features, quality, mask, lengths, cu_seqlens)
+    features, quality, cu_seqlens = unpack_nested(features, quality, mask, lengths, cu_seqlens)
     checks.check_features(features, cu_seqlens)
     checks.check_flags(sample=sample, normalized=normalized, distinct=distinct, strict=strict)
     checks.check_generator(generator)
@@ -167,27 +167,6 @@ def coreset_select(
     rows, distances, indices, counts = op.select(problem, resolve_backend(backend, features, cpp.unavailable))[:4]
     coreset = Coreset(rows, indices, counts, distances)
     return Coreset(*(t[0] for t in coreset)) if single else coreset
-
-
-def _unpacked(
-    features: Tensor, quality: Tensor | None, mask: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A jagged nested tensor as packed features, quality and cu_seqlens; anything else as it is."""
-    nested = [t for t in (features, quality) if isinstance(t, Tensor) and t.is_nested]
-    if not nested:
-        return features, quality, cu_seqlens
-    for name, value in (("mask", mask), ("lengths", lengths), ("cu_seqlens", cu_seqlens)):
-        if value is not None:
-            raise ValueError(f"expected no {name} with nested features, which know their sets")
-    if not all(t.layout == torch.jagged and t.ndim == n for t, n in zip(nested, (3, 2), strict=False)):
-        raise ValueError("expected nested features (B, N of each set, C), and quality (B, N), of layout torch.jagged")
-    if not features.is_nested or features.lengths() is not None:  # type: ignore[attr-defined]
-        raise ValueError("expected nested quality with nested features, and neither with gaps between the sets")
-    if quality is not None:
-        if not quality.is_nested or quality.values().shape != features.values().shape[:1]:
-            raise ValueError("expected quality to be nested as the features are")
-        quality = quality.values()
-    return features.values(), quality, features.offsets()  # type: ignore[attr-defined]
 
 
 torch.serialization.add_safe_globals([Coreset])  # a saved one loads with weights_only
