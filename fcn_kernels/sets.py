@@ -1,9 +1,11 @@
 """Sets of rows: which rows belong to which set, which rows are usable, and the dtype in which rows are summed."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Quality = TypeVar("Quality", Tensor, Tensor | None)
 
 # What has to stay in the last-level cache through several passes, beside what else is there: a quarter of the 32 MiB
 # that the cores of a socket share on common servers.
@@ -38,8 +40,8 @@ def row_norms(rows: Tensor) -> Tensor:
 
 
 def unpack_nested(
-    features: Tensor, quality: Tensor | None, mask: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    features: Tensor, quality: Quality, mask: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Quality, Tensor | None]:
     """A jagged nested tensor as packed features, quality and cu_seqlens; anything else as it is.
 
     The quality may be nested as the features are, or packed.
