@@ -375,6 +375,7 @@ def test_output_that_could_not_be_written_is_found_before_the_work(tmp_path: Pat
         (Path(f"{tmp_path}/a\0b.npz"), "cannot be written: embedded null byte"),
         (tmp_path / "gone.npz", "expected a file in a folder that exists"),
         (tmp_path / "pipe.npz", "is no regular file"),
+        (Path("/proc/o.npz"), "expected a file in a folder that exists and can be written to"),
     ):
         with pytest.raises(InputError, match=reason):
             aggregate.run_checked(arguments(*inputs, "--out", out, "--overwrite"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fcn_kernels import Coreset, CoresetSelect, coreset_select
 
@@ -185,23 +185,25 @@ def test_a_saved_coreset_loads_with_weights_only() -> None:
 # --- numbers that change under compilers --------------------------------------------------------------------------
 
 
-def compiled(function: Any, **options: Any) -> tuple[Any, CompileCounter]:
+def compiled(function: Any, **options: Any) -> tuple[Any, CompileCounterWithBackend]:
+    """Down to the operators: a number may become a constant as late as there."""
     torch._dynamo.reset()
-    counter = CompileCounter()
+    counter = CompileCounterWithBackend("aot_eager")
     return torch.compile(function, backend=counter, fullgraph=True, **options), counter
 
 
-def test_an_annealed_tau_is_not_compiled_for_each_value() -> None:
-    def step(x: Tensor, q: Tensor, tau: Any) -> Tensor:
-        return coreset_select(x, 3, q, 0.5, tau=tau).features
+@pytest.mark.parametrize("name", ["tau", "gamma"])
+def test_an_annealed_number_is_not_compiled_for_each_value(name: str) -> None:
+    def step(x: Tensor, q: Tensor, value: Any) -> Tensor:
+        return coreset_select(x, 3, q, **{"gamma": 0.5, name: value}).features
 
     for values in ([1.0, 0.9, 0.8, 0.7, 0.6, 0.5], [torch.tensor(t) for t in (1.0, 0.9, 0.8, 0.7)]):
         run, counter = compiled(step)
-        for tau in values:
+        for value in values:
             x = X.clone().requires_grad_()
             again = X.clone().requires_grad_()
-            run(x, Q, tau).square().sum().backward()
-            step(again, Q, float(tau)).square().sum().backward()
+            run(x, Q, value).square().sum().backward()
+            step(again, Q, float(value)).square().sum().backward()
             torch.testing.assert_close(x.grad, again.grad)
         assert counter.frame_count <= 2  # once as a constant, once as a number that changes
 

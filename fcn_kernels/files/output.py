@@ -29,8 +29,12 @@ def check_output(path: Path, read_from: Iterable[Path], overwrite: bool) -> None
     except (OSError, ValueError) as error:  # too long, a loop of links, a null character
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{str(path)!r}: cannot be written: {reason}") from error
-    if not os.access(_target(path).parent, os.W_OK):
-        raise InputError(f"{path}: expected a file in a folder that exists and can be written to")
+    try:
+        descriptor, trial = _new_file(_target(path))
+    except OSError as error:
+        raise InputError(f"{path}: expected a file in a folder that exists and can be written to") from error
+    os.close(descriptor)
+    trial.unlink()
     if there is None:
         return
     if not stat.S_ISREG(there.st_mode):
@@ -52,10 +56,9 @@ def replacing(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
         FileExistsError: not `overwrite`, and a file has appeared at `path` meanwhile. It stays as it is.
     """
     target = _target(path)
-    temporary = target.with_name(f".fcn-{secrets.token_hex(8)}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    descriptor, temporary = _new_file(target)
     try:
-        with open(os.open(temporary, flags, 0o666), "wb") as file:
+        with open(descriptor, "wb") as file:
             if overwrite and target.exists():
                 temporary.chmod(stat.S_IMODE(target.stat().st_mode))
             yield file
@@ -67,6 +70,13 @@ def replacing(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
             _move_to_new(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _new_file(target: Path) -> tuple[int, Path]:
+    """A descriptor and the name of a new file beside the target."""
+    temporary = target.with_name(f".fcn-{secrets.token_hex(8)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return os.open(temporary, flags, 0o666), temporary
 
 
 def _target(path: Path) -> Path:

@@ -136,8 +136,8 @@ def exponent(gamma: Any, features: Tensor) -> Tensor:
 
 
 def _scalar(value: Any, dtype: torch.dtype) -> Tensor:
-    # torch.tensor, which is faster, would be compiled anew for each value of an annealed tau
-    return torch.full((), value, dtype=dtype) if torch.compiler.is_compiling() else torch.tensor(value, dtype=dtype)
+    # torch.tensor, which is faster, would be compiled anew for each value of an annealed tau, as would torch.full
+    return torch.ones((), dtype=dtype) * value if torch.compiler.is_compiling() else torch.tensor(value, dtype=dtype)
 
 
 def _check_scalar(name: str, value: Tensor, features: Tensor) -> None:

@@ -77,7 +77,7 @@ def coreset_select(
         noise: ``(k, B, N)``, ``(k, N)`` or ``(k, T)`` Gumbel samples to use instead. -inf takes a row out of a step;
             NaN and +inf are refused, or count as -inf where values cannot be looked at (devices, ``torch.compile``).
         generator: draw the seed from this generator instead; it may live on the CPU or on the features' device.
-        distance_scale: 1 in the paper's listing, 1/2 in its authors' code.
+        distance_scale: 1 in the paper's listing, 1/2 in its authors' code. A constant to compilers.
         normalized: rows are unit length already; no norms are computed and the gradient is not projected.
         distinct: never pick a row twice (possible only under noise or among coinciding rows).
         start: fixes the first pick, an int or ``(B,)`` integers. A set in which that row cannot be picked gives none;
