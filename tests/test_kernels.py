@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from itertools import pairwise, product
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,17 +15,15 @@ pytest.importorskip("triton")
 
 from oracle import Outcome, assert_as_accurate_as_eager, outcome, select_on, weights_for
 from poison import poisoned
-from problems import STRIDED, Case, cases, pack, random_case, spoil
+from problems import Case, cases, random_case, spoil
 from side_by_side import side_by_side
+from tiers import TIERS, forced, run, same_bits
 
 from fcn_kernels import coreset_select
-from fcn_kernels.device import gpu
-from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE
 from fcn_kernels.selection import op
 from fcn_kernels.selection.kernels import launch
 from fcn_kernels.selection.problem import Problem
 
-TIERS = ("whole", "two lengths", "split")
 # What the barriers carry: the softmax sums, the first pick made early or not, counts of few rows, and one step alone.
 BARRIER_CASES: tuple[dict[str, Any], ...] = (
     {},
@@ -38,36 +34,6 @@ BARRIER_CASES: tuple[dict[str, Any], ...] = (
     {"k": 1},
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def plans_of(tier: str, dim: int) -> tuple[launch.Plan, ...]:
-    """Tiles of 4 rows and 16 columns, so that small sets are walked in several; 3 parts of a set where it is split."""
-    plan = launch.Plan(4, 16, -(-dim // 16), 1, block_r=8)
-    return {
-        "whole": (plan,),
-        "two lengths": (plan._replace(block_n=2, longest=4), plan._replace(shortest=5)),
-        "split": (plan._replace(parts=3, split=LAUNCHES.value),),
-        "split at barriers": (plan._replace(parts=3, split=COOPERATIVE.value),),
-    }[tier]
-
-
-@contextmanager
-def forced(tier: str, backward: str | None = None) -> Iterator[None]:
-    """Launch by these plans."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "forward_plans", lambda sets, rows, dim, *rest: plans_of(tier, dim))
-        patch.setattr(launch, "backward_plans", lambda sets, rows, dim, *rest: plans_of(backward or tier, dim))
-        yield
-
-
-def run(case: Case, tier: str = "whole") -> Outcome:
-    with forced(tier), poisoned():
-        return outcome(select_on("triton"), case, weights_for(case))
-
-
-def same_bits(a: Outcome, b: Outcome) -> bool:
-    pairs = [*zip(a.coreset, b.coreset, strict=True), (a.features, b.features), (a.gamma, b.gamma)]
-    return all(torch.equal(x, y) for x, y in pairs)
 
 
 # --- as accurate as eager, picks as in float64 ------------------------------------------------------------
@@ -187,30 +153,6 @@ def test_favourites_that_turn_out_unpickable(noise: float | None, tier: str, dev
         assert_as_accurate_as_eager(case, "triton")
 
 
-@pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("quality", ["random", "norms"])
-@pytest.mark.parametrize("k", [1, 3])
-def test_given_starts(k: int, quality: str, tier: str, device: torch.device) -> None:
-    """Sound ones in a set with a row that is not; and one that is not finite, is zero, masked, or of no quality."""
-    case = random_case(6, 14, 7, k, quality=quality)
-    features, mask = case.features.clone(), torch.ones(6, 14, dtype=torch.bool)
-    features[0, 4] = features[2, 7] = math.nan
-    features[3, 0] = 0.0
-    mask[4, 12] = False
-    given = case.quality
-    if given is not None:
-        given = given.clone()
-        given[5, 2] = -1.0
-    case = Case(features, k, given, case.gamma, {**case.options, "mask": mask})
-    case = case.with_options(start=torch.tensor([9, 13, 7, 0, 12, 2])).to(device)
-    with forced(tier), poisoned():
-        picked = coreset_select(case.features, k, case.quality, case.gamma, backend="triton", **case.options)
-        last = -1 if given is not None else 2
-        assert picked.indices[:, 0].tolist() == [9, 13, -1, -1, -1, last]
-        assert picked.counts.tolist() == [k, k, 0, 0, 0, k if last > 0 else 0]
-        assert_as_accurate_as_eager(case, "triton")
-
-
 def test_many_picks(device: torch.device) -> None:
     """K = 64 of 66 rows."""
     case = random_case(1, 66, 3, 64, noise=None, quality="flat").to(device)
@@ -241,22 +183,6 @@ def test_drawn_noise(tier: str, device: torch.device) -> None:
 # --- layout, order and memory change nothing ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tier", TIERS)
-def test_padded_and_packed_are_the_same_bits(tier: str, device: torch.device) -> None:
-    padded = spoil(random_case(3, 6, 7, 3, duplicates=True), share=0.2)
-    lengths = torch.tensor([6, 0, 5])
-    inside = torch.arange(6) < lengths[:, None]
-    twin = run(pack(padded, lengths).to(device), tier)
-    got = run(padded.with_options(lengths=lengths).to(device), tier)
-    masked = run(padded.with_options(mask=inside).to(device), tier)
-    for other in (got, masked):
-        assert all(torch.equal(a, b) for a, b in zip(twin.coreset, other.coreset, strict=True))
-        assert torch.equal(twin.features, other.features[inside])
-        assert torch.equal(twin.quality, other.quality[inside])
-        assert (other.features[~inside] == 0).all()
-        assert (other.quality[~inside] == 0).all()
-
-
 def test_forward_and_backward_may_differ_in_tier(device: torch.device) -> None:
     """What the forward pass saves means the same to every backward pass."""
     case = random_case(1, 9, 7, 3, duplicates=True).to(device)
@@ -272,15 +198,6 @@ def test_forward_and_backward_may_differ_in_tier(device: torch.device) -> None:
 def test_the_same_bits_again(device: torch.device) -> None:
     case = random_case(3, 10, 9, 3).to(device)
     assert same_bits(run(case), run(case))
-
-
-@pytest.mark.parametrize("how", STRIDED)
-def test_strides_change_nothing(how: str, device: torch.device) -> None:
-    case = random_case(3, 6, 6, 2).to(device)
-    plain = case.features
-    strided = STRIDED[how](plain)
-    plain = strided.clone(memory_format=torch.contiguous_format)
-    assert same_bits(*(run(Case(x, 2, case.quality, case.gamma, case.options)) for x in (plain, strided)))
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -332,40 +249,6 @@ def test_scalars_on_the_device(monkeypatch: pytest.MonkeyPatch, device: torch.de
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_exact_ties_go_to_the_lowest_row(tier: str, device: torch.device) -> None:
-    """Unit vectors are equally far from each other in exact arithmetic, so nothing is left to rounding."""
-    features = (torch.eye(6) * torch.tensor([1.0, 2, 4, 8, 2, 1])[:, None])[None].to(device)
-    with forced(tier), poisoned():
-        flat = coreset_select(features, 6, torch.ones(1, 6, device=device), backend="triton")
-        norms = coreset_select(features, 3, backend="triton")
-    assert flat.indices.tolist() == [[0, 1, 2, 3, 4, 5]]
-    assert norms.indices.tolist() == [[3, 0, 1]]
-
-
-@pytest.mark.parametrize("tier", TIERS)
-def test_sets_without_a_row_to_pick(tier: str, device: torch.device) -> None:
-    case = random_case(3, 5, 4, 2)
-    case.features[1] = torch.nan
-    got = run(case.with_options(lengths=torch.tensor([0, 5, 1])).to(device), tier)
-    assert got.coreset.counts.tolist() == [0, 0, 1]
-    assert got.coreset.indices.tolist() == [[-1, -1], [-1, -1], [0, -1]]
-    assert (got.coreset.features[:2] == 0).all()
-    assert (got.features[:2] == 0).all()
-    assert got.features.isfinite().all()
-    assert got.gamma.isfinite()
-
-
-@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4)])
-def test_no_rows_at_all(shape: tuple[int, ...], device: torch.device) -> None:
-    features = torch.zeros(shape, device=device, requires_grad=True)
-    with poisoned():
-        coreset = coreset_select(features, 3, backend="triton")
-        (grad,) = torch.autograd.grad(coreset.features.sum(), features)
-    assert coreset.counts.tolist() == [0] * shape[0]
-    assert grad.shape == shape
-
-
-@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize(
     "wrong",
     [{"lengths": [99, -3]}, {"cu_seqlens": [-4, 5, 99]}, {"cu_seqlens": [9, 5, 2]}, {"start": [-2, 77]}],
@@ -391,38 +274,3 @@ def test_kernels_stay_inside_whatever_lengths_say(wrong: dict[str, list[int]], t
     assert ((counts >= 0) & (counts <= 3)).all()
     if "start" in wrong:
         assert counts.tolist() == [0, 0]
-
-
-# --- launch geometry ------------------------------------------------------------
-
-SIZES = list(product((1, 7, 200), (1, 20, 64, 300, 8000, None), (1, 100, 512, 4096), (2, 4), (False, True)))
-GPU = gpu.Device(processors=132, cooperative=True)
-
-
-@pytest.mark.parametrize("device_kind", [GPU, gpu.INTERPRETER], ids=["gpu", "interpreter"])
-def test_plans_fit_and_cover(device_kind: gpu.Device) -> None:
-    for (sets, rows, dim, itemsize, ragged), plan_for in product(SIZES, (launch.forward_plans, launch.backward_plans)):
-        plans = plan_for(sets, rows, dim, itemsize, ragged, device_kind)
-        assert plans[0].shortest == 0
-        assert plans[-1].longest >= launch.MAX_ROWS
-        assert all(b.shortest == a.longest + 1 for a, b in pairwise(plans))  # each set is one launch's
-        for plan in plans:
-            for size in (plan.block_n, plan.chunk, plan.warps, plan.block_r):
-                assert size & (size - 1) == 0
-                assert size >= 1
-            assert plan.chunk * plan.chunks >= dim
-            if plan.split == WHOLE.value:
-                assert plan.parts == 1
-            else:
-                assert len(plans) == 1
-                assert plan.parts > 1
-                assert rows // plan.parts >= launch.SPLIT_ROWS
-                assert plan.split == (COOPERATIVE if device_kind.cooperative else LAUNCHES).value
-                assert sets * plan.parts <= device_kind.processors * plan.at_once  # all run at once
-
-
-def test_large_sets_are_split() -> None:
-    """The paper's sizes: a program for 20 photos, 8,000 photos of one person are shared by the whole GPU."""
-    assert launch.forward_plans(256, 20, 512, 2, False, GPU)[0].parts == 1
-    assert launch.forward_plans(1, 8000, 512, 2, False, GPU)[0].parts > 100
-    assert len(launch.forward_plans(256, None, 512, 2, True, GPU)) == 2

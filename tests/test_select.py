@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from oracle import (
     weights_for,
 )
 from poison import poisoned
-from problems import STRIDED, Case, cases, pack, random_case, spoil
+from problems import Case, cases, pack, random_case, spoil
 from torch import Tensor
 
 from fcn_kernels import coreset_select
@@ -156,43 +155,6 @@ def test_threads_change_nothing() -> None:
 # --- what a call takes ----------------------------------------------------------------------------------------------
 
 
-def test_exact_ties_go_to_the_lowest_row() -> None:
-    """Unit vectors are equally far from each other in exact arithmetic, so nothing is left to rounding."""
-    features = torch.eye(6).repeat(1, 2)[None] * torch.tensor([1.0, 2, 4, 8, 2, 1])[:, None]
-    assert coreset_select(features, 6, torch.ones(1, 6)).indices.tolist() == [[0, 1, 2, 3, 4, 5]]
-    assert coreset_select(features, 3).indices.tolist() == [[3, 0, 1]]
-
-
-def test_short_and_empty_sets() -> None:
-    case = random_case(3, 5, 4, 4)
-    coreset = coreset_select(case.features, 4, case.quality, lengths=torch.tensor([0, 2, 5]))
-    assert coreset.counts.tolist() == [0, 2, 4]
-    assert (coreset.indices >= 0).tolist() == [[False] * 4, [True] * 2 + [False] * 2, [True] * 4]
-    assert (coreset.indices[~(coreset.indices >= 0)] == -1).all()
-    for values in (coreset.features, coreset.distances[..., None]):
-        assert (values[coreset.indices < 0] == 0).all()
-
-
-@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (0, 0, 4)])
-def test_no_rows_at_all(shape: tuple[int, ...]) -> None:
-    features = torch.zeros(shape, requires_grad=True)
-    coreset = coreset_select(features, 3, sample=True)
-    assert [tuple(t.shape) for t in coreset] == [(shape[0], 3, 4), (shape[0], 3), (shape[0],), (shape[0], 3)]
-    assert (coreset.indices == -1).all()
-    assert (coreset.counts == 0).all()
-    coreset.features.sum().backward()
-    assert features.grad is not None
-    assert features.grad.shape == shape
-
-
-@pytest.mark.parametrize("ends", [[0], [0, 0], [0, 0, 3, 3]])
-def test_packed_sets_without_rows(ends: list[int]) -> None:
-    features = torch.randn(ends[-1], 4, requires_grad=True)
-    coreset = coreset_select(features, 2, cu_seqlens=torch.tensor(ends))
-    assert coreset.counts.tolist() == [min(2, b - a) for a, b in pairwise(ends)]
-    coreset.features.sum().backward()
-
-
 def test_one_set_has_no_batch_dimension() -> None:
     case = random_case(1, 9, 4, 3)
     batched = coreset_select(case.features, 3, case.quality, 0.5, **case.options, lengths=torch.tensor([7]))
@@ -242,15 +204,6 @@ def test_an_unpickable_row_changes_nothing_for_the_others(normalized: bool, bad:
         theirs = expected.gradients()[name]
         torch.testing.assert_close(grad if name == "gamma" else grad[:, keep], theirs, rtol=1e-12, atol=1e-12)
         assert name == "gamma" or (grad[0, 2] == 0).all()
-
-
-def test_start_that_cannot_be_picked_gives_none() -> None:
-    case = random_case(2, 5, 4, 2)
-    case.features[0, 3] = torch.nan
-    coreset = coreset_select(case.features, 2, start=torch.tensor([3, 3]))
-    assert coreset.counts.tolist() == [0, 2]
-    assert coreset.indices[0].tolist() == [-1, -1]
-    assert coreset.indices[1, 0] == 3
 
 
 def test_start_takes_the_first_pick_out_of_the_gradient() -> None:
@@ -315,24 +268,6 @@ def test_indices_counts_and_distances_carry_no_gradient() -> None:
     coreset = coreset_select(torch.randn(2, 5, 3, requires_grad=True), 2)
     assert coreset.features.requires_grad
     assert not any(t.requires_grad for t in coreset[1:])
-
-
-@pytest.mark.parametrize("how", STRIDED)
-def test_strides_change_nothing(how: str) -> None:
-    case = random_case(4, 10, 6, 3, dtype=F64)
-    plain = case.features
-    strided = STRIDED[how](plain)
-    if how == "expanded":
-        plain = strided.contiguous()
-    weights = weights_for(case)
-    results = [
-        outcome(coreset_select, Case(x, 3, case.quality, case.gamma, case.options), weights) for x in (plain, strided)
-    ]
-    before = strided.clone()
-    for a, b in zip(results[0].coreset, results[1].coreset, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(results[0].features, results[1].features, rtol=1e-12, atol=1e-12)
-    assert torch.equal(strided, before)
 
 
 def test_inputs_are_left_alone() -> None:

@@ -1,0 +1,45 @@
+"""Launch geometry of the Triton kernels."""
+
+from __future__ import annotations
+
+from itertools import pairwise, product
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fcn_kernels.device import gpu
+from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE
+from fcn_kernels.selection.kernels import launch
+
+SIZES = list(product((1, 7, 200), (1, 20, 64, 300, 8000, None), (1, 100, 512, 4096), (2, 4), (False, True)))
+GPU = gpu.Device(processors=132, cooperative=True)
+
+
+@pytest.mark.parametrize("device_kind", [GPU, gpu.INTERPRETER], ids=["gpu", "interpreter"])
+def test_plans_fit_and_cover(device_kind: gpu.Device) -> None:
+    for (sets, rows, dim, itemsize, ragged), plan_for in product(SIZES, (launch.forward_plans, launch.backward_plans)):
+        plans = plan_for(sets, rows, dim, itemsize, ragged, device_kind)
+        assert plans[0].shortest == 0
+        assert plans[-1].longest >= launch.MAX_ROWS
+        assert all(b.shortest == a.longest + 1 for a, b in pairwise(plans))  # each set is one launch's
+        for plan in plans:
+            for size in (plan.block_n, plan.chunk, plan.warps, plan.block_r):
+                assert size & (size - 1) == 0
+                assert size >= 1
+            assert plan.chunk * plan.chunks >= dim
+            if plan.split == WHOLE.value:
+                assert plan.parts == 1
+            else:
+                assert len(plans) == 1
+                assert plan.parts > 1
+                assert rows // plan.parts >= launch.SPLIT_ROWS
+                assert plan.split == (COOPERATIVE if device_kind.cooperative else LAUNCHES).value
+                assert sets * plan.parts <= device_kind.processors * plan.at_once  # all run at once
+
+
+def test_large_sets_are_split() -> None:
+    """The paper's sizes: a program for 20 photos, 8,000 photos of one person are shared by the whole GPU."""
+    assert launch.forward_plans(256, 20, 512, 2, False, GPU)[0].parts == 1
+    assert launch.forward_plans(1, 8000, 512, 2, False, GPU)[0].parts > 100
+    assert len(launch.forward_plans(256, None, 512, 2, True, GPU)) == 2

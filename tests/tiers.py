@@ -1,0 +1,47 @@
+"""The Triton launchers' tiers, forced upon small sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from oracle import Outcome, outcome, select_on, weights_for
+from poison import poisoned
+from problems import Case
+
+from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES
+from fcn_kernels.selection.kernels import launch
+
+TIERS = ("whole", "two lengths", "split")
+
+
+def plans_of(tier: str, dim: int) -> tuple[launch.Plan, ...]:
+    """Tiles of 4 rows and 16 columns, so that small sets are walked in several; 3 parts of a set where it is split."""
+    plan = launch.Plan(4, 16, -(-dim // 16), 1, block_r=8)
+    return {
+        "whole": (plan,),
+        "two lengths": (plan._replace(block_n=2, longest=4), plan._replace(shortest=5)),
+        "split": (plan._replace(parts=3, split=LAUNCHES.value),),
+        "split at barriers": (plan._replace(parts=3, split=COOPERATIVE.value),),
+    }[tier]
+
+
+@contextmanager
+def forced(tier: str, backward: str | None = None) -> Iterator[None]:
+    """Launch by these plans."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "forward_plans", lambda sets, rows, dim, *rest: plans_of(tier, dim))
+        patch.setattr(launch, "backward_plans", lambda sets, rows, dim, *rest: plans_of(backward or tier, dim))
+        yield
+
+
+def run(case: Case, tier: str = "whole") -> Outcome:
+    with forced(tier), poisoned():
+        return outcome(select_on("triton"), case, weights_for(case))
+
+
+def same_bits(a: Outcome, b: Outcome) -> bool:
+    pairs = [*zip(a.coreset, b.coreset, strict=True), (a.features, b.features), (a.gamma, b.gamma)]
+    return all(torch.equal(x, y) for x, y in pairs)
