@@ -236,7 +236,7 @@ GOOD_SUBJECTS = "T,S\n1,a\n4,b\n"
     [
         ({"p": "1 4 1\n1 99 0\n"}, "--pairs p", "p: entry 2: template 99 is not in d.npz"),
         ({"p": "1 4\n"}, "--pairs p", "p: expected lines of two template ids and 1 or 0, got '1 4'"),
-        ({"p": "1 4 1\n1 4\n"}, "--pairs p", "p: cannot be read: CSV parse error: Expected 3 columns, got 2: 1 4"),
+        ({"p": "1 4 1\n1 4\n"}, "--pairs p", "Expected 3 columns, got 2: 1 4"),
         ({"p": "1 4 1\nx 4 1\n"}, "--pairs p", "invalid value 'x'"),
         ({"p": "1 4 1\n1 7 2\n"}, "--pairs p", "invalid value '2'"),
         ({"p": ""}, "--pairs p", "p: expected lines of two template ids and 1 or 0, got ''"),
