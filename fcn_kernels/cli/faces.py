@@ -289,7 +289,7 @@ def _strips(work: Work, quality: Array, descriptors: dict[str, Array], args: arg
             return [sheet.Face(chips[place], _caption(work.rows[place]), place in picked) for place in places]
 
         rows = [(f"coreset,\ngamma {args.gamma:g}", show(picked)), ("best quality", show(best))]
-        strips.append(sheet.Strip(f"{template}, {len(own)} faces", rows))
+        strips.append(sheet.Strip(f"{Path(template).name}, {len(own)} faces", rows))
     return strips
 
 
