@@ -31,7 +31,7 @@ def drawn(test: Any) -> Any:
     """Run a test of a backend on drawn data, fewer in the interpreter."""
 
     def on(backend: str) -> None:
-        examples = settings(max_examples=3 if backend == "triton" else 15)
+        examples = settings(max_examples=2 if backend == "triton" else 15)
         examples(given(st.data())(lambda data: test(backend, data)))()
 
     on.__name__, on.__doc__ = test.__name__, test.__doc__

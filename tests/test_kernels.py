@@ -154,11 +154,11 @@ def test_favourites_that_turn_out_unpickable(noise: float | None, tier: str, dev
 
 
 def test_many_picks(device: torch.device) -> None:
-    """K = 64 of 66 rows."""
-    case = random_case(1, 66, 3, 64, noise=None, quality="flat").to(device)
+    """K = 40 of 42 rows."""
+    case = random_case(1, 42, 3, 40, noise=None, quality="flat").to(device)
     with forced("whole"), poisoned():
-        picked = coreset_select(case.features, 64, case.quality, backend="triton")
-    torch_backend = coreset_select(case.features, 64, case.quality, backend="torch")
+        picked = coreset_select(case.features, 40, case.quality, backend="triton")
+    torch_backend = coreset_select(case.features, 40, case.quality, backend="torch")
     assert torch.equal(picked.indices, torch_backend.indices)
     torch.testing.assert_close(picked.distances, torch_backend.distances, rtol=0, atol=1e-6)  # 4 roundings of 2
 
