@@ -32,6 +32,12 @@ class Outcome(NamedTuple):
         named = {"features": self.features, "gamma": self.gamma, "quality": self.quality}
         return {name: grad for name, grad in named.items() if grad is not None}
 
+    def same_bits(self, other: Outcome) -> bool:
+        pairs = zip(
+            (*self.coreset, *self.gradients().values()), (*other.coreset, *other.gradients().values()), strict=True
+        )
+        return all(torch.equal(a, b) for a, b in pairs)
+
 
 def select_on(backend: str | None) -> Select:
     """coreset_select on one backend; None: the one that the device gets."""

@@ -58,11 +58,6 @@ def gradient(select: Select, features: Tensor, k: int, *given: Any, **options: A
     return coreset, torch.autograd.grad(coreset.features.sum(), leaf)[0]
 
 
-def same(a: Outcome, b: Outcome) -> bool:
-    pairs = [*zip(a.coreset, b.coreset, strict=True), (a.features, b.features), (a.gamma, b.gamma)]
-    return all(torch.equal(x, y) for x, y in pairs)
-
-
 def test_exact_ties_go_to_the_lowest_row(select: Select, device: torch.device) -> None:
     """Unit vectors are equally far from each other in exact arithmetic, so nothing is left to rounding."""
     features = (torch.eye(6) * torch.tensor([1.0, 2, 4, 8, 2, 1])[:, None])[None].to(device)
@@ -155,5 +150,5 @@ def test_strides_change_no_bit(how: str, select: Select, device: torch.device) -
     plain = strided.clone(memory_format=torch.contiguous_format)
     before = strided.clone()
     results = [run(select, Case(x, 2, case.quality, case.gamma, case.options), device) for x in (plain, strided)]
-    assert same(*results)
+    assert results[0].same_bits(results[1])
     assert torch.equal(strided, before)

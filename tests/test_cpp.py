@@ -39,11 +39,6 @@ def sampled(case: Case, backend: str = "cpp") -> Outcome:
     return outcome(select_on(backend), case, weights_for(case), generator=torch.Generator().manual_seed(3))
 
 
-def assert_same_bits(one: Outcome, other: Outcome) -> None:
-    for a, b in zip((*one.coreset, *one.gradients().values()), (*other.coreset, *other.gradients().values())):  # noqa: B905
-        assert torch.equal(a, b)
-
-
 # --- columns --------------------------------------------------------------------------------------------------------
 
 
@@ -87,7 +82,7 @@ def test_the_same_bits_on_any_number_of_threads(threads: Any, shape: tuple[int, 
     alone = sampled(case)
     for count in (2, 3, 7):
         threads(count)
-        assert_same_bits(sampled(case), alone)
+        assert sampled(case).same_bits(alone)
 
 
 @needs_compiler
@@ -98,7 +93,7 @@ def test_a_large_set_among_small_ones(threads: Any) -> None:
     threads(3)
     shared = sampled(case)
     threads(1)
-    assert_same_bits(sampled(case), shared)
+    assert sampled(case).same_bits(shared)
     reference = sampled(case, "torch")
     assert torch.equal(shared.coreset.indices, reference.coreset.indices)
     torch.testing.assert_close(shared.features, reference.features, rtol=1e-4, atol=1e-4)

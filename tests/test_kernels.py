@@ -17,7 +17,7 @@ from oracle import Outcome, assert_as_accurate_as_eager, outcome, select_on, wei
 from poison import poisoned
 from problems import Case, cases, random_case, spoil
 from side_by_side import side_by_side
-from tiers import TIERS, forced, run, same_bits
+from tiers import TIERS, forced, run
 
 from fcn_kernels import coreset_select
 from fcn_kernels.selection import op
@@ -130,7 +130,7 @@ def test_parts_that_meet_at_barriers(options: dict[str, Any], device: torch.devi
     with together:
         met = run(case, "split at barriers")
     between = run(case, "split")
-    assert same_bits(met, between)
+    assert met.same_bits(between)
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -197,7 +197,7 @@ def test_forward_and_backward_may_differ_in_tier(device: torch.device) -> None:
 
 def test_the_same_bits_again(device: torch.device) -> None:
     case = random_case(3, 10, 9, 3).to(device)
-    assert same_bits(run(case), run(case))
+    assert run(case).same_bits(run(case))
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -240,9 +240,9 @@ def test_scalars_on_the_device(monkeypatch: pytest.MonkeyPatch, device: torch.de
         monkeypatch.setattr(launch, "seed_argument", seed)
         torch.manual_seed(2)
         results.append(run(case))
-    assert same_bits(*results)
+    assert results[0].same_bits(results[1])
     torch.manual_seed(3)
-    assert not same_bits(results[0], run(case))
+    assert not results[0].same_bits(run(case))
 
 
 # --- corners ------------------------------------------------------------

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-import torch
 from oracle import Outcome, outcome, select_on, weights_for
 from poison import poisoned
 from problems import Case
@@ -40,8 +39,3 @@ def forced(tier: str, backward: str | None = None) -> Iterator[None]:
 def run(case: Case, tier: str = "whole") -> Outcome:
     with forced(tier), poisoned():
         return outcome(select_on("triton"), case, weights_for(case))
-
-
-def same_bits(a: Outcome, b: Outcome) -> bool:
-    pairs = [*zip(a.coreset, b.coreset, strict=True), (a.features, b.features), (a.gamma, b.gamma)]
-    return all(torch.equal(x, y) for x, y in pairs)
