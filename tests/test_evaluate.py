@@ -176,7 +176,7 @@ def test_a_closed_gallery_has_ranks_and_no_tpir(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.splitlines()[-1].split()[1:] == ["1.0000"] * 3 + ["-"] * 3
 
 
-@pytest.mark.parametrize("form", ["npy", "npz"])
+@pytest.mark.parametrize("form", ["npy", "npy, big-endian", "npz"])
 def test_images_and_media_make_the_usual_baseline(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     rows, ids, subject = made()
@@ -189,8 +189,9 @@ def test_images_and_media_make_the_usual_baseline(form: str, monkeypatch: pytest
     )
     lines, _ = all_pairs(ids, subject)
     Path("p.txt").write_text("\n".join(lines))
+    form, _, order = form.partition(", ")
     if form == "npy":
-        np.save("images.npy", images)
+        np.save("images.npy", images.astype(images.dtype.newbyteorder(">")) if order else images)
     else:
         np.savez("images.npz", features=images, template_ids=template)
     sums = [

@@ -20,7 +20,7 @@ from fcn_kernels.evaluation.verification import FARS, Roc, roc_of
 from fcn_kernels.extras import require
 from fcn_kernels.files import tables
 from fcn_kernels.files.embeddings import Keys, read
-from fcn_kernels.files.formats import InputError, Scratch, load_npy, suffix_of
+from fcn_kernels.files.formats import InputError, Scratch, load_npy, reading, suffix_of
 from fcn_kernels.files.output import check_output, replacing
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ def load(path: Path, args: argparse.Namespace) -> Templates:
 def _images(path: Path, args: argparse.Namespace) -> tuple[Array, Tensor]:
     template, medium = tables.media(args.media)
     if suffix_of(path) == ".npy":
-        features = torch.as_tensor(load_npy(path))
+        with reading(path):
+            features = torch.as_tensor(_scratch(path, args).native(load_npy(path)))
     else:
         # any column of a value a row serves as ids, which MEDIA has
         features = read([path], Keys(args.features or "features", args.ids), _scratch(path, args)).features
