@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +23,22 @@ from fcn_kernels.heads.facecoresetnet import (
     aggregate_sets,
     select_scaled,
 )
+from fcn_kernels.integrations.patching import (
+    Model,
+    Patched,
+    check_keys,
+    check_shapes,
+    original,
+    own_part,
+    patched_class,
+    restore,
+)
 from fcn_kernels.selection.select import coreset_select
-
-Model = TypeVar("Model", bound=nn.Module)
 
 PAPER_K = 3  # the paper's best size of a coreset
 _SELECT = "differential_farthest_point_sample"
 _AGGREGATE = "aggregate_fps_with_norm_priority"
 _HOLDER = "aggregate_model"  # what a model calls the aggregation module that it holds
-_WRAPPERS = ("module", "_orig_mod")  # of DataParallel and DistributedDataParallel, and of torch.compile
 _LAYERS = {  # a field of HeadLayers, and where it is in their module
     "encoding_norm": "pos_trans_norm",
     "self_attention": "decoder_layer1.self_attn1",
@@ -85,42 +91,16 @@ def convert_state_dict(state_dict: Mapping[str, Any], *, gamma: float | None = N
         >>> CoresetAggregator(32).load_state_dict(convert_state_dict(theirs))
         <All keys matched successfully>
     """
-    inner = state_dict.get("state_dict", state_dict)
-    if not isinstance(inner, Mapping):
-        raise TypeError(f'expected a mapping under "state_dict", got {type(inner).__name__}')
-    inner = _aggregation_part(inner)
+    inner = own_part(state_dict, _HOLDER)
     names = {name: name for name in _NAMES.values()} if _NAMES[_WIDTH] in inner else _NAMES
     if gamma is None and "gamma" not in inner:
         gamma = _fixed_gamma(state_dict)
     if gamma is not None:
         inner["gamma"] = torch.tensor(float(gamma))
-    missing = [key for key in names if key not in inner]
     known = {*names, *_UNUSED}
     unknown = [key for key in inner if key not in known and not key.startswith(_UNUSED_LAYERS)]
-    if missing or unknown:
-        raise ValueError(
-            "expected the state dict of FaceCoresetNet's aggregation module, got one with missing keys "
-            f"{missing} and unknown keys {unknown}"
-        )
-    bad = [key for key in names if not inner[key].isfinite().all()]
-    if bad:
-        raise ValueError(f"expected finite parameters, got NaN or infinity in {bad}")
+    check_keys(inner, names, unknown, "FaceCoresetNet")
     return {ours: inner[theirs] for theirs, ours in names.items()}
-
-
-def _aggregation_part(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The aggregation module's own keys, without what wrappers and the module around it put before them."""
-    parts = {key: [part for part in key.split(".") if part not in _WRAPPERS] for key in state_dict}
-    held = any(_HOLDER in path for path in parts.values())
-    inner: dict[str, Any] = {}
-    for key, path in parts.items():
-        if held and _HOLDER not in path:
-            continue
-        name = ".".join(path[path.index(_HOLDER) + 1 :] if held else path)
-        if name in inner:
-            raise ValueError(f"expected one aggregation module, got two values of {name}, the second as {key}")
-        inner[name] = state_dict[key]
-    return inner
 
 
 def _hyper_parameters(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -166,13 +146,7 @@ def build_head(
     if width.ndim != 1:
         raise ValueError(f"expected {_NAMES[_WIDTH]} of shape (C,), got {tuple(width.shape)}")
     head = CoresetAggregator(len(width), k, num_heads)
-    wrong = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own.shape)}"
-        for name, own in head.state_dict().items()
-        if state[name].shape != own.shape
-    ]
-    if wrong:
-        raise ValueError(f"expected parameters for C = {head.dim}, as {_NAMES[_WIDTH]} has, got {', '.join(wrong)}")
+    check_shapes(state, head, f"C = {head.dim}, as {_NAMES[_WIDTH]} has")
     head.load_state_dict(state)
     return head.eval()
 
@@ -218,48 +192,17 @@ def patch(model: Model, *, attention: bool = False) -> Model:
         if attention:
             _check_layers(module)
     for module in found:
-        module.__class__ = _patched(_theirs(module), attention)
+        module.__class__ = patched_class(_PatchedAttention if attention else _Patched, original(module))
     return model
 
 
 def unpatch(model: Model) -> Model:
     """Undo :func:`patch`; in place, and returned. A model that is not patched stays as it is."""
-    for module in model.modules():
-        if isinstance(module, _Patched):
-            module.__class__ = _theirs(module)
-    return model
+    return restore(model, _Patched)
 
 
-def _theirs(module: Any) -> Any:
-    """A module's class as it was before :func:`patch`."""
-    return next(cls for cls in type(module).__mro__ if not issubclass(cls, _Patched))
-
-
-@cache
-def _patched(theirs: Any, attention: bool) -> Any:
-    ours = _PatchedAttention if attention else _Patched
-    return type(theirs.__name__, (ours, theirs), {"__module__": theirs.__module__, "__doc__": theirs.__doc__})
-
-
-def _rebuild(make: Callable[..., Any], args: tuple[Any, ...], attention: bool) -> Any:
-    """A patched module from what pickle makes one of their class with."""
-    module = make(*args)
-    theirs: Any = type(module)
-    module.__class__ = _patched(theirs, attention)
-    return module
-
-
-class _Patched:
-    """What a patched module finds before its own class."""
-
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        """As their class, which can be found by its name, and patched again on the way back."""
-        made = super().__reduce_ex__(protocol)
-        if isinstance(made, str):
-            return made
-        make, args, *rest = made
-        make, *args = (_theirs(self) if value is type(self) else value for value in (make, *args))
-        return _rebuild, (make, tuple(args), isinstance(self, _PatchedAttention)), *rest
+class _Patched(Patched):
+    """With our selection."""
 
     def differential_farthest_point_sample(self: Any, x: Tensor, npoint: int | Tensor, norms: Tensor) -> Tensor:
         """Rows (B, N, C) as they are and their norms (B, N) to picks (B, npoint, C)."""
