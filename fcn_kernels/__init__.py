@@ -11,6 +11,16 @@ from fcn_kernels._version import __version__
 from fcn_kernels.clustering.sums import cluster_sums
 from fcn_kernels.heads.coreset_select import CoresetSelect
 from fcn_kernels.heads.facecoresetnet import CoresetAggregator
+from fcn_kernels.neighbors.context import Context, context_statistics
 from fcn_kernels.selection.select import Coreset, coreset_select
 
-__all__ = ["Coreset", "CoresetAggregator", "CoresetSelect", "__version__", "cluster_sums", "coreset_select"]
+__all__ = [
+    "Context",
+    "Coreset",
+    "CoresetAggregator",
+    "CoresetSelect",
+    "__version__",
+    "cluster_sums",
+    "context_statistics",
+    "coreset_select",
+]

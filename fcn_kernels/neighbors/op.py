@@ -1,0 +1,121 @@
+"""The registered operators ``fcn_kernels::context_statistics`` and ``fcn_kernels::context_statistics_backward``.
+
+Shapes for tracing, the gradient and FLOP counts; the schemas are made from the fields of the NamedTuples. What runs is
+the backend that the public function named.
+"""
+
+from types import ModuleType
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fcn_kernels.backends import without_autocast
+from fcn_kernels.neighbors import torch_backend
+from fcn_kernels.neighbors.problem import Arriving, Gradients, Problem, Statistics
+
+_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}
+
+
+def _schema(fields: Any, prefix: str = "") -> str:
+    return ", ".join(f"{_KINDS[kind]} {prefix}{name}" for name, kind in get_type_hints(fields).items())
+
+
+_library = torch.library.Library("fcn_kernels", "FRAGMENT")
+_library.define(f"context_statistics({_schema(Problem)}, str backend) -> ({_schema(Statistics)})")
+_library.define(
+    f"context_statistics_backward({_schema(Problem)}, {_schema(Arriving, 'grad_')}, {_schema(Statistics)}, "
+    f"bool rows_wanted, bool bank_wanted, str backend) -> ({_schema(Gradients)})"
+)
+_FIELDS, _ARRIVING = len(Problem._fields), len(Arriving._fields)
+_TENSORS = sum(kind in (Tensor, Tensor | None) for kind in get_type_hints(Problem).values())  # they come first
+_run = torch.ops.fcn_kernels.context_statistics.default
+_run_backward = torch.ops.fcn_kernels.context_statistics_backward.default
+
+
+def context_statistics(problem: Problem, backend: str) -> Statistics:
+    """Run the operator."""
+    return Statistics(*_run(*problem, backend))
+
+
+def _backend(name: str, dtype: torch.dtype) -> ModuleType:
+    return torch_backend
+
+
+def _statistics(*args: Any) -> Statistics:
+    p = Problem(*args[:-1])
+    with without_autocast(p.rows.device.type):
+        return _backend(args[-1], p.bank.dtype).forward(p)  # type: ignore[no-any-return]
+
+
+def _statistics_backward(*args: Any) -> Gradients:
+    p, (*rest, rows_wanted, bank_wanted, backend) = Problem(*args[:_FIELDS]), args[_FIELDS:]
+    grad, found = Arriving(*rest[:_ARRIVING]), Statistics(*rest[_ARRIVING:])
+    with without_autocast(p.rows.device.type):
+        run = _backend(backend, p.bank.dtype).backward
+        return run(p, grad, found, (rows_wanted, bank_wanted))  # type: ignore[no-any-return]
+
+
+def _statistics_fake(*args: Any) -> Statistics:
+    return Statistics.empty(Problem(*args[:-1]))
+
+
+def _statistics_backward_fake(*args: Any) -> Gradients:
+    p, (*_, rows_wanted, bank_wanted, _) = Problem(*args[:_FIELDS]), args[_FIELDS:]
+    return Gradients(
+        p.rows.new_empty(p.rows.shape if rows_wanted else 0), p.bank.new_empty(p.bank.shape if bank_wanted else 0)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:
+    *fields, backend = inputs
+    ctx.save_for_backward(*fields[:_TENSORS], *output)
+    ctx.constants = fields[_TENSORS:], backend
+    ctx.mark_non_differentiable(*output[_ARRIVING:])
+
+
+def _differentiate(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
+    constants, backend = ctx.constants
+    tensors = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:2]
+    rows, bank = _run_backward(
+        *tensors[:_TENSORS], *constants, *grad[:_ARRIVING], *tensors[_TENSORS:], *wanted, backend
+    )
+    return rows if wanted[0] else None, bank if wanted[1] else None, *[None] * (_FIELDS - 1)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError("context_statistics has no second derivative. Call backward() without create_graph=True.")
+
+
+def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    raise NotImplementedError(
+        "context_statistics does not run under torch.func.vmap: it is batched already. Pass all rows (N, C) at once."
+    )
+
+
+for name, implementation, fake, differentiate, save in (
+    ("context_statistics", _statistics, _statistics_fake, _differentiate, _save),
+    ("context_statistics_backward", _statistics_backward, _statistics_backward_fake, _no_second_derivative, None),
+):
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    qualified = f"fcn_kernels::{name}"
+    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_autograd(qualified, differentiate, setup_context=save, lib=_library)
+    torch.library.register_vmap(qualified, _no_vmap, lib=_library)
+
+
+@register_flop_formula(torch.ops.fcn_kernels.context_statistics)
+def statistics_flops(*args: Any, out_shape: Any = None, **_: Any) -> int:
+    """2 N M C: every row against every bank row."""
+    (n, dim), (m, _) = args[0], args[1]  # shapes
+    return 2 * n * m * dim  # type: ignore[no-any-return]
+
+
+@register_flop_formula(torch.ops.fcn_kernels.context_statistics_backward)
+def statistics_backward_flops(*args: Any, out_shape: Any = None, **_: Any) -> int:
+    """2 N k C for scores and for each gradient that is wanted; M in place of k where that is not limited."""
+    p = Problem(*args[:_FIELDS])
+    (n, dim), (m, _) = p.rows, p.bank  # of shapes
+    return 2 * n * (p.k or m) * dim * (1 + args[-3] + args[-2])  # type: ignore[no-any-return]
