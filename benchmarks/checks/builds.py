@@ -296,6 +296,39 @@ def attention_specs() -> Iterator[Spec]:
             yield from record(label, launch, ("attention_forward", "attention_backward"), both)
 
 
+def clustering_specs() -> Iterator[Spec]:
+    """cluster_sums with the values as keys, with keys and scales, and with more centers than a block of them."""
+    import torch
+
+    from fcn_kernels.clustering.kernels import launch_sums
+    from fcn_kernels.clustering.problem import Summed, Sums
+
+    empty = torch.empty
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for every, keyed in ((4, True), (4, False), (16, False), (64, False), (70, True)):
+            dim = 128 if keyed else 512
+            problem = Sums(
+                values=empty(4000, 512, dtype=dtype),
+                keys=empty(4000, dim) if keyed else None,
+                scale=empty(4000) if keyed else None,
+                weight=empty(every, dim),
+                bias=empty(every),
+                offsets=empty(5, dtype=torch.int64),
+                lengths=empty(4, dtype=torch.int64),
+                valid=None,
+                ghosts=0,
+            )
+            grad = Summed(empty(4, every, 512), empty(4, every, dim if keyed else 0), empty(4, every))
+
+            def both(problem: Sums = problem, grad: Summed = grad) -> None:
+                launch_sums.sums_forward(problem)
+                launch_sums.sums_backward(problem, grad, True)
+
+            kind = str(dtype).removeprefix("torch.")
+            label = f"{kind} sums (4, 1000, 512) M={every}{' keys' if keyed else ''}"
+            yield from record(label, launch_sums, ("share_forward", "add_pieces", "share_backward"), both)
+
+
 def build_all(jobs: list[tuple[Spec, str]], workers: int = 2) -> list[Build]:
     """Launches for targets, in processes of their own."""
     with ProcessPoolExecutor(workers) as pool:
@@ -312,7 +345,7 @@ def main() -> int:
     jobs = [
         (spec, target)
         for target in args.targets
-        for spec in (*selection_specs(target), *attention_specs())
+        for spec in (*selection_specs(target), *attention_specs(), *clustering_specs())
         if any(text in spec.label for text in args.only)
     ]
     builds = build_all(jobs)

@@ -53,7 +53,11 @@ def cluster_chunks(problem: Chunks, backend: str) -> Clustered:
 
 
 def _backend(name: str) -> ModuleType:
-    return torch_backend
+    if name != "triton":
+        return torch_backend
+    from fcn_kernels.clustering.kernels import launch_sums
+
+    return launch_sums
 
 
 def _sums(*args: Any) -> Summed:
@@ -71,14 +75,14 @@ def _sums_backward(*args: Any) -> SumsGradients:
 def _chunks(*args: Any) -> Clustered:
     p, keep = Chunks(*args[:_CHUNKS]), args[-2]
     with without_autocast(p.features.device.type):
-        return _backend(args[-1]).chunks_forward(p, keep)  # type: ignore[no-any-return]
+        return torch_backend.chunks_forward(p, keep)
 
 
 def _chunks_backward(*args: Any) -> ChunksGradients:
     p, (*rest, wanted) = Chunks(*args[:_CHUNKS]), args[_CHUNKS:-1]
     grad, out = Summed(*rest[:_ARRIVING]), Clustered(*rest[_ARRIVING:])
     with without_autocast(p.features.device.type):
-        return _backend(args[-1]).chunks_backward(p, grad, out, wanted)  # type: ignore[no-any-return]
+        return torch_backend.chunks_backward(p, grad, out, wanted)
 
 
 def _sums_fake(*args: Any) -> Summed:

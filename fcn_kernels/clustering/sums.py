@@ -67,7 +67,7 @@ def cluster_sums(
         ghosts: how many of the last centers only take shares, from 0 up to fewer than all.
         mask, lengths, cu_seqlens: which rows take part, at most one of the three, as in
             :func:`fcn_kernels.coreset_select`.
-        backend: "torch", or None for the same.
+        backend: "triton" or "torch"; None picks Triton on CUDA devices, unless values are float64, else torch.
 
     A row with a value, key or scale that is not finite takes no part, changes no bit of the other rows' sums and gets
     no gradient. A set without rows gives zeros.
@@ -135,10 +135,8 @@ def cluster_sums(
 
 
 def clustering_backend(backend: str | None, rows: Tensor) -> str:
-    """What a call with these rows runs on. There is the torch backend alone so far."""
-    if resolve_backend(backend, rows, lambda _: "clustering has no C++") == "triton" and backend:
-        raise RuntimeError('backend="triton" is unavailable: clustering has no kernels yet')
-    return "torch"
+    """What a call with these rows runs on: "triton" or "torch", which is what CPUs have."""
+    return "triton" if resolve_backend(backend, rows, lambda _: "clustering has no C++") == "triton" else "torch"
 
 
 def row_layout(

@@ -1,0 +1,1 @@
+"""Clustering on the device: the Triton kernels and their launches."""

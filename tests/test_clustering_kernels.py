@@ -1,0 +1,221 @@
+"""The Triton kernels of clustering: against float64, and bit for bit; interpreted where there is no GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from poison import poisoned
+
+from fcn_kernels import cluster_sums
+from fcn_kernels.clustering import torch_backend
+from fcn_kernels.clustering.kernels import launch_sums
+from fcn_kernels.clustering.problem import Summed, Sums, SumsGradients
+
+# Beside twice eager's loss: what float32 sums may lose where eager happens to lose nothing.
+SLACK = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+
+
+def _sums(lengths, dim, every, dtype, device, *, key_dim=None, ghosts=0):
+    """A call, all numbers of which are representable in dtype, and the gradients that arrive."""
+    generator, rows = torch.Generator().manual_seed(0), sum(lengths)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    keyed = key_dim is not None
+    width = key_dim if keyed else dim
+    p = Sums(
+        values=draw(rows, dim),
+        keys=draw(rows, width).float() if keyed else None,
+        scale=draw(rows).float() if keyed else None,
+        weight=(draw(every, width) / 4).float(),
+        bias=draw(every).float(),
+        offsets=torch.tensor([0, *lengths]).cumsum(0),
+        lengths=torch.tensor(lengths),
+        valid=None,
+        ghosts=ghosts,
+    )
+    grad = Summed(
+        *(draw(len(lengths), every - ghosts, *shape).float() for shape in ((dim,), (width if keyed else 0,), ()))
+    )
+    return _to(p, device=device), _to(grad, device=device)
+
+
+def _to(fields, dtype=None, device=None):
+    """Floating-point tensors to dtype, all to a device."""
+    return type(fields)._make(
+        t.to(device, dtype if dtype and t.is_floating_point() else None) if isinstance(t, torch.Tensor) else t
+        for t in fields
+    )
+
+
+def _run(backend, p, grad, wanted=True):
+    return *backend.sums_forward(p), *backend.sums_backward(p, grad, wanted)
+
+
+def _poisoned(p, grad, wanted=True):
+    with poisoned():
+        return _run(launch_sums, p, grad, wanted)
+
+
+def _eager(p, grad):
+    """A plain softmax in the values' own dtype throughout, set by set, by autograd."""
+    names = [n for n in SumsGradients._fields if getattr(p, n) is not None]
+    leaves = {n: getattr(p, n).to(p.values.dtype).detach().requires_grad_() for n in names}
+    each = []
+    for first, last in zip(p.offsets[:-1].tolist(), p.offsets[1:].tolist(), strict=True):
+        x = leaves["values"][first:last]
+        k = leaves["keys"][first:last] if "keys" in leaves else x
+        share = (k @ leaves["weight"].T + leaves["bias"]).softmax(-1)[:, : p.centers]
+        scaled = share * leaves["scale"][first:last, None] if "scale" in leaves else share
+        each.append((scaled.T @ x, share.T @ k if "keys" in leaves else x.new_zeros(p.centers, 0), share.sum(0)))
+    out = [torch.stack(parts) for parts in zip(*each, strict=True)]
+    loss = sum((o * g.to(o.dtype)).sum() for o, g in zip(out, grad, strict=True))
+    grads = dict(zip(names, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    return *out, *(grads.get(n, p.values.new_zeros(0)) for n in SumsGradients._fields)
+
+
+NAMES = ("sums", "key_sums", "masses", *(f"d{name}" for name in SumsGradients._fields))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("lengths", "dim", "every", "options"),
+    [
+        ((1, 0, 15, 16), 64, 4, {"key_dim": 24, "ghosts": 1}),
+        ((60, 3), 5, 16, {}),  # fewer columns than a block, all rows in one piece
+        ((9, 300), 20, 5, {"key_dim": 16}),  # several pieces
+        ((30,), 33, 70, {"ghosts": 3}),  # several blocks of centers
+        ((20,), 512, 1, {}),
+        ((17,), 513, 5, {"key_dim": 513}),
+    ],
+)
+def test_error_is_within_twice_eagers(lengths, dim, every, options, dtype, device):
+    p, grad = _sums(lengths, dim, every, dtype, device, **options)
+    exact = _run(torch_backend, _to(p, torch.float64), _to(grad, torch.float64))
+    for name, truth, theirs, got in zip(NAMES, exact, _eager(p, grad), _poisoned(p, grad), strict=True):
+        assert got.shape == truth.shape, name
+        if not truth.numel():
+            continue
+        assert got.isfinite().all(), name
+        loss, allowed = (got - truth).abs().max(), 2 * (theirs - truth).abs().max() + SLACK[dtype] * truth.abs().max()
+        assert loss <= allowed, f"{name}: {loss:.2e} > {allowed:.2e}"
+
+
+def _set(p, grad, b, left):
+    """Set b alone, after `left` rows that are in no set."""
+    rows = slice(int(p.offsets[b]), int(p.offsets[b + 1]))
+    alone = {n: torch.cat([t[:left], t[rows]]) for n in ("values", "keys", "scale") if (t := getattr(p, n)) is not None}
+    n = rows.stop - rows.start
+    p = p._replace(**alone, offsets=p.offsets.new_tensor([left, left + n]), lengths=p.lengths.new_tensor([n]))
+    return p, Summed(*(t[b : b + 1] for t in grad))
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_a_set_gives_the_same_bits_alone_and_in_a_batch(keyed, device):
+    p, grad = _sums((5, 130, 0, 65), 20, 4, torch.float32, device, key_dim=8 if keyed else None)
+    whole = _poisoned(p, grad)
+    for b in range(len(p.lengths)):
+        left = b % 3
+        alone = _run(launch_sums, *_set(p, grad, b, left))
+        for name, one, all_ in zip(NAMES[:3], alone, whole, strict=False):
+            assert torch.equal(one[0], all_[b]), name
+        rows = slice(int(p.offsets[b]), int(p.offsets[b + 1]))
+        for name, one, all_ in zip(NAMES[3:6], alone[3:], whole[3:], strict=False):
+            assert torch.equal(one[left:] if one.numel() else one, all_[rows] if all_.numel() else all_), name
+
+
+def test_padded_and_packed_sets_give_the_same_bits_and_padding_a_gradient_of_0(device):
+    lengths = [40, 0, 70, 3]
+    p, grad = _sums([70] * 4, 20, 5, torch.float32, device, key_dim=8)
+    inside = (torch.arange(70) < torch.tensor(lengths)[:, None]).flatten().to(device)
+    rows = {n: t for n in ("values", "keys", "scale") if (t := getattr(p, n)) is not None}
+    poison = {n: t.index_put((~inside,), t.new_tensor(torch.nan)) for n, t in rows.items()}
+    lengths = torch.tensor(lengths, device=device)
+    packed = p._replace(
+        **{n: t[inside] for n, t in rows.items()},
+        offsets=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        lengths=lengths,
+    )
+    first = _poisoned(packed, grad)
+    for other in (p._replace(**poison, lengths=lengths), p._replace(valid=inside)):
+        second = _poisoned(other, grad)
+        by_rows = other.valid is None  # rows that take no part stand behind the others: the same pieces
+        for name, one, two in zip(NAMES, first, second, strict=True):
+            if name[1:] in rows:
+                assert torch.equal(one, two[inside]) or not by_rows, name
+                assert two[~inside].abs().max() == 0, name
+            elif name not in ("dweight", "dbias"):  # whose pieces are counted through the batch
+                assert torch.equal(one, two), name
+        assert all((one - two).abs().max() <= 1e-5 for one, two in zip(first[-2:], second[-2:], strict=True))
+
+
+def test_rows_that_are_not_finite_take_no_part(device):
+    p, grad = _sums((70, 12, 3), 20, 5, torch.float32, device, key_dim=8)
+    values, keys, scale = p.values.clone(), p.keys.clone(), p.scale.clone()
+    bad = [3, 68, 71, 75, 82, 83, 84]
+    values[3, 19], values[68], keys[71, 2], keys[75], scale[82:84], scale[84] = (
+        torch.nan, torch.inf, -torch.inf, torch.nan, torch.nan, torch.inf
+    )  # fmt: skip
+    valid = torch.ones(85, dtype=torch.bool, device=device).index_fill_(0, torch.tensor(bad, device=device), False)
+    expected = _run(launch_sums, p._replace(valid=valid), grad)
+    got = _poisoned(p._replace(values=values, keys=keys, scale=scale), grad)
+    for name, one, two in zip(NAMES, expected, got, strict=True):
+        assert torch.equal(one, two), name
+    assert all((t[bad] == 0).all() for t in got[3:6])
+    assert (got[0][2] == 0).all()
+    values = p.values.clone()
+    values[5] = -torch.inf
+    got = _run(launch_sums, p._replace(keys=None, scale=None, values=values, weight=p.weight.new_ones(5, 20)), grad)
+    assert (got[3][5] == 0).all()
+    assert all(t.isfinite().all() for t in got)
+
+
+def test_strided_rows_and_frozen_values(device):
+    p, grad = _sums((30, 9), 20, 4, torch.bfloat16, device)
+    wide = torch.full((39, 50), torch.nan, device=device, dtype=torch.bfloat16)
+    wide[:, 16:36] = p.values
+    first, second = _poisoned(p, grad), _poisoned(p._replace(values=wide[:, 16:36]), grad)
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    frozen = _poisoned(p, grad, wanted=False)
+    assert frozen[3].numel() == 0
+    assert all(torch.equal(one, two) for one, two in zip(first[4:], frozen[4:], strict=True))
+
+
+def test_no_sets_no_rows_and_offsets_that_lead_out_of_the_tensor(device):
+    for lengths in ((), (0, 0)):
+        p, grad = _sums(lengths, 20, 4, torch.float32, device, key_dim=8)
+        got = _poisoned(p, grad)
+        assert all((t == 0).all() for t in got)
+        assert got[0].shape == (len(lengths), 4, 20)
+    p, grad = _sums((30, 9), 20, 4, torch.float32, device)
+    for offsets in ([-5, 30, 100], [0, 2**40, 39], [39, 20, 0]):
+        with poisoned():  # which looks at what is around the tensors
+            launch_sums.sums_forward(p._replace(offsets=torch.tensor(offsets, device=device)))
+            launch_sums.sums_backward(p._replace(offsets=torch.tensor(offsets, device=device)), grad, True)
+            launch_sums.sums_backward(p._replace(lengths=p.lengths + 1000), grad, True)
+
+
+def test_the_public_function_runs_the_kernels(device, monkeypatch):
+    p, _ = _sums((12, 12), 20, 5, torch.float32, device, key_dim=8)
+    tensors = [t.view(2, 12, *t.shape[1:]).requires_grad_() for t in (p.values, p.keys, p.scale)]
+    values, keys, scale = tensors
+    weight, bias = p.weight.requires_grad_(), p.bias.requires_grad_()
+    lengths, every = torch.tensor([12, 7], device=device), (values, weight, bias, keys, scale)
+    ran = []
+    for name in ("sums_forward", "sums_backward"):
+        run = getattr(launch_sums, name)
+        monkeypatch.setattr(launch_sums, name, lambda *a, run=run, name=name: ran.append(name) or run(*a))
+    outcomes = []
+    for backend in ("triton", "torch"):
+        out = cluster_sums(*every, ghosts=1, lengths=lengths, backend=backend)
+        outcomes.append((*out, *torch.autograd.grad([t.cumsum(-1).sum() for t in out], every)))
+    assert ran == ["sums_forward", "sums_backward"]
+    for one, two in zip(*outcomes, strict=True):
+        assert (one - two).abs().max() <= 2e-6 * two.abs().max()
+    p = p._replace(lengths=lengths)
+    torch.library.opcheck(torch.ops.fcn_kernels.cluster_sums.default, (*p, "triton"))
+    with pytest.raises(TypeError, match="got float64"):
+        cluster_sums(values.double(), weight, bias, keys, backend="triton")
+    with pytest.raises(RuntimeError, match="clustering has no C"):
+        cluster_sums(*(t.detach().cpu() for t in every), backend="cpp")
