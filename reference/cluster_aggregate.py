@@ -47,6 +47,8 @@ class StyleInput(nn.Module):
 class NormCode(nn.Module):
     """Norms (N,) to rows of a table (N, 64) of sinusoids: 61 steps of a tenth of the norms' deviation."""
 
+    table: Tensor
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(1, affine=False)
@@ -57,7 +59,7 @@ class NormCode(nn.Module):
     def forward(self, norms: Tensor) -> Tensor:
         score = self.norm(norms.detach()[:, None])[:, 0]
         code = (10 * score.clamp(-3, 3)).long() + 30  # towards 0
-        return self.scale * self.table[code]  # type: ignore[index, no-any-return]
+        return self.scale * self.table[code]
 
 
 class Block(nn.Module):

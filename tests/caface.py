@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fcn_kernels.integrations.caface import _names
+
 VECTORS = Path(__file__).with_name("data") / "caface.npz"
 F64 = torch.float64
 
@@ -96,6 +98,15 @@ class Golden:
         self.model = Theirs(**self.options)
         self.features, self.styles = inputs(self.case, about["rows"], self.options.get("dim", 512))
         self.loss_weight = spread(7000 + self.case, self.options.get("dim", 512))
+
+    def gradients_of(self, head: nn.Module) -> dict[str, Tensor]:
+        """Those of a head's parameters, by the authors' names and in their shapes."""
+        ours, shapes = dict(head.named_parameters()), dict(self.model.named_parameters())
+        return {
+            theirs: ours[name].grad.view(shapes[theirs].shape)
+            for name, theirs in _names(self.options.get("depth", 2)).items()
+            if name in ours
+        }
 
     def sums(self, gradients: dict[str, Tensor]) -> Tensor:
         """(parameters, 2): of each gradient by their names, in order, a weighted sum and the sum of its absolutes."""

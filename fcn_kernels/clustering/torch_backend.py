@@ -118,12 +118,12 @@ def finite_rows(rows: Tensor) -> Tensor:
     return (rows.amax(-1) < torch.inf) & (rows.amin(-1) > -torch.inf)
 
 
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., d) to (..., o), with as many rows as the products want."""
     flat = rows.reshape(-1, rows.shape[-1])
     short = -flat.shape[0] % _PRODUCT_ROWS
-    out = F.linear(F.pad(flat, (0, 0, 0, short)) if short else flat, weight, bias)
-    return out[: flat.shape[0]].view(*rows.shape[:-1], -1)
+    out = F.linear(F.pad(flat, (0, 0, 0, short)) if torch.compiler.is_compiling() or short else flat, weight, bias)
+    return out[: flat.shape[0]].view(*rows.shape[:-1], out.shape[-1])
 
 
 def _sum(shares: Tensor, rows: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def sums_forward(p: Sums) -> Summed:
     for group in _groups(taking.offsets, taking.lengths):
         x = group.rows(values).to(dtype)
         k = x if keys is None else group.rows(keys)
-        a = _linear(k, p.weight, p.bias).softmax(-1)[..., :centers]
+        a = linear(k, p.weight, p.bias).softmax(-1)[..., :centers]
         out.masses[group.sets] = _masses(a)
         if keys is not None:
             out.key_sums[group.sets] = _sum(a, k)
@@ -174,7 +174,7 @@ def sums_backward(p: Sums, grad: Summed, wanted: bool) -> SumsGradients:
     for group in _groups(taking.offsets, taking.lengths):
         x = group.rows(values).to(dtype)
         k = x if keys is None else group.rows(keys)
-        a = _linear(k, p.weight, p.bias).softmax(-1)  # (G, n, M + ghosts)
+        a = linear(k, p.weight, p.bias).softmax(-1)  # (G, n, M + ghosts)
         q = None if scale is None else group.rows(scale)
         arriving = Summed(*(t[group.sets] for t in grad))
         da, reach = _shares_gradient(arriving, x, None if keys is None else k, q)
@@ -221,16 +221,21 @@ class _Rows(NamedTuple):
     styles: Tensor | None  # (R, d - p)
 
 
+def usable_rows(
+    features: Tensor, quality: Tensor | None, styles: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Which rows (T,) can take part in chunks, and their norms (T,) in dtype."""
+    norms = row_norms(features.to(dtype)) if quality is None else quality
+    usable = (norms >= 0) & (norms < torch.inf)
+    if quality is not None:
+        usable = usable & finite_rows(features)
+    if styles is not None:
+        usable = usable & finite_rows(styles)
+    return usable, norms
+
+
 def _rows(p: Chunks) -> _Rows:
-    norms = p.quality
-    usable = torch.tensor(True, device=p.features.device)
-    if norms is None:
-        norms = row_norms(p.features.to(p.tokens.dtype))
-    else:
-        usable = finite_rows(p.features)
-    usable = usable & (norms >= 0) & (norms < torch.inf)
-    if p.styles is not None:
-        usable = usable & finite_rows(p.styles)
+    usable, norms = usable_rows(p.features, p.quality, p.styles, p.tokens.dtype)
     taking = _taking(usable, p.valid, p.offsets, p.lengths)
     norms = taking.of(norms)
     scale = (norms + EPS_NORM).reciprocal()
@@ -308,16 +313,16 @@ def _run_block(h: Tensor, w: _Weights, heads: int, queries: int, factor: Tensor 
     """Tokens (G, t, d) through a block; what becomes of the first `queries` of each chunk."""
     d = h.shape[-1]
     y, mean1, rstd1 = _layer_norm(h)
-    q = _linear(y[:, :queries], w.qkv_weight[:d], w.qkv_bias[:d]).unflatten(-1, (heads, -1)).transpose(1, 2)
-    kv = _linear(y, w.qkv_weight[d:], w.qkv_bias[d:]).unflatten(-1, (2, heads, -1))
+    q = linear(y[:, :queries], w.qkv_weight[:d], w.qkv_bias[:d]).unflatten(-1, (heads, -1)).transpose(1, 2)
+    kv = linear(y, w.qkv_weight[d:], w.qkv_bias[d:]).unflatten(-1, (2, heads, -1))
     k, v = (t.transpose(1, 2) for t in kv.unbind(2))
     attended, lse = _attend(q, k, v)
-    added = _linear(attended.transpose(1, 2).flatten(2), w.proj_weight, w.proj_bias)
+    added = linear(attended.transpose(1, 2).flatten(2), w.proj_weight, w.proj_bias)
     middle = h[:, :queries] + (added if factor is None else added * factor[:, 0, None, None])
     y2, mean2, rstd2 = _layer_norm(middle)
-    wide = _linear(y2, w.fc1_weight, w.fc1_bias)
+    wide = linear(y2, w.fc1_weight, w.fc1_bias)
     active = F.gelu(wide)
-    added = _linear(active, w.fc2_weight, w.fc2_bias)
+    added = linear(active, w.fc2_weight, w.fc2_bias)
     out = middle + (added if factor is None else added * factor[:, 1, None, None])
     return _Block(y, mean1, rstd1, q, k, v, attended, lse, middle, y2, mean2, rstd2, wide, active, out)
 
@@ -326,25 +331,25 @@ def _block_gradient(grad: Tensor, h: Tensor, b: _Block, w: _Weights, sums: _Weig
     """Gradient (G, t, d) of a block's tokens from that of its output; those of the weights are added to `sums`."""
     queries = grad.shape[1]
 
-    def linear(dy: Tensor, x: Tensor, weight: Tensor, dweight: Tensor, dbias: Tensor) -> Tensor:
+    def through(dy: Tensor, x: Tensor, weight: Tensor, dweight: Tensor, dbias: Tensor) -> Tensor:
         dweight.add_(dy.flatten(0, 1).mT @ x.flatten(0, 1))
         dbias.add_(dy.sum((0, 1)))
         return dy @ weight
 
     down = grad if factor is None else grad * factor[:, 1, None, None]
-    dactive = linear(down, b.active, w.fc2_weight, sums.fc2_weight, sums.fc2_bias)
+    dactive = through(down, b.active, w.fc2_weight, sums.fc2_weight, sums.fc2_bias)
     dwide = torch.ops.aten.gelu_backward(dactive, b.wide)
-    dy2 = linear(dwide, b.y2, w.fc1_weight, sums.fc1_weight, sums.fc1_bias)
+    dy2 = through(dwide, b.y2, w.fc1_weight, sums.fc1_weight, sums.fc1_bias)
     dmiddle = grad + _layer_norm_gradient(dy2, b.middle, b.mean2, b.rstd2)
     down = dmiddle if factor is None else dmiddle * factor[:, 0, None, None]
     gathered = b.attended.transpose(1, 2).flatten(2)
-    dgathered = linear(down, gathered, w.proj_weight, sums.proj_weight, sums.proj_bias)
+    dgathered = through(down, gathered, w.proj_weight, sums.proj_weight, sums.proj_bias)
     heads = b.q.shape[1]
     dq, dk, dv = _attend_gradient(dgathered.unflatten(-1, (heads, -1)).transpose(1, 2), b)
     d = h.shape[-1]
     dq, dk, dv = (t.transpose(1, 2).flatten(2) for t in (dq, dk, dv))
-    dy = linear(torch.cat([dk, dv], -1), b.y, w.qkv_weight[d:], sums.qkv_weight[d:], sums.qkv_bias[d:])
-    dy[:, :queries] += linear(dq, b.y[:, :queries], w.qkv_weight[:d], sums.qkv_weight[:d], sums.qkv_bias[:d])
+    dy = through(torch.cat([dk, dv], -1), b.y, w.qkv_weight[d:], sums.qkv_weight[d:], sums.qkv_bias[d:])
+    dy[:, :queries] += through(dq, b.y[:, :queries], w.qkv_weight[:d], sums.qkv_weight[:d], sums.qkv_bias[:d])
     dh = _layer_norm_gradient(dy, h, b.mean1, b.rstd1)
     dh[:, :queries] += dmiddle
     return dh
@@ -377,7 +382,7 @@ def chunks_forward(p: Chunks, keep: bool) -> Clustered:
             if keep:
                 tokens.put(out.hidden[block], F.pad(h, (0, 0, 0, n + centers - queries)))
         x_hat = _layer_norm(h[:, :n])[0]
-        a = _linear(x_hat, p.weight, p.bias).softmax(-1)
+        a = linear(x_hat, p.weight, p.bias).softmax(-1)
         scaled = a * group.rows(rows.scale)[..., None]
         out.sums[group.sets] = _sum(scaled, group.rows(rows.features).to(a.dtype))
         out.key_sums[group.sets] = _sum(a, x_hat)
@@ -420,7 +425,7 @@ def _shares_backward(
 ) -> Tensor:
     """From the sums' gradients to that of the last tokens (G, n, d); and all others on the way."""
     x_hat, mean, rstd = _layer_norm(last)
-    a = _linear(x_hat, p.weight, p.bias).softmax(-1)
+    a = linear(x_hat, p.weight, p.bias).softmax(-1)
     x, norms, scale = (group.rows(t) for t in (rows.features, rows.norms, rows.scale))
     x = x.to(a.dtype)
     da, reach = _shares_gradient(grad, x, x_hat, scale)

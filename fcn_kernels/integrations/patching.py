@@ -96,7 +96,7 @@ def restore(model: Model, ours: type[Patched]) -> Model:
     return model
 
 
-def _rebuild(make: Callable[..., Any], args: tuple[Any, ...], ours: type[Patched]) -> Any:
+def _rebuild(make: Callable[..., Any], args: tuple[Any, ...], ours: Any) -> Any:
     """A patched module from what pickle makes one of their class with."""
     module = make(*args)
     theirs: Any = type(module)
