@@ -40,7 +40,8 @@ def forward(p: Problem, keep: bool) -> Selected:
 
 def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
     """Straight-through gradients, given ``grad`` (B, K, C) of the picked rows."""
-    dx = torch.zeros_like(p.features, memory_format=torch.contiguous_format)
+    new = torch.empty_like if p.cu_seqlens is None else torch.zeros_like  # offsets may leave rows to no set
+    dx = new(p.features, memory_format=torch.contiguous_format)
     dq = torch.zeros_like(saved.norms)
     dgamma = saved.norms.new_zeros(())
     with without_autocast(p.features.device.type):
@@ -79,6 +80,7 @@ class _Group(NamedTuple):
     """Some sets, side by side."""
 
     sets: Tensor  # (G,) their numbers
+    at: slice | Tensor  # their places among the B
     where: slice | Tensor  # their rows among all R: a slice, or (G, n) places, -1 for padding of packed sets
     raw: Tensor  # (G, n, C) as given
 
@@ -96,13 +98,20 @@ class _Group(NamedTuple):
             real = self.where >= 0
             out[..., self.where[real]] = values[..., real]
 
+    def rows_in(self, out: Tensor) -> Tensor | None:
+        """The group's rows (G, n, C) in ``out``, of the features' shape, to write sums to; None if they are not so."""
+        if isinstance(self.where, Tensor) or out.dtype != accumulator(out.dtype):
+            return None
+        return out.view(-1, out.shape[-1])[self.where].unflatten(0, self.raw.shape[:2])
+
     def put_rows(self, values: Tensor, at: slice, out: Tensor) -> None:
-        """Write rows ``at`` of each set, (G, m, C), to their places in (R, C)."""
+        """Write rows ``at`` of each set, (G, m, C), to their places in ``out``, of the features' shape."""
+        flat = out.view(-1, out.shape[-1])
         if isinstance(self.where, slice):
-            out[self.where].unflatten(0, self.raw.shape[:2])[:, at] = values.to(out.dtype)
+            flat[self.where].unflatten(0, self.raw.shape[:2])[:, at] = values.to(out.dtype)
         else:
             real = self.where[:, at] >= 0
-            out[self.where[:, at][real]] = values[real].to(out.dtype)
+            flat[self.where[:, at][real]] = values[real].to(out.dtype)
 
 
 def _groups(p: Problem) -> Iterator[_Group]:
@@ -115,7 +124,7 @@ def _groups(p: Problem) -> Iterator[_Group]:
         for first in range(0, sets if n else 0, step):
             last = min(first + step, sets)
             numbers = torch.arange(first, last, device=device)
-            yield _Group(numbers, slice(first * n, last * n), p.features[first:last])
+            yield _Group(numbers, slice(first, last), slice(first * n, last * n), p.features[first:last])
         return
     starts = p.cu_seqlens.to(torch.int64).clamp(0, p.rows)  # compiled calls do not look at their values
     lengths = starts.diff().clamp(min=0)
@@ -131,11 +140,11 @@ def _groups(p: Problem) -> Iterator[_Group]:
         if last == first + 1:
             begin = int(starts[numbers])
             rows = slice(begin, begin + longest)
-            yield _Group(numbers, rows, p.features[None, rows])
+            yield _Group(numbers, numbers, rows, p.features[None, rows])
         else:
             column = torch.arange(longest, device=device)
             places = (starts[numbers, None] + column).masked_fill_(column >= lengths[numbers, None], -1)
-            yield _Group(numbers, places, p.features[places.clamp(min=0)])
+            yield _Group(numbers, numbers, places, p.features[places.clamp(min=0)])
         first = last
 
 
@@ -146,7 +155,7 @@ def _takes_part(p: Problem, group: _Group) -> Tensor:
     if p.mask is not None:
         return group.take(p.mask)
     if p.lengths is not None:
-        return torch.arange(group.raw.shape[1], device=group.raw.device) < p.lengths[group.sets, None]
+        return torch.arange(group.raw.shape[1], device=group.raw.device) < p.lengths[group.at, None]
     return torch.ones(group.raw.shape[:2], dtype=torch.bool, device=group.raw.device)
 
 
@@ -171,12 +180,8 @@ class _Rows:
         return _joined([row_norms(rows) for _, rows in self.blocks()])
 
     def products(self, vectors: Tensor) -> Tensor:
-        """x_n . v for each set's own v (G, C), (G, n)."""
-        return _joined([torch.bmm(vectors[:, None], rows.mT)[:, 0] for _, rows in self.blocks()])
-
-    def products_alike(self, vectors: Tensor) -> Tensor:
-        """The same with each row summed alone, so that equal rows give equal bits, in twice the time."""
-        return _joined([(rows * vectors[:, None]).sum(-1) for _, rows in self.blocks()])
+        """x_n . v for each set's own v (G, C), (G, n). Equal rows give equal bits, wherever they lie."""
+        return _joined([_dot_products(rows, vectors) for _, rows in self.blocks()])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """sum_n weights(n) x_n, (G, n) -> (G, C)."""
@@ -185,6 +190,22 @@ class _Rows:
     def take(self, places: Tensor) -> Tensor:
         """Rows (G, k, C) by their numbers (G, k) within the set."""
         return self.raw[self.each, places].to(self.dtype)
+
+
+def _dot_products(rows: Tensor, vectors: Tensor) -> Tensor:
+    """rows (G, n, C) . vectors (G, C) -> (G, n), each row by itself.
+
+    A matrix product adds up the last rows of a block otherwise than the rest. On a CPU an embedding bag's gradient of
+    its weights is such products, made in one read; the plain form reads and writes the rows once more.
+    """
+    if not rows.is_cpu or not rows.numel():
+        return (rows * vectors[:, None]).sum(-1)
+    number = torch.arange(len(rows) * rows.shape[1])
+    row_set = number // rows.shape[1]
+    along: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        vectors, rows.flatten(0, 1), number, offsets=row_set[:0], offset2bag=row_set, mode=0
+    )
+    return along.view(rows.shape[:2])
 
 
 def _joined(blocks: list[Tensor]) -> Tensor:
@@ -204,16 +225,18 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
         first, in_range = _given_start(p, group)
         allowed &= (in_range & allowed.gather(1, first[:, None])[:, 0])[:, None]
     counts = allowed.sum(-1).clamp(max=p.k)
-    open_to = allowed.clone()  # the rows that may be picked next
+    open_to = allowed.clone() if p.distinct else allowed  # the rows that may be picked next
     weight, exponent = _weights(p, quality, allowed)
     x = _Rows(group.raw, allowed)
 
-    gap, logits, shift, picks, distances = None, quality, None, [], []
+    gap, logits, shift = None, quality, None
+    picks, rows, distances = [], [], []
     most = min(p.k, norms.shape[1])
     for step, noise in zip(range(most), _noise(p, group), strict=False):
         scores = _scores(logits, noise, shift, open_to)
         pick = _argmax(scores, open_to) if step or first is None else first
         picks.append(pick)
+        rows.append(x.take(pick[:, None])[:, 0])
         distances.append(_reported(logits.gather(1, pick[:, None]), shift) if step else norms.new_full((), math.inf))
         if out.kept:
             soft = _softmax(scores, shift, float(p.tau)) * (step < counts)[:, None]
@@ -222,19 +245,18 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
             break
         if p.distinct:
             open_to.scatter_(1, pick[:, None], False)
-        fresh = _gaps(x, norms, pick, p.normalized)
+        fresh = _gaps(x, norms, rows[step], pick, p.normalized)
         gap = fresh if gap is None else torch.minimum(gap, fresh)
         if out.kept:
             group.put(torch.where(allowed & (step < counts)[:, None], fresh, 0), out.kept[1][step])
         logits, shift = gap * weight, exponent
 
     made = torch.arange(most, device=counts.device) < counts[:, None]  # (G, up to K)
-    indices = torch.stack(picks, 1)
     reached = torch.cat([distance.expand(len(made), 1) for distance in distances], 1)
-    out.indices[group.sets, :most] = torch.where(made, indices, -1)
-    out.distances[group.sets, :most] = torch.where(made & ~reached.isnan(), reached, 0)
-    out.features[group.sets, :most] = torch.where(made[..., None], x.take(indices), 0).to(p.features.dtype)
-    out.counts[group.sets] = counts
+    out.indices[group.at, :most] = torch.where(made, torch.stack(picks, 1), -1)
+    out.distances[group.at, :most] = torch.where(made & ~reached.isnan(), reached, 0)
+    out.features[group.at, :most] = _kept(made, torch.stack(rows, 1)).to(p.features.dtype)
+    out.counts[group.at] = counts
     if out.kept:
         group.put(torch.where(allowed, norms, -1), out.kept[2])
 
@@ -242,7 +264,7 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
 def _given_start(p: Problem, group: _Group) -> tuple[Tensor, Tensor]:
     """The given first picks (G,), and whether they are rows of their sets."""
     assert p.start is not None
-    first = p.start[group.sets].to(torch.int64)
+    first = p.start[group.at].to(torch.int64)
     in_range = (first >= 0) & (first < group.raw.shape[1])
     return torch.where(in_range, first, 0), in_range
 
@@ -258,16 +280,17 @@ def _weights(p: Problem, quality: Tensor, allowed: Tensor) -> tuple[Tensor, Tens
         return torch.full_like(quality, math.nan), None
     power = quality**gamma
     plain, most = scale * power, 2.0**LARGEST_EXPONENT
-    if not (allowed & ((torch.maximum(plain, power) > most) | (torch.minimum(plain, power) < 1 / most))).any():
+    least, largest = (float(bound) for bound in power.aminmax())
+    if least * min(scale, 1) >= 1 / most and largest * max(scale, 1) <= most:  # false if one is NaN
         return plain, None
     exponent = torch.where(allowed, gamma * quality.double().log2(), 0)
     widest = torch.maximum(exponent.abs(), (exponent + math.log2(scale)).abs())
     extreme = (torch.where(allowed, widest, 0) > LARGEST_EXPONENT).any(-1, keepdim=True)  # (G, 1)
     exponent += math.log2(scale)
-    largest = torch.where(allowed, exponent, -math.inf).amax(-1, keepdim=True).floor()
+    unit = torch.where(allowed, exponent, -math.inf).amax(-1, keepdim=True).floor()
     if p.noise is not None or p.seed is not None:
-        largest = largest.clamp(min=0)
-    shift = torch.where(extreme, largest, 0)
+        unit = unit.clamp(min=0)
+    shift = torch.where(extreme, unit, 0)
     weight = torch.where(extreme, torch.exp2(exponent - shift).to(plain.dtype), plain)
     return torch.where(allowed & (weight >= torch.finfo(weight.dtype).tiny), weight, 0), shift
 
@@ -282,8 +305,9 @@ def _scores(logits: Tensor, noise: Tensor | None, shift: Tensor | None, open_to:
 def _argmax(scores: Tensor, open_to: Tensor) -> Tensor:
     """The first row of the highest score that may be picked, (G,); 0 where none may."""
     best, pick = scores.max(-1)
-    lost = best == -math.inf
-    return torch.where(lost, open_to.to(torch.uint8).argmax(-1), pick) if lost.any() else pick
+    if best.amin() > -math.inf:
+        return pick
+    return torch.where(best == -math.inf, open_to.to(torch.uint8).argmax(-1), pick)
 
 
 def _softmax(scores: Tensor, shift: Tensor | None, tau: float) -> Tensor:
@@ -311,12 +335,14 @@ def _reported(distances: Tensor, shift: Tensor | None) -> Tensor:
     return _shifted(torch.where(distances >= torch.finfo(distances.dtype).tiny, distances, 0), shift)
 
 
-def _gaps(x: _Rows, norms: Tensor, pick: Tensor, normalized: bool) -> Tensor:
-    """1 - cos(x_n, x_pick), (G, n); exactly 0 for the pick and its duplicates, whatever their cosine rounds to."""
-    direction = x.take(pick[:, None])[:, 0]
-    if not normalized:
-        direction = direction / norms.gather(1, pick[:, None])
-    cosine = x.products_alike(direction)
+def _kept(made: Tensor, rows: Tensor) -> Tensor:
+    """Rows (G, K, C), 0 where no pick was made (G, K): there a row may not be finite."""
+    return rows if made.all() else torch.where(made[..., None], rows, 0)
+
+
+def _gaps(x: _Rows, norms: Tensor, row: Tensor, pick: Tensor, normalized: bool) -> Tensor:
+    """1 - cos(x_n, row), (G, n); exactly 0 for the pick and its duplicates, whatever their cosine rounds to."""
+    cosine = x.products(row if normalized else row / norms.gather(1, pick[:, None]))
     if not normalized:
         cosine = cosine / norms
     return torch.where(cosine == cosine.gather(1, pick[:, None]), 0, 1 - cosine).clamp_(min=0)
@@ -349,11 +375,11 @@ def _differentiate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Te
     norms = torch.where(allowed, group.take(saved.norms), 1)
     quality = norms if p.quality is None else torch.where(allowed, group.take(p.quality), 1)
     gaps, softmax = (torch.where(allowed, group.take(kept), 0) for kept in (saved.gaps, saved.softmax))
-    made = saved.indices[group.sets] >= 0  # (G, K)
-    indices = saved.indices[group.sets].clamp(min=0)
-    arriving = torch.where(made[..., None], grad[group.sets].to(norms.dtype), 0)  # c, (G, K, C)
+    made = saved.indices[group.at] >= 0  # (G, K)
+    indices = saved.indices[group.at].clamp(min=0)
+    arriving = _kept(made, grad[group.at].to(norms.dtype, copy=True))  # c, (G, K, C)
     x = _Rows(group.raw, allowed)
-    units = torch.where(made[..., None], x.take(indices), 0)  # u_j, (G, K, C)
+    units = _kept(made, x.take(indices))  # u_j, (G, K, C)
     pick_norms = norms.gather(1, indices)
     if not p.normalized:
         units = units / pick_norms[..., None]
@@ -418,17 +444,19 @@ def _write_rows(
     arriving: Tensor, indices: Tensor,
 ) -> None:  # fmt: skip
     """dx_n = sum_j dcos_j(n) u_j / |x_n| + radial(n) u_n, and on the picked rows their own gradients."""
-    flat = dx.view(-1, dx.shape[-1])
     each = torch.arange(len(indices), device=indices.device)
     if not p.normalized:
         dcos = dcos / norms
     tiny = bool((norms < SMALL_NORM).any())  # then radial(n) / |x_n| may be infinite where dx is not
+    out = group.rows_in(dx)
     for at, rows in x.blocks():
         scale = radial[:, at] if tiny else radial[:, at] / norms[:, at]
-        part = (rows / norms[:, at, None] if tiny else rows) * scale[..., None]
-        part += torch.bmm(dcos[:, :, at].permute(1, 2, 0), units[:, : p.k - 1])
+        place = None if out is None else out[:, at]
+        part = torch.mul(rows / norms[:, at, None] if tiny else rows, scale[..., None], out=place)
+        part.baddbmm_(dcos[:, :, at].permute(1, 2, 0), units[:, : p.k - 1])
         for step in range(p.k):
-            place = indices[:, step] - at.start
-            here = (place >= 0) & (place < part.shape[1])
-            part[each, torch.where(here, place, 0)] += torch.where(here[:, None], arriving[:, step], 0)
-        group.put_rows(part, at, flat)
+            number = indices[:, step] - at.start
+            here = (number >= 0) & (number < part.shape[1])
+            part[each, torch.where(here, number, 0)] += torch.where(here[:, None], arriving[:, step], 0)
+        if place is None:
+            group.put_rows(part, at, dx)

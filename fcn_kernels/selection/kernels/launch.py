@@ -267,33 +267,26 @@ def _given(p: Problem, stand_in: Tensor) -> dict[str, Any]:
 
 def _launch(kernel: Any, p: Problem, plan: Plan, turns: int, arguments: dict[str, Any], build: Constants) -> None:
     """One launch, or a launch a turn; parts that cannot all run at once meet between launches, here and from now on."""
-    if plan.split == COOPERATIVE.value:
-        try:
-            _run(kernel, p, plan, 1, arguments, build)
-            return
-        except RuntimeError as error:
-            if not has_no_room(error, p.features):
-                raise
+    cooperative = plan.split == COOPERATIVE.value
+    barrier = torch.zeros(p.sets, dtype=torch.int32, device=p.features.device) if cooperative else None
+    launch: Callable[..., None] = kernel[(p.sets * plan.parts,)]
+    try:
+        for turn in range(turns if plan.split == LAUNCHES.value else 1):
+            launch(
+                **arguments,
+                barrier_ptr=barrier,
+                parts=plan.parts,
+                turn=turn,
+                shortest=plan.shortest,
+                longest=plan.longest,
+                BUILD=build,
+                **plan.options,
+            )
+    except RuntimeError as error:
+        if not (cooperative and has_no_room(error, p.features)):
+            raise
         warnings.warn(
             "a cooperative launch did not fit this GPU: large sets take a launch a step from now on", stacklevel=2
         )
-        plan, build = plan._replace(split=LAUNCHES.value), build._replace(SPLIT=LAUNCHES)
-    _run(kernel, p, plan, turns if plan.split == LAUNCHES.value else 1, arguments, build)
-
-
-def _run(kernel: Any, p: Problem, plan: Plan, turns: int, arguments: dict[str, Any], build: Constants) -> None:
-    barrier = None
-    if plan.split == COOPERATIVE.value:
-        barrier = torch.zeros(p.sets, dtype=torch.int32, device=p.features.device)
-    launch: Callable[..., None] = kernel[(p.sets * plan.parts,)]
-    for turn in range(turns):
-        launch(
-            **arguments,
-            barrier_ptr=barrier,
-            parts=plan.parts,
-            turn=turn,
-            shortest=plan.shortest,
-            longest=plan.longest,
-            BUILD=build,
-            **plan.options,
-        )
+        launches = plan._replace(split=LAUNCHES.value)
+        _launch(kernel, p, launches, turns, arguments, build._replace(SPLIT=LAUNCHES))
