@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 BACKENDS = ("triton", "cpp", "torch")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -63,6 +64,22 @@ def runs_on(backend: str, dtype: torch.dtype, cpp_unavailable: Unavailable) -> s
     if backend != "cpu":
         return backend
     return "torch" if cpp_unavailable(dtype) else "cpp"
+
+
+def is_plain_call() -> bool:
+    """Whether no compiler, tracer, transform, mode or profiler follows what this call does."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def is_plain_tensor(value: Any) -> bool:
+    """Whether a value is no tensor of a subclass, or without memory, that an operator would have to be told of."""
+    return not isinstance(value, Tensor) or (type(value) in (Tensor, Parameter) and not value.is_meta)
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:

@@ -167,3 +167,43 @@ def test_flops_are_counted(normalized):
     with FlopCounterMode(display=False) as backward:
         picked.sum().backward()
     assert backward.get_total_flops() == product * (3 * k - 2)
+
+
+# --- who listens --------------------------------------------------------------------------------------------------
+
+
+def test_the_operator_is_seen_by_those_who_listen() -> None:
+    """A plain call is spared the dispatcher; a profiler, a mode and fake tensors still find the operator in it."""
+    x = torch.randn(2, 9, 5, requires_grad=True)
+
+    def step(rows: torch.Tensor) -> torch.Tensor:
+        features = coreset_select(rows, 3).features
+        features.sum().backward()
+        return features
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(x)
+    names = {event.key for event in profile.key_averages()}
+    assert {"fcn_kernels::select", "fcn_kernels::select_backward"} <= names
+
+    seen = []
+
+    class Listener(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Listener():
+        step(x)
+    ops = torch.ops.fcn_kernels
+    assert ops.select.default in seen
+    assert ops.select_backward.default in seen
+
+    plain = x.detach()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = mode.from_tensor(plain).requires_grad_()
+        assert step(fake).shape == (2, 3, 5)
+        assert fake.grad.shape == x.shape
+    meta = coreset_select(torch.empty(2, 9, 5, device="meta"), 3)
+    assert meta.features.shape == (2, 3, 5)
+    assert meta.indices.device.type == "meta"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from fcn_kernels.backends import is_plain_call
 from fcn_kernels.selection.problem import Problem
 from fcn_kernels.selection.torch_backend import unpickable_row
 from fcn_kernels.sets import accumulator
@@ -17,6 +18,7 @@ INTEGERS = (torch.int32, torch.int64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REAL = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
 MOST_PICKS = 2**31 - 1
+ONES = {dtype: torch.ones((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
 LIMITS = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
 """The least normal and the largest number of the dtypes in which rows are summed."""
 
@@ -111,6 +113,8 @@ def scale(name: str, value: Any, dtype: torch.dtype) -> Any:
 def temperature(tau: Any, features: Tensor) -> Tensor:
     """tau as a 0-d tensor of the dtype in which rows are summed."""
     dtype = accumulator(features.dtype)
+    if is_plain_call() and isinstance(tau, float) and tau == 1:  # compilers would build for this value
+        return ONES[dtype]
     if not isinstance(tau, Tensor):
         return _scalar(scale("tau", tau, dtype), dtype)
     _check_scalar("tau", tau, features)

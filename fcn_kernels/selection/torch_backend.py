@@ -102,7 +102,7 @@ class _Group(NamedTuple):
         """The group's rows (G, n, C) in ``out``, of the features' shape, to write sums to; None if they are not so."""
         if isinstance(self.where, Tensor) or out.dtype != accumulator(out.dtype):
             return None
-        return out.view(-1, out.shape[-1])[self.where].unflatten(0, self.raw.shape[:2])
+        return out.view(-1, out.shape[-1])[self.where].view(self.raw.shape)
 
     def put_rows(self, values: Tensor, at: slice, out: Tensor) -> None:
         """Write rows ``at`` of each set, (G, m, C), to their places in ``out``, of the features' shape."""
