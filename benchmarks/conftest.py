@@ -1,8 +1,8 @@
 """What the benchmarks share: one device, one copy bandwidth, and result rows that carry where they come from.
 
 Columns of the JSON that ``--benchmark-json`` writes: ``stats`` is pytest-benchmark's own, wall-clock time of a few
-calls with the wait for the device in it, useful as a cross-check; ``extra_info`` is what the report reads, with
-``median_s``, ``q1_s`` and ``q3_s`` a call by the clock that ``clock`` names (device events on a GPU).
+calls with the wait for the device in it, useful as a cross-check; ``extra_info`` is a
+:class:`benchmarks.report.results.Row`, with times by the clock that it names (device events on a GPU).
 """
 
 import os
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks.harness import Clock, Contender, Timing, copy_bandwidth, free_memory, interleave, machine, reason
+from benchmarks.report.results import Row
 from benchmarks.workloads import (
     COMPILED,
     FORWARD,
@@ -130,7 +131,7 @@ class Bench:
     def facts(self, benchmark: Any, group: str, **facts: Any) -> None:
         """What a result row says beside its time."""
         benchmark.group = group
-        benchmark.extra_info.update(self.about, group=group, **facts)
+        benchmark.extra_info.update(Row(**self.about, group=group, **facts).as_json())
 
     def _compile(self, contenders: dict[str, Contender]) -> dict[str, str]:
         """Compile the compiled contender, or take it out where its time is up."""

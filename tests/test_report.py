@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.report import picture, targets
 from benchmarks.report import tables as report
-from benchmarks.report.results import Results, exponent, load
+from benchmarks.report.results import Results, Row, exponent, load
 from fcn_kernels import coreset_select
 
 pytest.importorskip("pytest_benchmark")
@@ -32,10 +32,10 @@ ABOUT = {
 }
 
 
-def row(name: str, seconds: float, n: int, **facts: Any) -> dict[str, Any]:
+def row(name: str, seconds: float, n: int, **facts: Any) -> Row:
     """A row as the benchmarks write it, of one set of n rows of 1,024 bytes."""
     work = facts.get("work", "forward")
-    return {
+    made = {
         **ABOUT,
         "group": "scaling",
         "implementation": name,
@@ -58,9 +58,10 @@ def row(name: str, seconds: float, n: int, **facts: Any) -> dict[str, Any]:
         "copy_share": 0.001,
         **facts,
     }
+    return Row(**made)
 
 
-def results(*rows: dict[str, Any], missing: dict[str, str] | None = None) -> Results:
+def results(*rows: Row, missing: dict[str, str] | None = None) -> Results:
     return Results(list(rows), missing or {}, "2026-01-02T03:04:05")
 
 
@@ -83,16 +84,16 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_row_of_a_run_says_where_and_how_it_was_measured(quick: Path) -> None:
     found = load(quick)
     for r in found.rows:
-        assert set(ABOUT) <= set(r)
-        assert r["copy_gb_per_s"] > 0
+        assert all((r.device, r.commit, r.threads >= 1))
+        assert r.copy_gb_per_s > 0
     timed = found.of("scaling")
     assert len(timed) == 12  # 3 lengths, 2 implementations, 2 kinds of work
     for r in timed:
-        assert 0 < r["q1_s"] <= r["median_s"] <= r["q3_s"]
-        if r["implementation"] == "fused":
-            assert r["gb_per_s"] == pytest.approx(r["bytes_moved"] / r["median_s"] / 1e9)
-            assert r["copy_share"] == pytest.approx(r["gb_per_s"] / r["copy_gb_per_s"])
-            assert r["bytes_moved"] >= r["least_bytes"]
+        assert 0 < r.q1_s <= r.median_s <= r.q3_s
+        if r.implementation == "fused":
+            assert r.gb_per_s == pytest.approx(r.bytes_moved / r.median_s / 1e9)
+            assert r.copy_share == pytest.approx(r.gb_per_s / r.copy_gb_per_s)
+            assert r.bytes_moved >= r.least_bytes
 
 
 def test_memory_rows_count_what_is_known_exactly(quick: Path) -> None:
@@ -101,11 +102,11 @@ def test_memory_rows_count_what_is_known_exactly(quick: Path) -> None:
         assert ours is not None
         assert theirs is not None
         features = n * 512 * 4
-        assert ours["input_bytes"] == features
+        assert ours.input_bytes == features
         # the unit rows at least; of a row ours keeps two gaps and its norm, and on a CPU three softmaxes
-        assert theirs["kept_bytes"] >= features
-        assert n * 12 <= ours["kept_bytes"] < n * 24 + 200
-        assert features <= ours["peak_bytes"] < theirs["peak_bytes"]  # the gradient is part of every peak
+        assert theirs.kept_bytes >= features
+        assert n * 12 <= ours.kept_bytes < n * 24 + 200
+        assert features <= ours.peak_bytes < theirs.peak_bytes  # the gradient is part of every peak
 
 
 def test_report_of_a_run_has_its_tables_plots_and_what_is_missing(quick: Path, tmp_path: Path) -> None:
@@ -216,7 +217,9 @@ def test_results_that_are_none_are_refused(
 def test_results_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(
-        json.dumps({"benchmarks": [{"extra_info": row("fused", 1.0, 7)}, {"extra_info": {}}], "datetime": "d"})
+        json.dumps(
+            {"benchmarks": [{"extra_info": row("fused", 1.0, 7).as_json()}, {"extra_info": {}}], "datetime": "d"}
+        )
     )
     found = load(path)
     assert found.rows == [row("fused", 1.0, 7)]

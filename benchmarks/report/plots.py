@@ -32,27 +32,27 @@ def time(rows: list[Row]) -> Any:
     first = rows[0]
     figure, axes = _figure(2, (10, 4.2))
     for axis, work in zip(axes, WORKS, strict=True):
-        here = [r for r in rows if r["work"] == work]
+        here = [r for r in rows if r.work == work]
         for name in (EAGER, FUSED):
-            line = sorted((r for r in here if r["implementation"] == name), key=lambda r: r["rows"])
+            line = sorted((r for r in here if r.implementation == name), key=lambda r: r.rows)
             if not line:
                 continue
             slope = exponent(line, FITTED_FROM)
             label = name if slope is None else rf"{name}, time $\sim N^{{{slope:.2f}}}$"
-            lengths = [r["rows"] for r in line]
+            lengths = [r.rows for r in line]
             axis.fill_between(
-                lengths, [r["q1_s"] for r in line], [r["q3_s"] for r in line], color=COLORS[name], alpha=0.25, lw=0
+                lengths, [r.q1_s for r in line], [r.q3_s for r in line], color=COLORS[name], alpha=0.25, lw=0
             )
-            axis.plot(lengths, [r["median_s"] for r in line], "o-", ms=4, lw=1.8, color=COLORS[name], label=label)
-        limit = sorted({(r["rows"], r["least_bytes"] / (r["copy_gb_per_s"] * 1e9)) for r in here})
+            axis.plot(lengths, [r.median_s for r in line], "o-", ms=4, lw=1.8, color=COLORS[name], label=label)
+        limit = sorted({(r.rows, r.least_bytes / (r.copy_gb_per_s * 1e9)) for r in here})
         passes = "rows read once" if work == FORWARD else "read twice, gradient written"
         axis.plot(*zip(*limit, strict=True), "--", lw=1.2, color=LIMIT, label=f"memory limit: {passes}")
         _logarithmic(axis, "rows of a set, N", time_of)
-        axis.set_ylim(top=20 * max(r["q3_s"] for r in rows))  # room for the legend
+        axis.set_ylim(top=20 * max(r.q3_s for r in rows))  # room for the legend
         axis.set_title(work, loc="left", color=INK)
         axis.legend(frameon=False, fontsize=9, loc="upper left")
     axes[0].set_ylabel("time a call")
-    shape = f"{first['sets']} sets of N rows, K = {first['k']}, C = {first['dim']}, {first['dtype']}"
+    shape = f"{first.sets} sets of N rows, K = {first.k}, C = {first.dim}, {first.dtype}"
     _title(figure, f"Selection from {shape}", first)
     return figure
 
@@ -65,7 +65,7 @@ def speedup(rows: list[Row]) -> Any:
     least = most = 1.0
     for axis, work in zip(axes, WORKS, strict=True):
         for row, case in enumerate(cases):
-            times = {r["implementation"]: r["median_s"] for r in rows if _case(r) == case and r["work"] == work}
+            times = {r.implementation: r.median_s for r in rows if _case(r) == case and r.work == work}
             if LOOP in times:
                 times[EAGER] = times[LOOP]
             shown = [name for name in others if name in times and FUSED in times]
@@ -109,32 +109,32 @@ def memory(rows: list[Row]) -> Any:
     panels = {"peak_bytes": "peak of a training step", "kept_bytes": "kept for the backward pass"}
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for name in (EAGER, FUSED):
-            line = sorted((r for r in rows if r["implementation"] == name), key=lambda r: r["all_rows"])
+            line = sorted((r for r in rows if r.implementation == name), key=lambda r: r.all_rows)
             axis.plot(
-                [r["all_rows"] for r in line],
-                [r[key] for r in line],
+                [r.all_rows for r in line],
+                [getattr(r, key) for r in line],
                 "o-",
                 ms=4,
                 lw=1.8,
                 color=COLORS[name],
                 label=name,
             )
-        features = sorted({(r["all_rows"], r["input_bytes"]) for r in rows})
+        features = sorted({(r.all_rows, r.input_bytes) for r in rows})
         axis.plot(*zip(*features, strict=True), "--", lw=1.2, color=LIMIT, label="the features themselves")
         _logarithmic(axis, "rows in the set, N", _bytes)
         axis.set_title(title, loc="left", color=INK)
     axes[0].set_ylabel("bytes beyond the inputs")
     axes[0].legend(frameon=False, fontsize=9, loc="upper left")
-    _title(figure, f"Memory, K = {first['k']}, C = {first['dim']}, {first['dtype']}", first)
+    _title(figure, f"Memory, K = {first.k}, C = {first.dim}, {first.dtype}", first)
     return figure
 
 
 def _case(row: Row) -> str:
-    if row["rows"] == "packed":
-        shape = f"{row['sets']:,} sets, {row['all_rows']:,} rows packed"
+    if row.rows == "packed":
+        shape = f"{row.sets:,} sets, {row.all_rows:,} rows packed"
     else:
-        shape = f"B = {row['sets']:,}, N = {row['rows']:,}"
-    return f"{shape}, K = {row['k']}, {row['dtype']}"
+        shape = f"B = {row.sets:,}, N = {row.rows:,}"
+    return f"{shape}, K = {row.k}, {row.dtype}"
 
 
 def _figure(panels: int, size: tuple[float, float]) -> tuple[Any, Any]:
@@ -173,7 +173,7 @@ def _legend(figure: Any, names: Iterable[str]) -> None:
 
 
 def _title(figure: Any, text: str, row: Row) -> None:
-    machine = f"{row['device']}, PyTorch {row['torch']}"
+    machine = f"{row.device}, PyTorch {row.torch}"
     figure.suptitle(f"{text}\n", fontsize=12.5, fontweight="bold", x=0.01, ha="left", color=INK)
     figure.text(0.01, 1 - 0.3 / figure.get_figheight(), machine, fontsize=9, ha="left", va="top", color=LIMIT)
 

@@ -35,14 +35,14 @@ def table(head: Iterable[str], lines: Iterable[Iterable[object]]) -> list[str]:
 
 def _machine(results: Results) -> Iterator[str]:
     r = results.rows[0]
-    yield f"# Benchmarks on {r['device']}"
+    yield f"# Benchmarks on {r.device}"
     yield ""
     yield (
-        f"{results.when[:10]}, commit {r['commit']}. Python {r['python']}, PyTorch {r['torch']}, Triton {r['triton']}, "
-        f"fcn_kernels {r['fcn_kernels']}, {r['threads']} threads. A plain copy in the same run moves "
-        f"{r['copy_gb_per_s']:,.1f} GB/s, bytes read and written."
+        f"{results.when[:10]}, commit {r.commit}. Python {r.python}, PyTorch {r.torch}, Triton {r.triton}, "
+        f"fcn_kernels {r.fcn_kernels}, {r.threads} threads. A plain copy in the same run moves "
+        f"{r.copy_gb_per_s:,.1f} GB/s, bytes read and written."
     )
-    clock = "device events" if r["device_type"] == "cuda" else "the wall clock"
+    clock = "device events" if r.device_type == "cuda" else "the wall clock"
     yield ""
     yield (
         f"Times are medians by {clock}, with quartiles in brackets, of calls in turns over inputs that together do not "
@@ -72,22 +72,22 @@ def _selection(results: Results) -> Iterator[str]:
     yield "![speed-up](speedup.png)"
     yield ""
     lines = []
-    for ours in (r for r in rows if r["implementation"] == FUSED):
+    for ours in (r for r in rows if r.implementation == FUSED):
         eager, compiled = (_beside(results, ours, name) for name in (EAGER, COMPILED))
         eager = eager or _beside(results, ours, LOOP)
         lines.append(
             (
                 *_shape(ours),
-                ours["work"],
+                ours.work,
                 _time(ours),
-                _time(eager) + ("\\*" if eager and eager["implementation"] == LOOP else ""),
+                _time(eager) + ("\\*" if eager and eager.implementation == LOOP else ""),
                 _time(compiled),
                 _ratio(eager, ours),
                 _ratio(compiled, ours),
-                ", ".join(ours["tiers"]),
-                f"{ours['bytes_moved'] / 1e6:,.1f}",
-                f"{ours['gb_per_s']:,.1f}",
-                f"{ours['copy_share']:.0%}",
+                ", ".join(ours.tiers),
+                f"{ours.bytes_moved / 1e6:,.1f}",
+                f"{ours.gb_per_s:,.1f}",
+                f"{ours.copy_share:.0%}",
             )
         )
     yield from table(
@@ -99,7 +99,7 @@ def _selection(results: Results) -> Iterator[str]:
     )
     loop = next(iter(results.of("selection", implementation=LOOP)), None)
     if loop:
-        sampled = round(loop["sets"] / loop["scaled_by"])
+        sampled = round(loop.sets / loop.scaled_by)
         yield f"\\* It has no packed form: looped over {sampled} of the sets, drawn at random, and scaled to all."
         yield ""
 
@@ -113,17 +113,17 @@ def _scaling(results: Results) -> Iterator[str]:
     yield "![time](time.png)"
     yield ""
     yield (
-        f"{first['sets']} sets of N rows each, C = {first['dim']}, K = {first['k']}, {first['dtype']}. The lengths of "
+        f"{first.sets} sets of N rows each, C = {first.dim}, K = {first.k}, {first.dtype}. The lengths of "
         "a line took turns."
     )
     yield ""
-    lengths = sorted({r["rows"] for r in results.of("scaling")})
+    lengths = sorted({r.rows for r in results.of("scaling")})
     lines = []
     for work in (FORWARD, BOTH):
         for name in (FUSED, EAGER):
             rows = results.of("scaling", work=work, implementation=name)
             found = exponent(rows, FITTED_FROM)
-            times = {r["rows"]: r for r in rows}
+            times = {r.rows: r for r in rows}
             lines.append((work, name, *(_time(times.get(n)) for n in lengths), "" if found is None else f"{found:.3f}"))
     yield from table(
         ("work", "", *(f"N = {n:,}" for n in lengths), f"exponent from {FITTED_FROM:,} rows"),
@@ -148,8 +148,8 @@ def _pairs(results: Results, group: str, title: str) -> Iterator[str]:
     lines = []
     for r in rows:
         ours = _beside(results, r, FUSED)
-        rate = "" if r["gb_per_s"] is None else f"{r['gb_per_s']:,.1f} ({r['copy_share']:.0%})"
-        lines.append((*_shape(r), r["implementation"], _time(r), _ratio(r, ours), rate))
+        rate = "" if r.gb_per_s is None else f"{r.gb_per_s:,.1f} ({r.copy_share:.0%})"
+        lines.append((*_shape(r), r.implementation, _time(r), _ratio(r, ours), rate))
     yield from table(("B", "N", "C", "K", "dtype", "", "time", "of fused", "GB/s (of copy)"), lines)
 
 
@@ -162,7 +162,11 @@ def _memory(results: Results) -> Iterator[str]:
     yield "![memory](memory.png)"
     yield ""
     lines = [
-        (*_shape(r), r["implementation"], *(_megabytes(r[key]) for key in ("input_bytes", "peak_bytes", "kept_bytes")))
+        (
+            *_shape(r),
+            r.implementation,
+            *(_megabytes(getattr(r, key)) for key in ("input_bytes", "peak_bytes", "kept_bytes")),
+        )
         for r in rows
     ]
     yield from table(("B", "N", "C", "K", "dtype", "", "features, MB", "peak, MB", "kept for backward, MB"), lines)
@@ -179,9 +183,7 @@ def _cost(results: Results) -> Iterator[str]:
         "write, one after another."
     )
     yield ""
-    lines = [
-        (*_shape(r), r["implementation"], _counted(r["multiply_adds"]), _megabytes(r["bytes_moved"])) for r in rows
-    ]
+    lines = [(*_shape(r), r.implementation, _counted(r.multiply_adds), _megabytes(r.bytes_moved)) for r in rows]
     yield from table(("B", "N", "C", "K", "dtype", "", "multiply-adds", "MB moved"), lines)
 
 
@@ -191,7 +193,7 @@ def _host(results: Results) -> Iterator[str]:
         return
     yield "## Cost of a call on the host, and replay from a CUDA graph"
     yield ""
-    lines = [(*_shape(r), r["work"], r["implementation"], _time(r), r["clock"]) for r in rows]
+    lines = [(*_shape(r), r.work, r.implementation, _time(r), r.clock) for r in rows]
     yield from table(("B", "N", "C", "K", "dtype", "work", "", "time", "clock"), lines)
 
 
@@ -211,24 +213,24 @@ def _missing(results: Results) -> Iterator[str]:
 def _beside(results: Results, row: Row, name: str) -> Row | None:
     """The row of another implementation in the same race."""
     same = ("sets", "all_rows", "rows", "dim", "k", "dtype", "work")
-    return results.one(row["group"], implementation=name, **{key: row[key] for key in same})
+    return results.one(row.group, implementation=name, **{key: getattr(row, key) for key in same})
 
 
 def _shape(row: Row) -> tuple[str, ...]:
-    rows = f"{row['all_rows']:,} packed" if row["rows"] == "packed" else f"{row['rows']:,}"
-    return f"{row['sets']:,}", rows, str(row["dim"]), str(row["k"]), row["dtype"]
+    rows = f"{row.all_rows:,} packed" if row.rows == "packed" else f"{row.rows:,}"
+    return f"{row.sets:,}", rows, str(row.dim), str(row.k), row.dtype
 
 
 def _time(row: Row | None) -> str:
     if row is None:
         return ""
-    median = time_of(row["median_s"])
-    unit = row["median_s"] / float(median.split()[0])
-    return f"{median} [{row['q1_s'] / unit:.3g}, {row['q3_s'] / unit:.3g}]"
+    median = time_of(row.median_s)
+    unit = row.median_s / float(median.split()[0])
+    return f"{median} [{row.q1_s / unit:.3g}, {row.q3_s / unit:.3g}]"
 
 
 def _ratio(row: Row | None, ours: Row | None) -> str:
-    return "" if row is None or ours is None else f"{row['median_s'] / ours['median_s']:.2f}x"
+    return "" if row is None or ours is None else f"{row.median_s / ours.median_s:.2f}x"
 
 
 def _counted(multiply_adds: int | str) -> str:

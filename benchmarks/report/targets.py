@@ -22,7 +22,7 @@ class Target(NamedTuple):
 
 def judge(results: Results) -> list[Target]:
     """The targets of the kind of machine that the results are of."""
-    on_gpu = results.rows[0]["device_type"] == "cuda"
+    on_gpu = results.rows[0].device_type == "cuda"
     return list(_gpu(results) if on_gpu else _cpu(results))
 
 
@@ -39,7 +39,7 @@ def _gpu(results: Results) -> Iterator[Target]:
     for name, shape, limits in times:
         for work, limit in zip(WORKS, limits, strict=True):
             row = results.one("selection", work=work, **shape, **common)
-            yield _at_most(f"{name}, {work}", None if row is None else row["median_s"], limit)
+            yield _at_most(f"{name}, {work}", None if row is None else row.median_s, limit)
     for work, passes, share in ((FORWARD, "K - 1 reads", 0.9), (BOTH, "2K - 1 reads and 1 write", 0.8)):
         row = results.one("selection", work=work, sets=1, rows=LARGEST, **common)
         yield _at_least(
@@ -50,7 +50,7 @@ def _gpu(results: Results) -> Iterator[Target]:
         )
     row = results.one("k-center-greedy", rows=200_000, k=2000, implementation=FUSED)
     name = "k-center-greedy, 2,000 picks of 200,000 x 1,536"
-    yield _at_most(name, None if row is None else row["median_s"], 40e-3)
+    yield _at_most(name, None if row is None else row.median_s, 40e-3)
     yield from _ratios(results, ((256, 20), (1, 8000)), {EAGER: 10.0, COMPILED: 3.0}, "bfloat16")
     yield from _exponents(results, 0.03, LARGEST)
 
@@ -59,7 +59,7 @@ def _cpu(results: Results) -> Iterator[Target]:
     """float32, C = 512, K = 3."""
     yield from _ratios(results, ((64, 20), (1, 8000)), {EAGER: 4.0}, "float32")
     kept = [results.one("memory", rows=4000, implementation=name) for name in (FUSED, EAGER)]
-    ratio = None if kept[0] is None or kept[1] is None else kept[1]["kept_bytes"] / kept[0]["kept_bytes"]
+    ratio = None if kept[0] is None or kept[1] is None else kept[1].kept_bytes / kept[0].kept_bytes
     yield _at_least("bytes kept for backward at N = 4,000, times fewer than the listing", ratio, 40.0, "{:.0f}x")
     yield from _exponents(results, 0.05, 100_000)
 
@@ -72,14 +72,14 @@ def _ratios(
             for work in WORKS:
                 shape = {"sets": sets, "rows": n, "k": 3, "dim": 512, "dtype": dtype, "work": work}
                 pair = [results.one("selection", implementation=name, **shape) for name in (FUSED, other)]
-                ratio = None if pair[0] is None or pair[1] is None else pair[1]["median_s"] / pair[0]["median_s"]
+                ratio = None if pair[0] is None or pair[1] is None else pair[1].median_s / pair[0].median_s
                 yield _at_least(f"B = {sets}, N = {n:,}, {work}: against the {other}", ratio, least, "{:.1f}x")
 
 
 def _exponents(results: Results, tolerance: float, most: int) -> Iterator[Target]:
     for work in WORKS:
         rows = results.of("scaling", work=work, implementation=FUSED)
-        found = exponent(rows, FITTED_FROM) if any(r["rows"] == most for r in rows) else None
+        found = exponent(rows, FITTED_FROM) if any(r.rows == most for r in rows) else None
         name = f"exponent of time against N, {FITTED_FROM:,} to {most:,}, {work}"
         reached = None if found is None else abs(found - 1) <= tolerance
         yield Target(name, f"1.00 +- {tolerance:.2f}", "" if found is None else f"{found:.3f}", reached)
@@ -87,9 +87,9 @@ def _exponents(results: Results, tolerance: float, most: int) -> Iterator[Target
 
 def _share(row: Row, work: str) -> float:
     """Of the copy bandwidth, if each step but the last read the rows once, forward, and each step, backward."""
-    passes = row["k"] - 1 if work == FORWARD else (row["k"] - 1) + row["k"] + 1
-    size = row["all_rows"] * row["dim"] * 2
-    return float(passes * size / row["median_s"] / (row["copy_gb_per_s"] * 1e9))
+    passes = row.k - 1 if work == FORWARD else (row.k - 1) + row.k + 1
+    size = row.all_rows * row.dim * 2
+    return float(passes * size / row.median_s / (row.copy_gb_per_s * 1e9))
 
 
 def _at_most(name: str, seconds: float | None, limit: float) -> Target:
