@@ -413,6 +413,7 @@ def test_bad_calls_say_what_was_expected():
         (ValueError, r"styles of shape \(2, 5, 8\)", lambda: head(x, styles[:, :4])),
         (ValueError, r"styles of shape \(2, 5, 6, 2\)", lambda: head(x, styles[..., None])),
         (TypeError, r"styles of shape \(2, 5, 8\), got NoneType", lambda: head(x)),
+        (ValueError, r"styles of shape \(2, 5, 8\)", lambda: make_head(style_channels=0)(x, draw(2, 5, 6, 2))),
         (ValueError, r"quality of shape \(2, 5\)", lambda: head(x, styles, x[..., 0, None].mT)),
         (ValueError, "at most one of", lambda: head(x, styles, lengths=torch.tensor([1, 2]), mask=x[..., 0] > 0)),
         (ValueError, "chunk to be an integer of at least 1, got 0", lambda: head(x, styles, chunk=0)),

@@ -222,11 +222,11 @@ class ClusterAggregate(nn.Module):
             NotImplementedError: a second derivative is asked for.
         """
         checks.check_flags(weights=weights)
-        rows, out, state = self._cluster(features, styles, quality, chunk, lengths, mask, cu_seqlens, strict)
-        with without_autocast(features.device.type):
-            fused = self._finish(state)
-            if weights:
-                fused = fused._replace(weights=_row_weights(rows, out, state, fused))
+        rows, out = self._cluster(features, styles, quality, chunk, lengths, mask, cu_seqlens, strict)
+        state = self._state(rows.cut, out, rounded=not self.training)
+        fused = self.fuse(state)
+        if weights:
+            fused = fused._replace(weights=_row_weights(rows, out, state, fused))
         if rows.layout.single:
             fused = fused._replace(**{name: getattr(fused, name)[0] for name in Fused._fields[:5]})
         return fused
@@ -254,7 +254,8 @@ class ClusterAggregate(nn.Module):
         """
         if state is not None:
             self._check_state(state)
-        added = self._cluster(features, styles, quality, chunk, lengths, mask, cu_seqlens, strict)[2]
+        rows, out = self._cluster(features, styles, quality, chunk, lengths, mask, cu_seqlens, strict)
+        added = self._state(rows.cut, out, rounded=not self.training)
         if not self.training:
             added = added.detach()
         return added if state is None else state + added
@@ -266,8 +267,12 @@ class ClusterAggregate(nn.Module):
             TypeError, ValueError: the state is of other sizes.
         """
         self._check_state(state)
-        with without_autocast(state.sums.device.type):
-            return self._finish(state)
+        return self.fuse(state)
+
+    def shares(self, features: Tensor, styles: Tensor | None) -> tuple[Tensor, ClusterState]:
+        """Shares (B, n, M) of the rows of sets (B, n, C), each one chunk; their state, with its graph, not rounded."""
+        rows, out = self._cluster(features, styles, None, None, None, None, None, False)
+        return out.shares.view(*rows.layout.shape, out.shares.shape[1]), self._state(rows.cut, out, rounded=False)
 
     def _check_state(self, state: Any) -> None:
         if not isinstance(state, ClusterState):
@@ -290,8 +295,8 @@ class ClusterAggregate(nn.Module):
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         strict: bool,
-    ) -> tuple[_Rows, Clustered, ClusterState]:
-        """Everything of the rows: checks, chunks, and the state that they add up to, with its graph."""
+    ) -> tuple[_Rows, Clustered]:
+        """Everything of the rows: checks, and what comes of their chunks."""
         checks.check_flags(strict=strict)
         layout = row_layout("features", features, mask, lengths, cu_seqlens)
         self.check_rows(features, styles, quality, layout.shape)
@@ -299,8 +304,7 @@ class ClusterAggregate(nn.Module):
             checks.at_least_one("chunk", chunk)
         with without_autocast(features.device.type):
             rows = self._rows(features, styles, quality, layout, chunk, strict)
-            out = op.cluster_chunks(self._problem(rows), clustering_backend(None, features))
-            return rows, out, self._state(rows.cut, out)
+            return rows, op.cluster_chunks(self._problem(rows), clustering_backend(None, features))
 
     def check_rows(
         self, features: Tensor, styles: Tensor | None, quality: Tensor | None, shape: tuple[int, ...]
@@ -324,7 +328,8 @@ class ClusterAggregate(nn.Module):
             shapes.append((*shape, self.style.mix.shape[0], 2))
         if not isinstance(styles, Tensor):
             raise TypeError(f"expected styles of shape {shapes[0]}, got {type(styles).__name__}")
-        checks.check_tensor("styles", styles, features, shapes[styles.ndim == len(shapes[-1])], checks.DTYPES)
+        expected = shapes[-1] if styles.ndim == len(shapes[-1]) else shapes[0]
+        checks.check_tensor("styles", styles, features, expected, checks.DTYPES)
 
     def _rows(
         self,
@@ -371,8 +376,8 @@ class ClusterAggregate(nn.Module):
         folded: list[list[Tensor]] = [[] for _ in range(8)]
         scale = self.centers.new_ones(3, d, 1, dtype=dtype)
         scale[0] = (d // self.num_heads) ** -0.5
+        block: Any
         for block in self.blocks:
-            assert isinstance(block, Block)
             qkv, fc1 = _folded(block.norm1, block.qkv, dtype), _folded(block.norm2, block.fc1, dtype)
             plain = [(layer.weight.to(dtype), layer.bias.to(dtype)) for layer in (block.proj, block.fc2)]
             scaled = qkv[0] * scale.flatten(0, 1), qkv[1] * scale.flatten()
@@ -397,22 +402,26 @@ class ClusterAggregate(nn.Module):
         kept = torch.rand(depth, 2, chunks, dtype=dtype, device=device) >= rate
         return kept / (1 - rate)
 
-    def _state(self, cuts: Cut, out: Clustered) -> ClusterState:
-        """The sums of chunks, of a center with less than one row in part, added up over each set."""
+    def _state(self, cuts: Cut, out: Clustered, rounded: bool) -> ClusterState:
+        """The sums of chunks, of a center with less than one row in part, added up over each set, with their graph."""
         w, norm = out.masses[..., None], self.assign.key_norm
         part = w / w.detach().clamp(min=1)
         keys = norm.weight.to(w.dtype) * out.key_sums + w * norm.bias.to(w.dtype)
         sums, styles, masses = part * out.sums, part * keys, out.masses
-        if not self.training:
+        if rounded:
             sums, styles, masses = (
                 on_grid(values, bits) for values, bits in ((sums, SUM_BITS), (styles, STYLE_BITS), (masses, SUM_BITS))
             )
         counts = out.counts if cuts.pieces is None else cuts.per_set(out.counts.double()).long()
         return ClusterState(cuts.per_set(sums), cuts.per_set(styles), cuts.per_set(masses), counts)
 
-    def _finish(self, state: ClusterState) -> Fused:
+    def fuse(self, state: ClusterState) -> Fused:
+        """:meth:`finish` without checks, also of a state that carries its graph in ``eval()``."""
+        with without_autocast(state.sums.device.type):
+            return self._fuse(state, accumulator(self.centers.dtype))
+
+    def _fuse(self, state: ClusterState, dtype: torch.dtype) -> Fused:
         """Means, what the mixers make of them, and the descriptor."""
-        dtype = accumulator(self.centers.dtype)
         mass = state.masses.clamp(min=LEAST_MASS)[..., None]
         means, styles = (state.sums / mass).to(dtype), (state.styles / mass).to(dtype)
         t = torch.cat([self.centers.to(dtype).expand(means.shape[0], -1, -1), styles], -1)

@@ -33,26 +33,29 @@ class _SingleBuffers(nn.Module):
 
 
 class RowNorm(_SingleBuffers, nn.BatchNorm1d):
-    """Batch normalization of the rows of a call that take part, wherever they lie."""
+    """Batch normalization of the rows of a call that take part, wherever they lie; what it holds of them."""
 
-    running_mean: Tensor
-    running_var: Tensor
-    momentum: float
 
-    def kept(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Copies of the running mean and variance (D,)."""
-        return self.running_mean.to(dtype, copy=True), self.running_var.to(dtype, copy=True)
+def kept_statistics(norm: nn.BatchNorm1d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Copies of the running mean and variance (D,)."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    return mean.to(dtype, copy=True), variance.to(dtype, copy=True)
 
-    @torch.no_grad()
-    def keep(self, valid: Tensor, mean: Tensor, variance: Tensor) -> None:
-        """Update the running statistics from those of the valid rows (T,), as nn.BatchNorm1d does it."""
-        count = valid.sum()
-        momentum = (count > 0).double() * self.momentum  # a call without rows changes nothing
-        unbiased = variance * count / (count - 1).clamp(min=1)
-        for running, value in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running.lerp_(value.to(running.dtype), momentum.to(running.dtype))
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked += count > 0
+
+@torch.no_grad()
+def keep_statistics(norm: nn.BatchNorm1d, valid: Tensor, mean: Tensor, variance: Tensor) -> None:
+    """Update the running statistics from those of the valid rows (T,), as nn.BatchNorm1d does it."""
+    assert norm.momentum is not None
+    count = valid.sum()
+    momentum = (count > 0).double() * norm.momentum  # a call without rows changes nothing
+    unbiased = variance * count / (count - 1).clamp(min=1)
+    for running, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        assert running is not None
+        running.lerp_(value.to(running.dtype), momentum.to(running.dtype))
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked += count > 0
 
 
 def check_more_than_one(valid: Tensor) -> None:
@@ -133,7 +136,7 @@ class StyleInput(nn.Module):
         """(T, S, 2) to (T, dim). For the backward pass it keeps z alone, and runs again."""
         layer, norm, eps = self.linear, self.norm, self.norm.eps
         parameters = (self.mix, self.prelu.weight, layer.weight, layer.bias, norm.weight, norm.bias)
-        training, (mean, variance) = norm.training, norm.kept(z.dtype)
+        training, (mean, variance) = norm.training, kept_statistics(norm, z.dtype)
 
         def run(z: Tensor, mean: Tensor, variance: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             mix, slope, weight, bias, gain, shift = (t.to(z.dtype) for t in parameters)
@@ -150,7 +153,7 @@ class StyleInput(nn.Module):
         else:
             out = run(z, mean, variance, *parameters)
         if training:
-            norm.keep(valid, *out[1:])
+            keep_statistics(norm, valid, *out[1:])
         style: Tensor = out[0]
         return style
 
@@ -168,11 +171,11 @@ class NormCode(_SingleBuffers):
 
     def edges(self, norms: Tensor | None, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The norms (60,) at which the code steps, which are constants: by the norms (T,) that are valid in train()."""
-        mean, variance = self.norm.running_mean, self.norm.running_var
+        mean, variance = kept_statistics(self.norm, torch.float64)
         if self.norm.training and norms is not None and valid is not None:
             check_more_than_one(valid)
             mean, variance = row_statistics(norms.detach().where(valid, 0)[:, None], valid)
-            self.norm.keep(valid, mean, variance)
+            keep_statistics(self.norm, valid, mean, variance)
         return norm_edges(mean, variance, dtype)
 
     def rows(self, dtype: torch.dtype) -> Tensor:
