@@ -20,7 +20,10 @@ from pathlib import Path
 import torch
 
 _log = logging.getLogger(__name__)
+_SHARED = Path(__file__).with_name("cpp")
+"""Headers of several operations."""
 _FLAGS = (
+    f"-I{_SHARED}",
     "-std=c++17",
     "-O3",
     "-fno-math-errno",
@@ -48,9 +51,9 @@ def load(source: Path, *definitions: str) -> ctypes.CDLL:
     """The library that ``source`` makes with ``-D`` definitions: compiled, or taken from an earlier process.
 
     The compiler is ``$CXX``, or c++, g++ or clang++. Libraries are kept in ``fcn_kernels`` under ``$XDG_CACHE_HOME``
-    or ``~/.cache``, under a name that changes with the sources beside it, the compiler, the CPU and PyTorch's threads.
-    One that is damaged is made again. Where nothing can be kept, or the folder is not ours alone to write, each process
-    compiles for itself.
+    or ``~/.cache``, under a name that changes with the sources beside it, the shared headers, the compiler, the CPU and
+    PyTorch's threads. One that is damaged is made again. Where nothing can be kept, or the folder is not ours alone to
+    write, each process compiles for itself.
 
     Raises:
         CompilerError: no library can be made or loaded.
@@ -66,7 +69,8 @@ def load(source: Path, *definitions: str) -> ctypes.CDLL:
 def _load(source: Path, definitions: tuple[str, ...]) -> ctypes.CDLL:
     compiler, threads, (cpu, march) = _compiler(), _threads(), _cpu()
     version = _run([*compiler, "--version"])
-    sources = [path.read_bytes() for path in sorted(source.parent.glob("*.[ch]*"))]
+    files = (*sorted(source.parent.glob("*.[ch]*")), *sorted(_SHARED.glob("*.h")))
+    sources = [path.read_bytes() for path in files]
     made_of = (sources, definitions, compiler, version, _FLAGS, march, [t.name for t in threads], cpu)
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:20]
     folder = _folder()

@@ -19,6 +19,7 @@ from problems import Case, pack, random_case, spoil
 
 from fcn_kernels import compiler, coreset_select
 from fcn_kernels.cli.info import DTYPES
+from fcn_kernels.cpp import calls
 from fcn_kernels.selection import torch_backend
 from fcn_kernels.selection.cpp import launch as cpp
 from fcn_kernels.selection.problem import Problem, Selected
@@ -241,6 +242,6 @@ def test_with_nowhere_to_keep_it(fresh: pytest.MonkeyPatch, tmp_path: Path) -> N
 @needs_compiler
 @pytest.mark.parametrize("name", DTYPES)
 def test_compiles_without_a_warning(name: str, tmp_path: Path) -> None:
-    defined = [f"-D{d}" for d in cpp._ROWS[DTYPES[name]]]
+    defined = [f"-D{d}" for d in calls.ROWS[DTYPES[name]]]
     command = [*compiler._compiler(), *compiler._FLAGS, "-march=native", "-Wall", "-Wextra", "-Werror", *defined]
     subprocess.run([*command, str(cpp._SOURCE), "-o", str(tmp_path / "library.so")], check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,17 +15,23 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.test_memory import peak_bytes
-from fcn_kernels import context_statistics
+from fcn_kernels import compiler, context_statistics
+from fcn_kernels.cpp import calls
 from fcn_kernels.neighbors import torch_backend
 from fcn_kernels.neighbors.context import Context
+from fcn_kernels.neighbors.cpp import launch
+from fcn_kernels.neighbors.cpp.launch import unavailable
 from fcn_kernels.neighbors.problem import Arriving, Problem, Statistics
 from reference import alignment
 
 F64 = torch.float64
+needs_compiler = pytest.mark.skipif(bool(unavailable(torch.float32)), reason="no C++ compiler")
 
 
-@pytest.fixture(params=["torch"])
+@pytest.fixture(params=["torch", "cpp"])
 def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "cpp" and (reason := unavailable(torch.float32)):
+        pytest.skip(reason)
     return request.param
 
 
@@ -44,15 +51,9 @@ def same_bits(one: Context, other: Context, part: Any = ...) -> bool:
     return all(a is b if a is None or b is None else torch.equal(a, b[part]) for a, b in zip(one, other, strict=True))
 
 
-def exhaustive(x: Tensor, bank: Tensor, k: int, ids: Tensor | None = None, bank_ids: Tensor | None = None) -> Tensor:
-    """Indices (N, k) from the score of every pair, summed as the torch backend sums it."""
-    p = Problem(x, bank, ids, bank_ids)
-    rows, others = (torch_backend._rows(p, t, None) for t in (x, bank))
-    i, j = torch.cartesian_prod(torch.arange(len(x)), torch.arange(len(bank))).T
-    scores = torch_backend.pair_scores(rows.unit, others.unit, i, j).view(len(x), len(bank))
-    if ids is not None and bank_ids is not None:
-        scores[ids[:, None] == bank_ids] = -torch.inf
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+def in_order(x: Tensor, bank: Tensor, backend: str) -> Tensor:
+    """Indices (N, M) of all bank rows: nothing is left out, so nothing is decided by a threshold."""
+    return context_statistics(x, bank, len(bank), backend=backend).indices
 
 
 # --- values and gradients --------------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def test_drawn_problems(x: Any, bank: Any, k: int | None, cap: Any, with_ids: bo
     if k is None and cap is None:
         cap = -1
     r = alignment.context(rows, others, k, -torch.inf if cap in (None, -1) else cap, **ids)
-    for backend in ("torch",):
+    for backend in ("torch",) if unavailable(F64) else ("torch", "cpp"):
         got = context_statistics(rows, others, k, min_cosine=cap, backend=backend, **ids)
         assert got.counts.equal(r.counts)
         torch.testing.assert_close(got.mean, r.mean, rtol=0, atol=1e-14)
@@ -187,8 +188,7 @@ def test_ties_and_near_ties_are_decided_exactly(k: int, backend: str) -> None:
         patch.setattr(torch_backend, "TILE_BANK", 50)
         patch.setattr(torch_backend, "TILE_ROWS", 7)
         found = context_statistics(x, bank, k, backend=backend)
-    if backend == "torch":
-        assert found.indices.equal(exhaustive(x, bank, k))
+    assert found.indices.equal(in_order(x, bank, backend)[:, :k])
     copies = bank[found.indices]  # of equal rows, the lower index comes first
     equal = (copies[:, 1:] == copies[:, :-1]).all(-1)
     assert (found.indices.diff(dim=1)[equal] > 0).all()
@@ -230,6 +230,43 @@ def test_a_row_gives_the_same_bits_in_any_batch_tiling_and_number_of_threads(
             patch.setattr(torch_backend, "TILE_BANK", 64)
             patch.setattr(torch_backend, "TILE_ROWS", 10)
             assert same_bits(context_statistics(x, bank, **options, **ids, backend=backend), whole)
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [{"k": 5}, {"k": 3000}, {"k": None, "min_cosine": 0.6}], ids=str)
+@pytest.mark.parametrize("rows", [1, 30, 700])
+def test_threads_that_share_the_bank_change_nothing(rows: int, options: dict[str, Any], threads: Any) -> None:
+    """Few rows: each thread takes a part of the bank, of which there are three here."""
+    x, bank = draw(rows, 6), draw(9000, 6, seed=1).round(decimals=1)  # with ties
+    threads(1)
+    alone = context_statistics(x, bank, **options, backend="cpp")
+    for count in (2, 3, 8):
+        threads(count)
+        assert same_bits(context_statistics(x, bank, **options, backend="cpp"), alone)
+    torch.testing.assert_close(alone.mean, context_statistics(x, bank, **options, backend="torch").mean)
+
+
+@needs_compiler
+def test_gradients_are_the_same_on_any_number_of_threads_and_as_on_the_torch_backend(threads: Any) -> None:
+    def gradients(backend: str) -> tuple[Tensor, ...]:
+        leaves = draw(100, 37).requires_grad_(), draw(300, 37, seed=1).requires_grad_()
+        got = context_statistics(*leaves, 20, backend=backend)
+        return torch.autograd.grad((got.mean * got.std).cumsum(0).sum(), leaves)
+
+    threads(1)
+    alone = gradients("cpp")
+    threads(3)
+    for one, other, plain in zip(gradients("cpp"), alone, gradients("torch"), strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, plain, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", calls.ROWS, ids=str)
+def test_compiles_without_a_warning(dtype: torch.dtype) -> None:
+    flags = [*compiler._FLAGS, "-march=native", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    defined = [f"-D{d}" for d in calls.ROWS[dtype]]
+    subprocess.run([*compiler._compiler(), *flags, *defined, str(launch._SOURCE)], check=True)
 
 
 def test_the_same_at_a_lower_precision_of_products(backend: str) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fcn_kernels.backends import resolve_backend
 from fcn_kernels.neighbors import op
+from fcn_kernels.neighbors.cpp import launch as cpp
 from fcn_kernels.neighbors.problem import NO_CAP, Problem
 from fcn_kernels.selection import checks
 from fcn_kernels.sets import row_norms, usable
@@ -59,14 +60,15 @@ def context_statistics(
         ids, bank_ids: (N,) and (M,) int32 or int64, both or neither: bank rows of a row's own identity are left out.
         normalized: rows are unit length already, and are taken as they are; the gradient is not projected.
         strict: raise if a row of x or bank is not usable, naming it. Waits for the device.
-        backend: "torch", or None for the same.
+        backend: "cpp" (CPUs; compiled on first use and cached), "torch" (any device), or None: C++ on CPUs where there
+            is a compiler, else torch.
 
     A row is usable if it is finite and not 0 (its norm a normal number of the dtype of the sums). A row of x that is
     not has n = 0, and a bank row that is not is in no S_i; neither changes anything else or has a gradient.
 
     Returns:
         A :class:`Context` of mean, std, counts and indices. Fewer than k bank rows are no error: counts says so. What
-        a row gets depends on itself and the bank alone, to the bit, for k=None up to rounding.
+        a row gets depends on itself and the bank alone, to the bit; on the torch backend, for k=None up to rounding.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -111,16 +113,19 @@ def context_statistics(
     if strict:
         check_usable("x", x)
         check_usable("bank", bank)
-    found = op.context_statistics(problem, neighbors_backend(backend, bank))
+    found = op.context_statistics(problem, neighbors_backend(backend, problem))
     context = Context(found.mean, found.std, found.counts, None if k is None else found.indices)
     return Context(*(t if t is None else t[0] for t in context)) if single else context  # type: ignore[arg-type]
 
 
-def neighbors_backend(backend: str | None, bank: Tensor) -> str:
-    """What a call with this bank runs on."""
-    if resolve_backend(backend, bank, lambda _: "neighbors have no C++ yet") == "triton" and backend:
-        raise RuntimeError('backend="triton" is unavailable: context_statistics has no kernels yet')
-    return "torch"
+def neighbors_backend(backend: str | None, problem: Problem) -> str:
+    """What a call runs on."""
+    found = resolve_backend(backend, problem.bank, lambda _: cpp.unavailable(op.cpp_dtype(problem)))
+    if found == "triton":
+        if backend:
+            raise RuntimeError('backend="triton" is unavailable: context_statistics has no kernels yet')
+        return "torch"
+    return found
 
 
 def check_usable(name: str, rows: Tensor) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fcn_kernels.backends import without_autocast
+from fcn_kernels.backends import runs_on, without_autocast
 from fcn_kernels.neighbors import torch_backend
+from fcn_kernels.neighbors.cpp import launch as cpp
 from fcn_kernels.neighbors.problem import Arriving, Gradients, Problem, Statistics
 
 _KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}
@@ -39,21 +40,26 @@ def context_statistics(problem: Problem, backend: str) -> Statistics:
     return Statistics(*_run(*problem, backend))
 
 
-def _backend(name: str, dtype: torch.dtype) -> ModuleType:
-    return torch_backend
+def _backend(name: str, p: Problem) -> ModuleType:
+    return cpp if runs_on(name, cpp_dtype(p), cpp.unavailable) == "cpp" else torch_backend
+
+
+def cpp_dtype(p: Problem) -> torch.dtype:
+    """Of the bank as C++ takes it."""
+    return p.dtype if p.dtype == torch.float64 else p.bank.dtype
 
 
 def _statistics(*args: Any) -> Statistics:
     p = Problem(*args[:-1])
     with without_autocast(p.rows.device.type):
-        return _backend(args[-1], p.bank.dtype).forward(p)  # type: ignore[no-any-return]
+        return _backend(args[-1], p).forward(p)  # type: ignore[no-any-return]
 
 
 def _statistics_backward(*args: Any) -> Gradients:
     p, (*rest, rows_wanted, bank_wanted, backend) = Problem(*args[:_FIELDS]), args[_FIELDS:]
     grad, found = Arriving(*rest[:_ARRIVING]), Statistics(*rest[_ARRIVING:])
     with without_autocast(p.rows.device.type):
-        run = _backend(backend, p.bank.dtype).backward
+        run = _backend(backend, p).backward
         return run(p, grad, found, (rows_wanted, bank_wanted))  # type: ignore[no-any-return]
 
 

@@ -59,7 +59,8 @@ class Tile(NamedTuple):
         return cls(rows, bank, scores.masked_fill_(out, -torch.inf), margin)
 
 
-def _rows(p: Problem, rows: Tensor, ids: Tensor | None) -> Rows:
+def unit_rows(p: Problem, rows: Tensor, ids: Tensor | None) -> Rows:
+    """Rows (n, C) over their norms, or as they are if the caller says that they are unit."""
     rows = rows.to(p.dtype).contiguous()  # by strides, sums would differ in their last bits
     norms = row_norms(rows)
     good = usable(norms, norms)
@@ -74,7 +75,7 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 def _bank_tiles(p: Problem) -> Iterator[tuple[int, Rows]]:
     """Pieces of the bank, with where they begin."""
     for part in _slices(p.bank.shape[0], TILE_BANK):
-        yield part.start, _rows(p, p.bank[part], None if p.bank_ids is None else p.bank_ids[part])
+        yield part.start, unit_rows(p, p.bank[part], None if p.bank_ids is None else p.bank_ids[part])
 
 
 def _row_tiles(rows: Rows) -> Iterator[tuple[slice, Rows]]:
@@ -100,7 +101,7 @@ def forward(p: Problem) -> Statistics:
 
 
 def _nearest(p: Problem) -> Statistics:
-    rows = _rows(p, p.rows, p.ids)
+    rows = unit_rows(p, p.rows, p.ids)
     best = rows.unit.new_full((len(rows.unit), p.k), -torch.inf)
     places = torch.full_like(best, -1, dtype=torch.int64)
     for first, bank in _bank_tiles(p):
@@ -142,7 +143,7 @@ def _members(p: Problem, tile: Tile) -> tuple[Tensor, Tensor]:
 
 
 def _all_within(p: Problem) -> Statistics:
-    rows = _rows(p, p.rows, p.ids)
+    rows = unit_rows(p, p.rows, p.ids)
     counts = torch.zeros_like(rows.norms, dtype=torch.int64)
     mean, squares = (torch.zeros_like(rows.norms, dtype=torch.float64) for _ in range(2))
     for _, bank in _bank_tiles(p):
@@ -164,16 +165,19 @@ def _all_within(p: Problem) -> Statistics:
 
 def backward(p: Problem, grad: Arriving, found: Statistics, wanted: tuple[bool, bool]) -> Gradients:
     """Gradients of rows and bank, those that are wanted, the sets S_i held."""
-    rows = _rows(p, p.rows, p.ids)
-    size = found.counts.clamp(min=1)
-    # ds_ij = weight_i + slope_i (s_ij - mu_i) over S_i
-    weight = grad.mean / size
-    slope = (grad.std / (size * found.std)).where(found.std > 0, 0)
+    rows = unit_rows(p, p.rows, p.ids)
+    weight, slope = slopes(grad, found)
     from_set = _gather if p.k else _gather_all
     du, dv = from_set(p, rows, weight, slope, found, wanted[1])
     empty = p.rows.new_empty(0)
     drows = _through_norm(p, du, rows).to(p.rows.dtype) if wanted[0] else empty
     return Gradients(drows, _bank_gradient(p, dv) if wanted[1] else empty.to(p.bank.dtype))
+
+
+def slopes(grad: Arriving, found: Statistics) -> tuple[Tensor, Tensor]:
+    """weight and slope (N,) of the scores' gradients: ds_ij = weight_i + slope_i (s_ij - mu_i) over S_i."""
+    size = found.counts.clamp(min=1)
+    return grad.mean / size, (grad.std / (size * found.std)).where(found.std > 0, 0)
 
 
 def _through_norm(p: Problem, dunit: Tensor, rows: Rows) -> Tensor:
@@ -203,7 +207,7 @@ def _gather(
     for part in _slices(len(du), max(1, _pairs_at_a_time(du) // p.k)):
         places = found.indices[part]
         there = places >= 0
-        v = _rows(p, p.bank[places.clamp(min=0).flatten()], None).unit.view(*places.shape, -1)  # [n, k, c]
+        v = unit_rows(p, p.bank[places.clamp(min=0).flatten()], None).unit.view(*places.shape, -1)  # [n, k, c]
         score = (rows.unit[part, None] * v).sum(-1)
         ds = weight[part, None] + slope[part, None] * (score - found.mean[part, None])
         pair_weights[part] = ds.where(there, 0)

@@ -4,9 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <exception>
 #include <vector>
 
+#include "calls.h"
 #include "columns.h"
 
 namespace fcn_kernels {
@@ -41,26 +41,6 @@ struct Selected {  // of problem.py; the last three are null where they are not 
     Acc* distances;
     int64_t *indices, *counts;
     Acc *softmax, *gaps, *norms;
-};
-
-// Keeps the first exception of a parallel loop, which must not leave it, until after.
-class Caught {
-  public:
-    template <class Work>
-    void run(Work work) noexcept {
-        try {
-            work();
-        } catch (...) {
-#pragma omp critical(fcn_kernels_caught)
-            if (!first) first = std::current_exception();
-        }
-    }
-    void rethrow() const {
-        if (first) std::rethrow_exception(first);
-    }
-
-  private:
-    std::exception_ptr first;
 };
 
 struct Set {

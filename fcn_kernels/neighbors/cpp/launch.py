@@ -1,0 +1,82 @@
+"""The statistics in C++: the backend of CPUs that have a compiler. ``neighbors.cpp`` says how it works."""
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fcn_kernels import compiler
+from fcn_kernels.cpp import calls
+from fcn_kernels.neighbors import torch_backend
+from fcn_kernels.neighbors.problem import Arriving, Gradients, Problem, Statistics
+from fcn_kernels.neighbors.torch_backend import Rows
+
+_SOURCE = Path(__file__).with_name("neighbors.cpp")
+# Call, Statistics and Arriving of forward.h and backward.h: addresses, 0 for what is not given; sizes; numbers
+_CALL, _FOUR = struct.Struct("5P7qd"), struct.Struct("4P")
+
+
+@functools.cache
+def unavailable(dtype: torch.dtype) -> str:
+    """Why a bank of this type cannot be searched in C++, or "" if it can."""
+    return calls.why_unavailable(_SOURCE, dtype)
+
+
+def forward(p: Problem) -> Statistics:
+    """The statistics of every row."""
+    p = _in_one_dtype(p)
+    found = Statistics.empty(p)
+    _run("forward", p, torch_backend.unit_rows(p, p.rows, p.ids), _FOUR.pack(*map(calls.address, found)))
+    return found
+
+
+def backward(p: Problem, grad: Arriving, found: Statistics, wanted: tuple[bool, bool]) -> Gradients:
+    """Gradients of rows and bank, those that are wanted, the sets S_i held."""
+    if p.k == 0:  # three products with all scores, which PyTorch's library has
+        return torch_backend.backward(p, grad, found, wanted)
+    row_dtype, bank_dtype = p.rows.dtype, p.bank.dtype
+    p = _in_one_dtype(p)
+    slopes = torch_backend.slopes(grad, found)
+    held = [*(calls.plain(t, p.dtype) for t in (*slopes, found.mean)), calls.plain(found.indices, torch.int64)]
+    drows = p.rows.new_empty(p.rows.shape if wanted[0] else 0, dtype=p.dtype)
+    dbank = p.bank.new_empty(p.bank.shape if wanted[1] else 0)
+    outputs = (t if w else None for t, w in zip((drows, dbank), wanted, strict=True))
+    rows = torch_backend.unit_rows(p, p.rows, p.ids)
+    _run("backward", p, rows, _FOUR.pack(*map(calls.address, held)), *map(calls.address, outputs))
+    return Gradients(drows.to(row_dtype), dbank.to(bank_dtype))
+
+
+def _in_one_dtype(p: Problem) -> Problem:
+    """A bank that is summed in the problem's dtype: one of float32 among float64 rows is made float64."""
+    bank = p.bank.double() if p.dtype == torch.float64 else p.bank
+    return p._replace(bank=bank if bank.stride(1) == 1 or bank.shape[1] == 1 else bank.contiguous())
+
+
+def _run(name: str, p: Problem, rows: Rows, *arguments: Any) -> None:
+    (n, dim), (m, _) = rows.unit.shape, p.bank.shape
+    held = (rows.unit, rows.norms, p.bank, calls.plain(p.ids, torch.int64), calls.plain(p.bank_ids, torch.int64))
+    call = _CALL.pack(
+        *map(calls.address, held),
+        n,
+        m,
+        dim,
+        p.bank.stride(0),
+        p.k,
+        p.normalized,
+        calls.threads(),
+        p.min_cosine,
+    )
+    status = _function(name, p.bank.dtype)(call, *arguments)
+    calls.check_status(status, f"context_statistics' C++ ({name}) for {n} rows, {m} bank rows of {dim} and k = {p.k}")
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype) -> Callable[..., Any]:
+    function = getattr(compiler.load(_SOURCE, *calls.ROWS[dtype]), name)
+    function.restype = ctypes.c_int
+    function.argtypes = [ctypes.c_char_p] * 2 + [ctypes.c_void_p] * (0 if name == "forward" else 2)
+    return function  # type: ignore[no-any-return]
