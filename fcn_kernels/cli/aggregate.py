@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,13 +21,17 @@ from fcn_kernels.cli.arguments import (
 from fcn_kernels.extras import require
 from fcn_kernels.files.aggregate import Pool, aggregate, mean_of_coreset
 from fcn_kernels.files.checkpoint import load_checkpoint
+from fcn_kernels.files.cluster import Options, cluster_templates, read_states, state_columns
 from fcn_kernels.files.embeddings import Embeddings, Keys, read
 from fcn_kernels.files.formats import EXTRA, InputError, Scratch, format_of, suffix_of
 from fcn_kernels.files.output import check_output, replacing
+from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
+from fcn_kernels.integrations import caface
 from fcn_kernels.integrations.facecoresetnet import build_head
 from fcn_kernels.selection.checks import DTYPES
 from fcn_kernels.sets import accumulator
 
+PICKS, CHUNK = 3, 512
 GAMMA = 1.0
 """Without training. On real faces of which most are spoiled it is better than the 0.01 that training starts from, or
 level with it (docs/real-faces.md)."""
@@ -34,6 +40,12 @@ Every row f_n of INPUT is made a unit row u_n = f_n / |f_n| of quality q_n: INPU
 coreset is K rows i_k, far apart and of good quality. Without a checkpoint its descriptor is their mean, made unit:
   a = 1/K sum_k q_(i_k) u_(i_k),   descriptor = a / |a|,   norm = |a|;
 with one, a is what FaceCoresetNet's head gives for the whole template. A template of fewer than K rows uses all.
+
+A checkpoint of a ClusterAggregate, or of CAFace, takes the place of picks: every row is shared out among its centers
+(--styles, --chunk; the quality has to be the rows' norms). OUTPUT then has no picks, and counts are the rows that took
+part. --state-out keeps what is known of each template, in any of the formats; a later run with --state-in adds its rows
+to it and gives the descriptors of all templates in either, without the old rows: to the bit what one run over all the
+rows would give, if the templates are cut in the same chunks.
 
 A good quality says how far a row can be trusted: a face detector's score (exp(score) where it may be negative), a
 measure of image quality, or the norm of an embedding that was trained to show it. The norm of any other embedding is
@@ -79,14 +91,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="OUTPUT", help=".npz, .npy, .pt, .safetensors or .parquet")
     add("--overwrite", action="store_true", help="replace OUTPUT if it is there")
     add(
-        "--checkpoint", type=Path, help="state dict of a CoresetAggregator, or a checkpoint of FaceCoresetNet's authors"
+        "--checkpoint",
+        type=Path,
+        help="state dict of a CoresetAggregator or a ClusterAggregate, or of the authors of FaceCoresetNet or CAFace",
     )
     add("--num-heads", type=at_least_one, default=8, help="of the checkpoint's attentions (default: %(default)s)")
-    add("--k", type=at_least_one, default=3, help="picks a template (default: %(default)s)")
+    add("--k", type=at_least_one, help=f"picks a template (default: {PICKS})")
     add("--gamma", type=finite, help=f"exponent of the quality (default: the checkpoint's, or {GAMMA})")
     add("--features", metavar="KEY", default=Keys().features, help="name of that column (default: %(default)s)")
     add("--ids", metavar="KEY", default=Keys().ids, help="name of that column (default: %(default)s)")
     add("--quality", metavar="KEY", help="name of that column (default: quality if there is one, else the norms)")
+    add("--styles", metavar="KEY", help="name of that column, (T, style_dim) or (T, S, 2), for ClusterAggregate")
+    add("--chunk", type=at_least_one, metavar="N", help=f"rows that see one another (default: {CHUNK})")
+    add("--state-in", type=Path, metavar="STATE", help="what --state-out kept: INPUT's rows join it")
+    add("--state-out", type=Path, metavar="STATE", help="keep what is known of each template")
     add("--skip-bad-rows", action="store_true", help="leave out rows that are NaN, infinite or zero, and count them")
     add("--device", default="cpu", help="where selection and head run (default: %(default)s)")
     add("--dtype", choices=dtypes, default="float32", help="of the rows there (default: %(default)s)")
@@ -106,46 +124,116 @@ def run(args: argparse.Namespace) -> int:
 
 def run_checked(args: argparse.Namespace) -> str:
     """What :func:`run` does, with errors raised; returns a summary."""
-    write = format_of(args.out)
-    for package in write.packages:
-        require(package, EXTRA)
-    read_from = [*args.input, args.checkpoint] if args.checkpoint else args.input
-    check_output(args.out, read_from, args.overwrite)
-    check_device(args.device)
-    keys = Keys(args.features, args.ids, args.quality)
-    embeddings = read(args.input, keys, Scratch(args.out.absolute().parent, args.max_unpacked))
-    if suffix_of(args.out) == ".safetensors" and embeddings.ids.dtype.kind == "U":
-        raise InputError(f"{args.out}: .safetensors cannot hold template ids that are strings: choose another format")
-    if args.checkpoint:
-        pool = _head(args, embeddings)
+    checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
+    if checkpoint is not None and caface.recognizes(checkpoint):
+        return _cluster(args, checkpoint)
+    for name in ("styles", "chunk", "state_in", "state_out"):
+        if getattr(args, name) is not None:
+            raise InputError(
+                f"--{name.replace('_', '-')}: expected with --checkpoint of a ClusterAggregate or of CAFace"
+            )
+    k = args.k or PICKS
+    embeddings = _read(args)
+    if checkpoint is not None:
+        pool = _head(args, checkpoint, k, embeddings)
     else:
-        pool = partial(mean_of_coreset, k=args.k, gamma=GAMMA if args.gamma is None else args.gamma)
+        pool = partial(mean_of_coreset, k=k, gamma=GAMMA if args.gamma is None else args.gamma)
     arrays = aggregate(
         embeddings,
         pool,
-        k=args.k,
+        k=k,
         device=args.device,
         dtype=getattr(torch, args.dtype),
         batch_rows=args.batch_rows,
         skip_bad_rows=args.skip_bad_rows,
     )
-    with replacing(args.out, args.overwrite) as file:
-        write.write(file, arrays)
+    _write(args.out, arrays, args.overwrite)
+    return _summary(args, arrays, len(embeddings.ids))
+
+
+def _read(args: argparse.Namespace) -> Embeddings:
+    """INPUT, when all outputs can be written."""
+    read_from = [path for path in (*args.input, args.checkpoint, args.state_in) if path]
+    outputs = [args.out] + [args.state_out] * (args.state_out is not None)
+    if len(outputs) == 2 and outputs[0].absolute() == outputs[1].absolute():
+        raise InputError(f"{args.out}: expected another file for --state-out")
+    for path in outputs:
+        for package in format_of(path).packages:
+            require(package, EXTRA)
+        check_output(path, read_from, args.overwrite)
+    check_device(args.device)
+    keys = Keys(args.features, args.ids, args.quality, args.styles)
+    embeddings = read(args.input, keys, Scratch(args.out.absolute().parent, args.max_unpacked))
+    for path in outputs:
+        if suffix_of(path) == ".safetensors" and embeddings.ids.dtype.kind == "U":
+            raise InputError(f"{path}: .safetensors cannot hold template ids that are strings: choose another format")
+    return embeddings
+
+
+def _write(path: Path, arrays: Mapping[str, Any], overwrite: bool) -> None:
+    with replacing(path, overwrite) as file:
+        format_of(path).write(file, arrays)
+
+
+def _summary(args: argparse.Namespace, arrays: Mapping[str, Any], rows: int) -> str:
     empty, left_out = int((arrays["counts"] == 0).sum()), int(arrays["left_out"].sum())
-    summary = f"{args.out}: {len(arrays['counts'])} templates from {len(embeddings.ids)} rows"
+    summary = f"{args.out}: {len(arrays['counts'])} templates from {rows} rows"
+    if args.state_in:
+        summary += f" and {args.state_in}"
     if args.skip_bad_rows:
         summary += f", {left_out} rows left out; templates without a row, whose descriptors are zero: {empty}"
     return summary
 
 
-def _head(args: argparse.Namespace, embeddings: Embeddings) -> Pool:
-    checkpoint = load_checkpoint(args.checkpoint)
+def _head(args: argparse.Namespace, checkpoint: Mapping[str, Any], k: int, embeddings: Embeddings) -> Pool:
     try:
-        head = build_head(checkpoint, k=args.k, num_heads=args.num_heads, gamma=args.gamma)
+        head = build_head(checkpoint, k=k, num_heads=args.num_heads, gamma=args.gamma)
     except (TypeError, ValueError) as error:
         raise InputError(f"{args.checkpoint}: {error}") from error
-    columns = embeddings.features.shape[1]
-    if columns != head.dim:
-        raise InputError(f"{embeddings.source}: has C = {columns} columns, {args.checkpoint} is for C = {head.dim}")
+    _check_columns(embeddings, head.dim, args.checkpoint)
     head.to(args.device, accumulator(getattr(torch, args.dtype)))
     return lambda unit, quality, cu_seqlens: head(unit, quality, cu_seqlens=cu_seqlens)
+
+
+def _check_columns(embeddings: Embeddings, dim: int, checkpoint: Path) -> None:
+    columns = embeddings.features.shape[1]
+    if columns != dim:
+        raise InputError(f"{embeddings.source}: has C = {columns} columns, {checkpoint} is for C = {dim}")
+
+
+def _cluster(args: argparse.Namespace, checkpoint: Mapping[str, Any]) -> str:
+    """The whole run with a ClusterAggregate."""
+    for name in ("k", "gamma"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name}: {args.checkpoint} is of a ClusterAggregate, which picks no rows")
+    embeddings, dtype = _read(args), getattr(torch, args.dtype)
+    try:
+        head = caface.build_head(checkpoint, num_heads=args.num_heads, dim=embeddings.features.shape[1])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{args.checkpoint}: {error}") from error
+    _check_styles(embeddings, head, args)
+    head.to(args.device, accumulator(dtype))
+    before = None
+    if args.state_in:
+        before = read_states(args.state_in, head, Scratch(args.out.absolute().parent, args.max_unpacked))
+    options = Options(args.chunk or CHUNK, args.device, dtype, args.batch_rows, args.skip_bad_rows)
+    arrays, states = cluster_templates(embeddings, head, options, before, keep=args.state_out is not None)
+    if states is not None:
+        _write(args.state_out, state_columns(states, head), args.overwrite)
+    _write(args.out, arrays, args.overwrite)
+    return _summary(args, arrays, len(embeddings.ids))
+
+
+def _check_styles(embeddings: Embeddings, head: ClusterAggregate, args: argparse.Namespace) -> None:
+    """They are there if and only if the head takes them, in a shape that it takes."""
+    styles, source = embeddings.styles, embeddings.source
+    if head.style_dim == 0 or styles is None:
+        if (styles is None) != (head.style_dim == 0):
+            wanted = "no --styles" if head.style_dim == 0 else "--styles with the name of their column"
+            raise InputError(f"{source}: expected {wanted}, for {args.checkpoint}, whose style_dim is {head.style_dim}")
+        return
+    shapes = [(head.style_dim,)] + ([] if head.style is None else [tuple(head.style.mix.shape)])
+    if tuple(styles.shape[1:]) not in shapes:
+        raise InputError(
+            f"{source}: expected a row of {args.styles!r} of shape {shapes}, got {tuple(styles.shape[1:])}"
+        )

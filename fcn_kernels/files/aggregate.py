@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -62,39 +62,83 @@ def aggregate(
             above 4096 and above the rows of the largest template.
         FloatingPointError: a descriptor is not finite.
     """
-    np = require("numpy", EXTRA)
-    template_ids, template_of, sizes = np.unique(embeddings.ids, return_inverse=True, return_counts=True)
-    order = torch.from_numpy(np.argsort(template_of, kind="stable"))
-    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]))
-    templates = len(template_ids)
-    if k > max(MOST_PICKS, sizes.max()):
-        raise InputError(f"--k {k}: expected at most {MOST_PICKS}, or the {sizes.max()} rows of the largest template")
+    templates = Templates.of(embeddings)
+    count, most = len(templates.ids), int(templates.offsets.diff().max())
+    if k > max(MOST_PICKS, most):
+        raise InputError(f"--k {k}: expected at most {MOST_PICKS}, or the {most} rows of the largest template")
     out = {
-        "descriptors": torch.zeros(templates, embeddings.features.shape[1], dtype=accumulator(dtype)),
-        "norms": torch.zeros(templates, dtype=accumulator(dtype)),
-        "counts": torch.zeros(templates, dtype=torch.int64),
-        "picks": torch.full((templates, k), -1),
-        "left_out": torch.zeros(templates, dtype=torch.int64),
+        "descriptors": torch.zeros(count, embeddings.features.shape[1], dtype=accumulator(dtype)),
+        "norms": torch.zeros(count, dtype=accumulator(dtype)),
+        "counts": torch.zeros(count, dtype=torch.int64),
+        "picks": torch.full((count, k), -1),
+        "left_out": torch.zeros(count, dtype=torch.int64),
     }
-    with require("tqdm", EXTRA).tqdm(total=len(order), desc="aggregating", unit="row", unit_scale=True) as bar:
-        for first, last in _batches(offsets, min(batch_rows, len(order))):
-            rows = order[offsets[first] : offsets[last]]
-            starts = offsets[first : last + 1] - offsets[first]
-            unit, quality, bad = _unit_rows(embeddings, rows, device, accumulator(dtype), skip_bad_rows)
-            descriptor, norm, coreset = pool(unit.to(dtype), quality, starts.to(device, torch.int32))
-            _check_finite(descriptor, template_ids[first:last], embeddings.source)
-            picks = coreset.indices.cpu()
-            results = {
-                "descriptors": descriptor,
-                "norms": norm,
-                "counts": coreset.counts,
-                "picks": torch.where(picks < 0, -1, rows[starts[:-1, None] + picks]),
-                "left_out": F.pad(bad.cumsum(0), (1, 0))[starts].diff(),
-            }
-            for name, values in results.items():
-                out[name][first:last] = values
-            bar.update(len(rows))
-    return {"template_ids": template_ids, **{name: values.numpy() for name, values in out.items()}}
+    for batch in templates.batches(embeddings, device, dtype, batch_rows, skip_bad_rows):
+        descriptor, norm, coreset = pool(batch.unit.to(dtype), batch.quality, batch.starts.to(device, torch.int32))
+        check_finite(descriptor, templates.ids[batch.templates], embeddings.source)
+        picks = coreset.indices.cpu()
+        results = {
+            "descriptors": descriptor,
+            "norms": norm,
+            "counts": coreset.counts,
+            "picks": torch.where(picks < 0, -1, batch.rows[batch.starts[:-1, None] + picks]),
+            "left_out": per_template(batch.bad, batch.starts),
+        }
+        for name, values in results.items():
+            out[name][batch.templates] = values
+    return {"template_ids": templates.ids, **{name: values.numpy() for name, values in out.items()}}
+
+
+class Batch(NamedTuple):
+    """Some whole templates."""
+
+    templates: slice
+    rows: Tensor
+    """(n,), their numbers in the file."""
+    starts: Tensor
+    """(templates + 1,) offsets of the templates among these rows."""
+    unit: Tensor
+    """(n, C) on the device; rows that are bad end as NaN or zero, or have a bad quality."""
+    quality: Tensor
+    """(n,) on the device."""
+    bad: Tensor
+    """(n,) bool, on the CPU."""
+
+
+class Templates(NamedTuple):
+    """Which rows of a file belong to which template."""
+
+    ids: Array
+    """(B,), sorted."""
+    order: Tensor
+    """(T,) rows, template after template."""
+    offsets: Tensor
+    """(B + 1,) where these begin in ``order``."""
+
+    @classmethod
+    def of(cls, embeddings: Embeddings) -> Templates:
+        """Those of a file."""
+        np = require("numpy", EXTRA)
+        ids, template_of, sizes = np.unique(embeddings.ids, return_inverse=True, return_counts=True)
+        order = torch.from_numpy(np.argsort(template_of, kind="stable"))
+        return cls(ids, order, torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)])))
+
+    def batches(
+        self, embeddings: Embeddings, device: str, dtype: torch.dtype, batch_rows: int, skip_bad_rows: bool
+    ) -> Iterator[Batch]:
+        """Their rows, so many at a time, with a bar that shows how far it is."""
+        rows_of = (embeddings, device, accumulator(dtype), skip_bad_rows)
+        with require("tqdm", EXTRA).tqdm(total=len(self.order), desc="aggregating", unit="row", unit_scale=True) as bar:
+            for first, last in _batches(self.offsets, min(batch_rows, len(self.order))):
+                rows = self.order[self.offsets[first] : self.offsets[last]]
+                starts = self.offsets[first : last + 1] - self.offsets[first]
+                yield Batch(slice(first, last), rows, starts, *_unit_rows(rows, *rows_of))
+                bar.update(len(rows))
+
+
+def per_template(marked: Tensor, starts: Tensor) -> Tensor:
+    """How many rows (n,) are marked in each template."""
+    return F.pad(marked.cumsum(0), (1, 0))[starts].diff()
 
 
 def _batches(offsets: Tensor, batch_rows: int) -> Iterator[tuple[int, int]]:
@@ -108,7 +152,7 @@ def _batches(offsets: Tensor, batch_rows: int) -> Iterator[tuple[int, int]]:
 
 
 def _unit_rows(
-    embeddings: Embeddings, rows: Tensor, device: str, dtype: torch.dtype, skip_bad_rows: bool
+    rows: Tensor, embeddings: Embeddings, device: str, dtype: torch.dtype, skip_bad_rows: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Some rows: unit (n, C) and quality (n,) on the device, and, on the CPU, which (n,) are bad.
 
@@ -131,7 +175,8 @@ def _unit_rows(
     return unit.div_(norms[:, None]), quality, bad
 
 
-def _check_finite(descriptors: Tensor, template_ids: Array, source: str) -> None:
+def check_finite(descriptors: Tensor, template_ids: Array, source: str) -> None:
+    """Raise FloatingPointError naming the first template whose descriptor is not finite."""
     bad = ~descriptors.isfinite().all(-1).cpu()
     if bad.any():
         raise FloatingPointError(

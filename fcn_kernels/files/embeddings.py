@@ -41,6 +41,7 @@ class Keys(NamedTuple):
     features: str = "features"
     ids: str = "template_ids"
     quality: str | None = None
+    styles: str | None = None
 
 
 class Embeddings(NamedTuple):
@@ -54,6 +55,8 @@ class Embeddings(NamedTuple):
     """(T,) float64, or None if the file has none."""
     source: str
     """The file, for messages."""
+    styles: Tensor | None = None
+    """(T, style_dim) or (T, S, 2), of a floating-point dtype; mapped. None if they were not asked for."""
 
     def bad_row(self, row: int, reason: str) -> InputError:
         """The error that blames a row, naming file, row and template."""
@@ -83,7 +86,7 @@ def read(paths: Sequence[Path], keys: Keys, scratch: Scratch) -> Embeddings:
             columns = opener(paths[0], scratch)
     ids: Any = ()
     try:
-        ids = _ids(columns, keys.ids, source)
+        ids = ids_column(columns, keys.ids, source)
         features = _features(columns, keys.features, source, scratch)
         _check_lengths(keys.features, len(features), keys.ids, len(ids))
         quality = None
@@ -91,9 +94,13 @@ def read(paths: Sequence[Path], keys: Keys, scratch: Scratch) -> Embeddings:
             name = keys.quality or "quality"
             quality = _quality(columns, name, source)
             _check_lengths(keys.features, len(features), name, len(quality))
+        styles = None
+        if keys.styles is not None:
+            styles = _styles(columns, keys.styles, source, scratch)
+            _check_lengths(keys.features, len(features), keys.styles, len(styles))
     except RowError as error:
         raise _bad_row(source, error.row, ids, error.reason) from error
-    return Embeddings(features, ids, quality, source)
+    return Embeddings(features, ids, quality, source, styles)
 
 
 def _several(paths: Sequence[Path], keys: Keys) -> tuple[Columns, Keys]:
@@ -108,7 +115,9 @@ def _several(paths: Sequence[Path], keys: Keys) -> tuple[Columns, Keys]:
             f"got {' '.join(map(str, paths))}"
         )
     if keys != Keys():
-        raise InputError("--features, --ids and --quality name columns of one INPUT; several .npy files have none")
+        raise InputError(
+            "--features, --ids, --quality and --styles name columns of one INPUT; several .npy files have none"
+        )
     return {str(path): partial(load_npy, path) for path in paths}, Keys(*map(str, paths))
 
 
@@ -131,7 +140,8 @@ def _check_lengths(one: str, rows: int, other: str, others: int) -> None:
         raise RowError(min(rows, others), f"not in {lacking!r}: {one!r} has {rows} rows and {other!r} has {others}")
 
 
-def _column(columns: Columns, name: str, source: str) -> Any:
+def column(columns: Columns, name: str, source: str) -> Any:
+    """A column as its format reads it."""
     if name not in columns:
         raise InputError(f"{source}: expected a column {name!r}, got {', '.join(map(repr, columns)) or 'none'}")
     with reading(source):
@@ -140,14 +150,14 @@ def _column(columns: Columns, name: str, source: str) -> Any:
 
 def _one_a_row(columns: Columns, name: str, source: str) -> Array:
     """Numbers or strings (T,), from (T,) or (T, 1), in the machine's byte order."""
-    column = _column(columns, name, source)
-    if isinstance(column, list) and len({type(value) for value in column}) > 1:
+    found = column(columns, name, source)
+    if isinstance(found, list) and len({type(value) for value in found}) > 1:
         raise InputError(f"{source}: expected values of one type in {name!r}, got a list of several")
-    if isinstance(column, Tensor) and column.dtype == torch.bfloat16:
-        column = column.float()
+    if isinstance(found, Tensor) and found.dtype == torch.bfloat16:
+        found = found.float()
     with reading(source):
         np = require("numpy", EXTRA)
-        values: Array = np.asarray(column)
+        values: Array = np.asarray(found)
         if values.dtype.kind == "S":
             values = np.char.decode(values, "utf-8")
     if values.ndim == 2 and values.shape[1] == 1:
@@ -159,7 +169,8 @@ def _one_a_row(columns: Columns, name: str, source: str) -> Array:
     return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
-def _ids(columns: Columns, name: str, source: str) -> Array:
+def ids_column(columns: Columns, name: str, source: str) -> Array:
+    """Integers or strings (T,)."""
     ids = _one_a_row(columns, name, source)
     if ids.dtype.kind == "f":  # as pandas leaves integers that once had a gap among them
         with require("numpy", EXTRA).errstate(invalid="ignore"):
@@ -182,13 +193,26 @@ def _quality(columns: Columns, name: str, source: str) -> Tensor:
         raise InputError(f"{source}: expected numbers in {name!r}, got text: {error}") from error
 
 
+def _styles(columns: Columns, name: str, source: str, scratch: Scratch) -> Tensor:
+    with reading(source):
+        values = column(columns, name, source)
+        styles = torch.as_tensor(values if isinstance(values, list | Tensor) else scratch.native(values))
+    if styles.ndim not in (2, 3) or (styles.ndim == 3 and styles.shape[2] != 2) or styles.dtype not in DTYPES:
+        kind = str(styles.dtype).removeprefix("torch.")
+        raise InputError(
+            f"{source}: expected floating-point {name!r} of shape (T, style_dim) or (T, S, 2), "
+            f"got {kind} of shape {tuple(styles.shape)}"
+        )
+    return styles
+
+
 def _features(columns: Columns, name: str, source: str, scratch: Scratch) -> Tensor:
     with reading(source):
         if name not in columns and fnmatch.filter(columns, name):
-            column = stack(columns, name, scratch)
+            values = stack(columns, name, scratch)
         else:
-            column = _column(columns, name, source)
-        features = torch.as_tensor(column if isinstance(column, list | Tensor) else scratch.native(column))
+            values = column(columns, name, source)
+        features = torch.as_tensor(values if isinstance(values, list | Tensor) else scratch.native(values))
     if features.ndim != 2 or features.shape[1] == 0 or features.dtype not in (*DTYPES, *INTEGERS):
         raise InputError(
             f"{source}: expected floating-point or integer {name!r} of shape (T, C), "

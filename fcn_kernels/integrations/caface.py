@@ -131,6 +131,12 @@ def _depth(inner: Mapping[str, Any], blocks: str) -> int:
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
+def recognizes(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of the authors' aggregator or of a :class:`fcn_kernels.ClusterAggregate`, by its keys."""
+    inner = checkpoint.get("state_dict", checkpoint)
+    return isinstance(inner, Mapping) and any("norm_emb." in key or "norm_code." in key for key in map(str, inner))
+
+
 def build_head(checkpoint: Mapping[str, Any], *, dim: int | None = None, num_heads: int = 8) -> ClusterAggregate:
     """The head of a checkpoint, in ``eval()``; its sizes are those of the checkpoint's parameters.
 
