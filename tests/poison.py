@@ -21,7 +21,7 @@ def poisoned() -> Iterator[None]:
 
     def garbage(shape: tuple[int, ...], like: Tensor, **options: Any) -> Tensor:
         dtype = options.get("dtype") or like.dtype
-        value = math.nan if dtype.is_floating_point else torch.iinfo(dtype).min // 3
+        value = math.nan if dtype.is_floating_point else dtype == torch.bool or torch.iinfo(dtype).min // 3
         size = math.prod(shape)
         whole = torch.full((size + 2 * GUARD,), value, dtype=dtype, device=like.device)
         taken.append(whole)

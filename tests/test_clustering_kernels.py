@@ -5,11 +5,14 @@ import torch
 
 pytest.importorskip("triton")
 from poison import poisoned
+from test_clustering import chunks, leaves, plain_chunk, with_gradients
 
 from fcn_kernels import cluster_sums
-from fcn_kernels.clustering import torch_backend
-from fcn_kernels.clustering.kernels import launch_sums
-from fcn_kernels.clustering.problem import Summed, Sums, SumsGradients
+from fcn_kernels.clustering import op, torch_backend
+from fcn_kernels.clustering.kernels import launch_chunks, launch_sums
+from fcn_kernels.clustering.norm_code import norm_codes, norm_edges
+from fcn_kernels.clustering.problem import ChunksGradients, Summed, Sums, SumsGradients
+from fcn_kernels.sets import row_norms
 
 # Beside twice eager's loss: what float32 sums may lose where eager happens to lose nothing.
 SLACK = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -214,8 +217,158 @@ def test_the_public_function_runs_the_kernels(device, monkeypatch):
     for one, two in zip(*outcomes, strict=True):
         assert (one - two).abs().max() <= 2e-6 * two.abs().max()
     p = p._replace(lengths=lengths)
-    torch.library.opcheck(torch.ops.fcn_kernels.cluster_sums.default, (*p, "triton"))
+    check = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.fcn_kernels.cluster_sums.default, (*p, "triton"), test_utils=check)
     with pytest.raises(TypeError, match="got float64"):
         cluster_sums(values.double(), weight, bias, keys, backend="triton")
     with pytest.raises(RuntimeError, match="clustering has no C"):
         cluster_sums(*(t.detach().cpu() for t in every), backend="cpp")
+
+
+def _chunks(lengths, device, *, heads=1, dropped=False, dtype=torch.float32, **sizes):
+    p = _to(chunks(lengths, dtype=torch.float32, **sizes), device=device)._replace(heads=heads)
+    p = p._replace(features=p.features.to(dtype))
+    if dropped:
+        keep = torch.rand(p.depth, 2, len(lengths), generator=torch.Generator().manual_seed(0)) > 0.4
+        p = p._replace(residual=(keep * 1.4).to(device))
+    return p
+
+
+def _arriving(p):
+    generator = torch.Generator().manual_seed(1)
+    sizes = p.features.shape[1:], p.tokens.shape[1:], ()
+    return Summed(
+        *(torch.randn(len(p.lengths), len(p.tokens), *s, generator=generator).to(p.features.device) for s in sizes)
+    )
+
+
+def _run_chunks(backend, p, grad, wanted=True):
+    """What comes of chunks, and the gradients."""
+    out = backend.chunks_forward(p, True)
+    return *out[:5], *backend.chunks_backward(p, grad, out, wanted)
+
+
+def _eager_chunks(p, grad):
+    """Plain operations in float32, chunk by chunk, by autograd."""
+    p = with_gradients(p)
+    each = [plain_chunk(p, b) for b in range(len(p.lengths))]
+    out = [torch.stack(parts) for parts in list(zip(*each, strict=True))[:3]]
+    names = leaves(p)
+    found = torch.autograd.grad(out, [getattr(p, n) for n in names], grad, materialize_grads=True)
+    grads = dict(zip(names, found, strict=True))
+    shares = torch.cat([e[3] for e in each])
+    return *out, shares, p.lengths, *(grads.get(n, p.tokens.new_zeros(0)) for n in ChunksGradients._fields)
+
+
+CHUNK_NAMES = ("sums", "key_sums", "masses", "shares", "counts", *(f"d{name}" for name in ChunksGradients._fields))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options"),
+    [
+        ((1, 0, 20), {"depth": 1, "centers": 4, "heads": 2, "width": 33, "dtype": torch.bfloat16}),
+        ((60,), {"depth": 2, "centers": 5, "quality": True, "dropped": True}),  # three tiles, the last with one token
+        ((16, 3), {"depth": 1, "centers": 1, "norm_dim": 16, "dropped": True}),  # no styles
+        ((61,), {"depth": 0, "centers": 16, "width": 70, "dtype": torch.float16}),
+        ((5,), {"depth": 3, "centers": 2, "dim": 24, "heads": 1}),  # sizes that fill no block
+    ],
+)
+def test_chunks_error_is_within_twice_eagers(lengths, options, device):
+    p = _chunks(lengths, device, **options)
+    grad = _arriving(p)
+    exact = _run_chunks(torch_backend, _to(p, torch.float64), _to(grad, torch.float64))
+    eager = _eager_chunks(p._replace(features=p.features.float()), grad)
+    with poisoned():
+        ours = _run_chunks(launch_chunks, p, grad)
+    slack = {"dfeatures": 2 * SLACK[p.features.dtype]}  # rounded once; the interpreter cuts bfloat16 off
+    for name, truth, theirs, got in zip(CHUNK_NAMES, exact, eager, ours, strict=True):
+        assert got.shape == truth.shape, name
+        if not truth.numel():
+            continue
+        loss, allowed = (got - truth).abs().max(), 2 * (theirs - truth).abs().max()
+        assert loss <= allowed + slack.get(name, 2e-6) * truth.abs().max(), f"{name}: {loss:.2e} > {allowed:.2e}"
+
+
+def test_a_chunk_gives_the_same_bits_alone_and_in_a_batch(device):
+    p = _chunks((20, 3, 0, 70), device, depth=1, centers=3)
+    with poisoned():
+        whole = launch_chunks.chunks_forward(p, False)
+    assert whole.hidden.numel() == 0
+    for b, n in enumerate(p.lengths.tolist()):
+        rows = slice(int(p.offsets[b]), int(p.offsets[b + 1]))
+        alone = launch_chunks.chunks_forward(
+            p._replace(
+                features=p.features[rows],
+                styles=p.styles[rows],
+                offsets=p.offsets.new_tensor([0, n]),
+                lengths=p.lengths[b : b + 1],
+            ),
+            False,
+        )
+        assert all(torch.equal(one[0], all_[b]) for one, all_ in zip(alone[:3], whole[:3], strict=True)), b
+        assert torch.equal(alone.shares, whole.shares[rows])
+
+
+@pytest.mark.parametrize("quality", [False, True])
+def test_rows_of_chunks_that_are_not_finite_take_no_part(quality, device):
+    p = _chunks((5, 4, 2), device, depth=0 if quality else 1, quality=quality)
+    bad = torch.tensor([1, 5, 8, 9, 10], device=device)
+    valid = torch.ones(11, dtype=torch.bool, device=device).index_fill_(0, bad, False)
+    features, styles, norms, grad = p.features.clone(), p.styles.clone(), p.quality, _arriving(p)
+    features[1, 2], features[9], styles[5, 1], styles[8] = torch.nan, torch.inf, torch.nan, -torch.inf
+    if quality:
+        norms = norms.index_put((bad[-1],), norms.new_tensor(-1.0))
+    else:
+        features[10] = torch.nan
+    expected = _run_chunks(launch_chunks, p._replace(valid=valid), grad)
+    with poisoned():
+        got = _run_chunks(launch_chunks, p._replace(features=features, styles=styles, quality=norms), grad)
+    for name, one, two in zip(CHUNK_NAMES, expected, got, strict=True):
+        assert torch.equal(one, two), name
+    out = dict(zip(CHUNK_NAMES, got, strict=True))
+    assert out["counts"].tolist() == [4, 2, 0]
+    assert (out["sums"][2] == 0).all()
+    for name in ("shares", "dfeatures", "dstyles"):
+        assert (out[name][bad] == 0).all(), name
+
+
+def test_codes_and_norms_are_the_same_on_every_backend(device):
+    edges = norm_edges(torch.tensor(22.0), torch.tensor(40.0), torch.float32)
+    norms = torch.cat([edges, torch.nextafter(edges, edges.new_tensor(-torch.inf)), torch.tensor([0.0, 1e30])])
+    p = _chunks((len(norms),), device, quality=True, depth=0, width=3)
+    p = p._replace(edges=edges.to(device), quality=norms.to(device))
+    assert launch_chunks._embed(p).codes.tolist() == norm_codes(norms, edges).tolist()
+    size = torch.tensor([1e-42, 1e-30, 1e-19, 1.0, 1e19, 1e30, 3e38], device=device)
+    features = torch.tensor([[3.0, 4.0, 0.0]], device=device) * (size / 4)[:, None]
+    tokens = launch_chunks._embed(_chunks((7,), device, depth=0, width=3)._replace(features=features))
+    assert (tokens.norms[:6] / row_norms(features[:6]) - 1).abs().max() <= 2e-7
+    assert tokens.usable.tolist() == [True] * 6 + [False]  # whose norm is beyond float32
+
+
+def test_the_operator_over_chunks_runs_the_kernels_and_padding_gets_a_gradient_of_0(device, monkeypatch):
+    p = with_gradients(_chunks((9, 9), device, depth=1)._replace(lengths=torch.tensor([9, 4], device=device)))
+    ran = []
+    for name in ("chunks_forward", "chunks_backward"):
+        run = getattr(launch_chunks, name)
+        monkeypatch.setattr(launch_chunks, name, lambda *a, run=run, name=name: ran.append(name) or run(*a))
+    inputs = [getattr(p, name) for name in leaves(p)]
+    outcomes = []
+    for backend in ("triton", "torch"):
+        out = op.cluster_chunks(p, backend)
+        outcomes.append((*out[:5], *torch.autograd.grad([t.cumsum(-1).sum() for t in out[:3]], inputs)))
+    assert ran == ["chunks_forward", "chunks_backward"]
+    for one, two in zip(*outcomes, strict=True):
+        assert (one - two).abs().max() <= 1e-5 * two.abs().max().clamp(min=1)
+    assert (outcomes[0][3][13:] == 0).all()
+    assert (outcomes[0][5][13:] == 0).all()
+    # without gradients of the features, and where there is nothing
+    frozen = p._replace(features=p.features.detach())
+    assert (
+        launch_chunks.chunks_backward(frozen, _arriving(p), launch_chunks.chunks_forward(frozen, True), False)[
+            0
+        ].numel()
+        == 0
+    )
+    for lengths in ((), (0, 0)):
+        p = _chunks(lengths, device, depth=1)
+        assert all((t == 0).all() for t in _run_chunks(launch_chunks, p, _arriving(p)))

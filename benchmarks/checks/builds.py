@@ -31,6 +31,16 @@ TARGETS = {
 # Multiprocessors of an A100, an H100, a B200 and an MI300X, by which the launchers divide large sets.
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
+CHUNK_KERNELS = (
+    "embed",
+    "layer_norm",
+    "linear",
+    "attend",
+    "linear_weights",
+    "layer_norm_backward",
+    "attend_queries",
+    "attend_keys",
+)
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_cooperative_grid")
 POINTERS: dict[Any, str] = {}
 
@@ -329,6 +339,55 @@ def clustering_specs() -> Iterator[Spec]:
             yield from record(label, launch_sums, ("share_forward", "add_pieces", "share_backward"), both)
 
 
+def chunks_specs() -> Iterator[Spec]:
+    """Cluster and Aggregate's own sizes: a block, with and without norms and dropped blocks, forward and backward."""
+    import torch
+
+    from fcn_kernels.clustering.kernels import launch_chunks, launch_sums
+    from fcn_kernels.clustering.problem import Chunks, Clustered, Summed
+
+    empty, dim, centers = torch.empty, 128, 4
+    for dtype, given in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
+        problem = Chunks(
+            features=empty(4000, 512, dtype=dtype),
+            quality=empty(4000) if given else None,
+            styles=empty(4000, 64),
+            table=empty(61, 64),
+            edges=empty(60),
+            tokens=empty(centers, dim),
+            qkv_weight=empty(1, 3 * dim, dim),
+            qkv_bias=empty(1, 3 * dim),
+            proj_weight=empty(1, dim, dim),
+            proj_bias=empty(1, dim),
+            fc1_weight=empty(1, 4 * dim, dim),
+            fc1_bias=empty(1, 4 * dim),
+            fc2_weight=empty(1, dim, 4 * dim),
+            fc2_bias=empty(1, dim),
+            weight=empty(centers, dim),
+            bias=empty(centers),
+            residual=empty(1, 2, 8) if given else None,
+            offsets=torch.arange(9) * 500,
+            lengths=empty(8, dtype=torch.int64),
+            valid=None,
+            heads=8,
+        )
+        grad = Summed(empty(8, centers, 512), empty(8, centers, dim), empty(8, centers))
+
+        def both(problem: Chunks = problem, grad: Summed = grad) -> None:
+            launch_chunks.chunks_forward(problem, True)
+            launch_chunks.chunks_backward(problem, grad, Clustered.empty(problem, True), True)
+
+        kind = str(dtype).removeprefix("torch.")
+        label = f"{kind} chunks (8, 500, 512) M=4{' norms given, dropped' if given else ''}"
+        made: list[Spec] = []
+
+        def blocks(label: str = label, made: list[Spec] = made, both: Callable[[], None] = both) -> None:
+            made += record(label, launch_chunks, CHUNK_KERNELS, both)
+
+        shares = record(label, launch_sums, ("share_forward", "add_pieces", "share_backward"), blocks)
+        yield from {str(spec): spec for spec in (*made, *shares)}.values()  # a layer's launch comes several times
+
+
 def build_all(jobs: list[tuple[Spec, str]], workers: int = 2) -> list[Build]:
     """Launches for targets, in processes of their own."""
     with ProcessPoolExecutor(workers) as pool:
@@ -345,7 +404,7 @@ def main() -> int:
     jobs = [
         (spec, target)
         for target in args.targets
-        for spec in (*selection_specs(target), *attention_specs(), *clustering_specs())
+        for spec in (*selection_specs(target), *attention_specs(), *clustering_specs(), *chunks_specs())
         if any(text in spec.label for text in args.only)
     ]
     builds = build_all(jobs)

@@ -4,6 +4,7 @@ Shapes for tracing, gradients and FLOP counts; the schemas are made from the fie
 backend that the caller named.
 """
 
+from importlib import import_module
 from types import ModuleType
 from typing import Any, get_type_hints
 
@@ -52,37 +53,36 @@ def cluster_chunks(problem: Chunks, backend: str) -> Clustered:
     return Clustered(*_ops.cluster_chunks.default(*problem, keep, backend))
 
 
-def _backend(name: str) -> ModuleType:
+def _backend(name: str, launches: str) -> ModuleType:
+    """A backend, whose launches on the device are in a module of this name."""
     if name != "triton":
         return torch_backend
-    from fcn_kernels.clustering.kernels import launch_sums
-
-    return launch_sums
+    return import_module(f"fcn_kernels.clustering.kernels.{launches}")  # triton is imported only where it is used
 
 
 def _sums(*args: Any) -> Summed:
     p = Sums(*args[:_SUMS])
     with without_autocast(p.values.device.type):
-        return _backend(args[-1]).sums_forward(p)  # type: ignore[no-any-return]
+        return _backend(args[-1], "launch_sums").sums_forward(p)  # type: ignore[no-any-return]
 
 
 def _sums_backward(*args: Any) -> SumsGradients:
     p, grad, wanted = Sums(*args[:_SUMS]), Summed(*args[_SUMS:-2]), args[-2]
     with without_autocast(p.values.device.type):
-        return _backend(args[-1]).sums_backward(p, grad, wanted)  # type: ignore[no-any-return]
+        return _backend(args[-1], "launch_sums").sums_backward(p, grad, wanted)  # type: ignore[no-any-return]
 
 
 def _chunks(*args: Any) -> Clustered:
     p, keep = Chunks(*args[:_CHUNKS]), args[-2]
     with without_autocast(p.features.device.type):
-        return torch_backend.chunks_forward(p, keep)
+        return _backend(args[-1], "launch_chunks").chunks_forward(p, keep)  # type: ignore[no-any-return]
 
 
 def _chunks_backward(*args: Any) -> ChunksGradients:
     p, (*rest, wanted) = Chunks(*args[:_CHUNKS]), args[_CHUNKS:-1]
     grad, out = Summed(*rest[:_ARRIVING]), Clustered(*rest[_ARRIVING:])
     with without_autocast(p.features.device.type):
-        return torch_backend.chunks_backward(p, grad, out, wanted)
+        return _backend(args[-1], "launch_chunks").chunks_backward(p, grad, out, wanted)  # type: ignore[no-any-return]
 
 
 def _sums_fake(*args: Any) -> Summed:

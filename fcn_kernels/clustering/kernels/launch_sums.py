@@ -59,8 +59,11 @@ def sums_forward(p: Sums) -> Summed:
     return out
 
 
-def share(p: Sums, out: Summed, shares: Tensor, check: bool) -> None:
-    """Fill in the sums and the shares (T, M). Not `check`: `valid` says which rows are finite."""
+def share(p: Sums, out: Summed, shares: Tensor, check: bool, gap: int = 0) -> None:
+    """Fill in the sums and the shares (T, M). Not `check`: `valid` says which rows are finite.
+
+    After each set's keys stand `gap` others.
+    """
     plan, sets, rows = Plan.of(p.weight.shape[0]), p.lengths.shape[0], p.values.shape[0]
     if sets == 0:
         return
@@ -68,7 +71,7 @@ def share(p: Sums, out: Summed, shares: Tensor, check: bool) -> None:
     partial = Summed(*(t.new_empty(slots, *t.shape[1:]) for t in out))
     with torch.cuda.device_of(p.values):
         share_forward[(plan.slots(rows, sets),)](
-            **_given(p),
+            **_given(p, gap),
             shares_ptr=shares,
             sums_ptr=out.sums,
             key_sums_ptr=out.key_sums,
@@ -105,18 +108,23 @@ def sums_backward(p: Sums, grad: Summed, wanted: bool) -> SumsGradients:
     return share_gradients(p, grad, wanted, check=True)
 
 
-def share_gradients(p: Sums, grad: Summed, wanted: bool, check: bool, norms: Tensor | None = None) -> SumsGradients:
-    """One launch, and the weights' gradients added. With norms (T,) the scale is 1 / (norm + 1e-5)."""
+def share_gradients(
+    p: Sums, grad: Summed, wanted: bool, check: bool, norms: Tensor | None = None, gap: int = 0
+) -> SumsGradients:
+    """One launch, and the weights' gradients added. With norms (T,) the scale is 1 / (norm + 1e-5).
+
+    After each set's keys stand `gap` others, with a gradient of 0.
+    """
     plan, sets, rows, every = Plan.of(p.weight.shape[0]), p.lengths.shape[0], p.values.shape[0], p.weight.shape[0]
     new, slots = p.weight.new_empty, plan.slots(rows, sets) if sets else 0
     values = p.values.new_empty(p.values.shape if wanted else 0)
-    keys = new(0) if p.keys is None else new(p.keys.shape)
+    keys = new(0) if p.keys is None else p.keys.new_zeros(p.keys.shape) if gap else new(p.keys.shape)
     scale = new(0) if p.scale is None or norms is not None else new(rows)
     weights, biases = new(slots, *p.weight.shape), new(slots, every)
     if slots:
         with torch.cuda.device_of(p.values):
             share_backward[(slots,)](
-                **_given(p),
+                **_given(p, gap),
                 norms_ptr=norms,
                 grad_sums_ptr=grad.sums.contiguous(),
                 grad_key_sums_ptr=grad.key_sums.contiguous(),
@@ -134,7 +142,7 @@ def share_gradients(p: Sums, grad: Summed, wanted: bool, check: bool, norms: Ten
     return SumsGradients(values, keys, scale, weights.sum(0), biases.sum(0))
 
 
-def _given(p: Sums) -> dict[str, Any]:
+def _given(p: Sums, gap: int) -> dict[str, Any]:
     """Arguments that both kernels take from the call."""
     values = p.values if p.values.stride(1) == 1 else p.values.contiguous()
     keys = p.keys if p.keys is None or p.keys.stride(1) == 1 else p.keys.contiguous()
@@ -149,6 +157,7 @@ def _given(p: Sums) -> dict[str, Any]:
         "lengths_ptr": p.lengths.contiguous(),
         "value_stride": values.stride(0),
         "key_stride": 0 if keys is None else keys.stride(0),
+        "key_gap": gap,
         "T": values.shape[0],
         "C": values.shape[1],
         "D": values.shape[1] if keys is None else keys.shape[1],

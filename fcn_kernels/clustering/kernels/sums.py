@@ -75,6 +75,19 @@ class Softmax(NamedTuple):
 
 
 @triton.jit
+def rows_of(p, values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, key_gap, C, D):
+    """The rows of a piece's set. Keys of one set are followed by `key_gap` others, then by those of the next."""
+    if keys_ptr is not None:
+        keys_ptr += (p.first + p.set_id * key_gap) * key_stride
+    if scale_ptr is not None:
+        scale_ptr += p.first
+    if valid_ptr is not None:
+        valid_ptr += p.first
+    values_ptr += p.first * value_stride
+    return Rows(values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, C, D, p.count)
+
+
+@triton.jit
 def load_block(pointer, row, rows, cols, C):
     """A block [m, c] of (rows, C)."""
     mask = (row < rows)[:, None] & (cols < C)[None, :]
@@ -245,7 +258,7 @@ def add_up(shares_ptr, stride, start, begin, stop, out_ptr, BUILD: tl.constexpr)
 def share_forward(
     values_ptr, keys_ptr, scale_ptr, valid_ptr, weight_ptr, bias_ptr, offsets_ptr, lengths_ptr, shares_ptr, sums_ptr,
     key_sums_ptr, masses_ptr, sums_partial_ptr, key_sums_partial_ptr, masses_partial_ptr,
-    value_stride, key_stride, T, C, D, every, M, sets, BUILD: tl.constexpr,
+    value_stride, key_stride, key_gap, T, C, D, every, M, sets, BUILD: tl.constexpr,
 ):  # fmt: skip
     """Shares [T, M]; sums [B, M, C], key_sums [B, M, D] and masses [B, M] of sets of one piece, and of each piece
     [slots, ...] of the others."""
@@ -253,11 +266,7 @@ def share_forward(
     p = find_piece(offsets_ptr, lengths_ptr, slot, sets, T, BUILD.PIECE)
     if (p.begin >= p.count) & (p.index > 0):
         return
-    rows = Rows(
-        values_ptr + p.first * value_stride, None if keys_ptr is None else keys_ptr + p.first * key_stride,
-        None if scale_ptr is None else scale_ptr + p.first, None if valid_ptr is None else valid_ptr + p.first,
-        value_stride, key_stride, C, D, p.count,
-    )  # fmt: skip
+    rows = rows_of(p, values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, key_gap, C, D)
     centers = Centers(weight_ptr, bias_ptr, every, M, None, None, None)
     shares_ptr += p.first * M
     place = tl.cast(p.set_id, tl.int64)
@@ -334,20 +343,16 @@ def write_rows(
 def share_backward(
     values_ptr, keys_ptr, scale_ptr, valid_ptr, norms_ptr, weight_ptr, bias_ptr, offsets_ptr, lengths_ptr,
     grad_sums_ptr, grad_key_sums_ptr, grad_masses_ptr, shares_ptr, through_ptr, dvalues_ptr, dkeys_ptr, dscale_ptr,
-    dweight_ptr, dbias_ptr, value_stride, key_stride, T, C, D, every, M, sets, BUILD: tl.constexpr,
+    dweight_ptr, dbias_ptr, value_stride, key_stride, key_gap, T, C, D, every, M, sets, BUILD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of values [T, C], keys [T, D] and scale [T]; of weight and bias each piece's part [slots, every, ..].
 
     Shares [T, every] and through [T, every], the gradients of the logits, stand in memory meanwhile. With norms [T] the
-    scale is 1 / (norm + 1e-5), and its gradient goes on to the values.
+    scale is 1 / (norm + 1e-5), and its gradient goes on to the values. Keys' gradients stand as the keys do.
     """
     slot = tl.program_id(0).to(tl.int64)
     p = find_piece(offsets_ptr, lengths_ptr, slot, sets, T, BUILD.PIECE)
-    rows = Rows(
-        values_ptr + p.first * value_stride, None if keys_ptr is None else keys_ptr + p.first * key_stride,
-        None if scale_ptr is None else scale_ptr + p.first, None if valid_ptr is None else valid_ptr + p.first,
-        value_stride, key_stride, C, D, p.count,
-    )  # fmt: skip
+    rows = rows_of(p, values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, key_gap, C, D)
     place = tl.cast(p.set_id, tl.int64)
     centers = Centers(
         weight_ptr, bias_ptr, every, M, grad_sums_ptr + place * M * C,
@@ -358,7 +363,7 @@ def share_backward(
     if dvalues_ptr is not None:
         dvalues_ptr += p.first * C
     if keys_ptr is not None:
-        dkeys_ptr += p.first * D
+        dkeys_ptr += (p.first + p.set_id * key_gap) * D
     for at in range(p.begin, p.end, BUILD.BLOCK_N):
         usable, scale, dscale = share_out(rows, centers, at, shares_ptr, through_ptr, every, BUILD)
         lane = at + tl.arange(0, BUILD.BLOCK_N)

@@ -1,0 +1,339 @@
+"""Launches of cluster_chunks: the functions of ``torch_backend``, on the device.
+
+A launch is made for the tokens of all chunks. Forward: the tokens; for each block LayerNorm, queries with keys and
+values, attention, its projection, LayerNorm, and the two layers of the MLP; a last LayerNorm, and the shares and sums.
+Backward: the sums' gradients; then each block, last to first, is made again from its input and taken back.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from fcn_kernels.clustering.kernels import launch_sums
+from fcn_kernels.clustering.kernels.attention import attend, attend_keys, attend_queries
+from fcn_kernels.clustering.kernels.layers import (
+    GELU,
+    GELU_GRADIENT,
+    LINEAR,
+    layer_norm,
+    layer_norm_backward,
+    linear,
+    linear_weights,
+)
+from fcn_kernels.clustering.kernels.tokens import embed
+from fcn_kernels.clustering.problem import CODES, EPS_NORM, Chunks, ChunksGradients, Clustered, Summed, Sums
+from fcn_kernels.device.gpu import MOST_REGISTERS
+
+TILE = 32  # tokens of a chunk that a program has, and at a time
+LAYER_TILE = (64, 64, 32)  # of a layer: tokens, outputs, inputs at a time
+ROW_ELEMENTS = 4096  # of the tokens that a program normalizes
+PART_TOKENS = 512  # at least, of a part of the weights' gradients
+MOST_PARTS = 64
+OPTIONS = {"num_warps": 4, "num_stages": 1, **MOST_REGISTERS}
+
+
+class Tokens(NamedTuple):
+    """A call's tokens, R = T + P M in all: those of chunk p from offsets[p] + p M on, its rows before the centers."""
+
+    hidden: Tensor  # (R, d)
+    attending: Tensor  # (R,) bool
+    chunk: Tensor  # (R,) int32
+    norms: Tensor  # (T,), 0 for rows that take no part
+    scale: Tensor  # (T,), what makes features unit rows
+    usable: Tensor  # (T,) bool, the rows that take part
+    codes: Tensor  # (T,) int32
+    places: Tensor  # (T,) int64, the rows among the tokens
+    starts: Tensor  # (P + 1,) int64, the chunks' first tokens
+    sizes: Tensor  # (P,) int64, their tokens
+
+    @property
+    def slots(self) -> int:
+        """The most tiles that there can be."""
+        return self.hidden.shape[0] // TILE + self.sizes.shape[0]
+
+    def sums(self, p: Chunks, keys: Tensor) -> Sums:
+        """The last step, with the tokens' keys (R, d)."""
+        return Sums(p.features, keys, self.scale, p.weight, p.bias, p.offsets, p.lengths, self.usable, ghosts=0)
+
+
+class Block(NamedTuple):
+    """What a block makes on its way."""
+
+    unit: Tensor  # (R, d), the first LayerNorm
+    rstd: Tensor  # (R,)
+    qkv: Tensor  # (R, 3 d)
+    attended: Tensor  # (R, d)
+    lse: Tensor  # (heads, R)
+    middle: Tensor  # (R, d), after attention
+    unit2: Tensor
+    rstd2: Tensor
+    wide: Tensor  # (R, 4 d), before gelu
+    active: Tensor
+
+
+def chunks_forward(p: Chunks, keep: bool) -> Clustered:
+    """Everything, a launch at a time."""
+    out = Clustered.empty(p, keep)
+    if p.lengths.shape[0] == 0:
+        return out._replace(shares=out.shares.zero_(), hidden=out.hidden.zero_())
+    with torch.cuda.device_of(p.features):
+        tokens = _embed(p)
+        hidden = tokens.hidden
+        for block in range(p.depth):
+            made = _run_block(p, tokens, hidden, block)
+            hidden = out.hidden[block] if keep else torch.empty_like(hidden)
+            _linear(
+                made.active, p.fc2_weight[block], p.fc2_bias[block], hidden, residual=made.middle,
+                **_factor(p, tokens, block, 1),
+            )  # fmt: skip
+        keys, _ = _layer_norm(hidden)
+        shares = torch.zeros_like(out.shares)
+        launch_sums.share(tokens.sums(p, keys), Summed(*out[:3]), shares, check=False, gap=p.tokens.shape[0])
+    counted = F.pad(tokens.usable.cumsum(0), (1, 0))[p.offsets.clamp(0, p.features.shape[0])]
+    return out._replace(shares=shares, counts=counted.diff())
+
+
+def chunks_backward(p: Chunks, grad: Summed, out: Clustered, wanted: bool) -> ChunksGradients:
+    """Blocks again from their inputs, one at a time, last to first. Not `wanted`: the features are frozen."""
+    none = p.tokens.new_empty(0)
+    found = ChunksGradients(
+        p.features.new_empty(p.features.shape if wanted else 0),
+        none,
+        none,
+        *(torch.zeros_like(getattr(p, name)) for name in ChunksGradients._fields[3:]),
+    )
+    if p.lengths.shape[0] == 0:
+        given = {n: torch.zeros_like(t) for n in ("quality", "styles") if (t := getattr(p, n)) is not None}
+        return found._replace(features=found.features.zero_(), **given)
+    with torch.cuda.device_of(p.features):
+        tokens = _embed(p)
+        inputs = [tokens.hidden, *out.hidden[: p.depth]]
+        keys, rstd = _layer_norm(inputs[-1])
+        shared = launch_sums.share_gradients(
+            tokens.sums(p, keys), grad, wanted, check=False, norms=tokens.norms if p.quality is None else None,
+            gap=p.tokens.shape[0],
+        )  # fmt: skip
+        dhidden = _layer_norm_backward(shared.keys, keys, rstd, None)
+        for block in reversed(range(p.depth)):
+            dhidden = _block_gradient(p, tokens, inputs[block], dhidden, block, found)
+        found = found._replace(features=shared.values, weight=shared.weight, bias=shared.bias)
+        if p.quality is not None:
+            found = found._replace(quality=shared.scale * (EPS_NORM / (tokens.norms + EPS_NORM).square()))
+        return found._replace(**_embed_gradient(p, tokens, dhidden))
+
+
+def _embed(p: Chunks) -> Tokens:
+    (rows, width), (centers, dim), chunks = p.features.shape, p.tokens.shape, p.lengths.shape[0]
+    features = p.features if p.features.stride(1) == 1 else p.features.contiguous()
+    new, count = p.tokens.new_empty, rows + chunks * centers
+    starts = p.offsets + centers * torch.arange(chunks + 1, device=p.offsets.device)
+    tokens = Tokens(
+        hidden=new(count, dim),
+        attending=new(count, dtype=torch.bool),
+        chunk=new(count, dtype=torch.int32),
+        norms=new(rows),
+        scale=new(rows),
+        # of rows in no chunk, if there are any
+        usable=torch.zeros(rows, dtype=torch.bool, device=features.device),
+        codes=torch.full((rows,), -1, dtype=torch.int32, device=features.device),
+        places=torch.zeros(rows, dtype=torch.int64, device=features.device),
+        starts=starts,
+        sizes=starts.diff(),
+    )
+    embed[(tokens.slots,)](
+        features_ptr=features,
+        quality_ptr=None if p.quality is None else p.quality.contiguous(),
+        styles_ptr=None if p.styles is None else p.styles.contiguous(),
+        valid_ptr=None if p.valid is None else p.valid.contiguous(),
+        table_ptr=p.table.contiguous(),
+        edges_ptr=p.edges.contiguous(),
+        centers_ptr=p.tokens.contiguous(),
+        offsets_ptr=p.offsets.contiguous(),
+        lengths_ptr=p.lengths.contiguous(),
+        starts_ptr=tokens.starts,
+        sizes_ptr=tokens.sizes,
+        hidden_ptr=tokens.hidden,
+        attending_ptr=tokens.attending,
+        chunk_ptr=tokens.chunk,
+        norms_ptr=tokens.norms,
+        scale_ptr=tokens.scale,
+        usable_ptr=tokens.usable,
+        code_ptr=tokens.codes,
+        place_ptr=tokens.places,
+        stride=features.stride(0),
+        T=rows,
+        tokens=count,
+        C=width,
+        D=dim,
+        STYLE=dim - p.table.shape[1],
+        M=centers,
+        chunks=chunks,
+        BLOCK_N=TILE,
+        BLOCK_C=32,
+        **OPTIONS,
+    )
+    return tokens
+
+
+def _run_block(p: Chunks, tokens: Tokens, hidden: Tensor, block: int) -> Block:
+    """Tokens (R, d) through a block, but for its last layer."""
+    rows, dim = hidden.shape
+    new = hidden.new_empty
+    unit, rstd = _layer_norm(hidden)
+    qkv, attended, lse = new(rows, 3 * dim), new(rows, dim), new(p.heads, rows)
+    _linear(unit, p.qkv_weight[block], p.qkv_bias[block], qkv)
+    attend[(tokens.slots, p.heads)](
+        qkv_ptr=qkv, attending_ptr=tokens.attending, starts_ptr=tokens.starts, sizes_ptr=tokens.sizes,
+        out_ptr=attended, lse_ptr=lse, **_attention_sizes(p, tokens), **OPTIONS,
+    )  # fmt: skip
+    middle, wide, active = new(rows, dim), new(rows, 4 * dim), new(rows, 4 * dim)
+    _linear(attended, p.proj_weight[block], p.proj_bias[block], middle, residual=hidden, **_factor(p, tokens, block, 0))
+    unit2, rstd2 = _layer_norm(middle)
+    _linear(unit2, p.fc1_weight[block], p.fc1_bias[block], active, after=GELU, wide=wide)
+    return Block(unit, rstd, qkv, attended, lse, middle, unit2, rstd2, wide, active)
+
+
+def _block_gradient(
+    p: Chunks, tokens: Tokens, hidden: Tensor, grad: Tensor, block: int, found: ChunksGradients
+) -> Tensor:
+    """Gradient (R, d) of a block's tokens from that of its output; those of its weights go to `found`."""
+    made = _run_block(p, tokens, hidden, block)
+    attention, mlp = _factor(p, tokens, block, 0), _factor(p, tokens, block, 1)
+    new = hidden.new_empty
+    dwide, dunit2 = new(made.wide.shape), new(hidden.shape)
+    _linear_weights(grad, made.active, found.fc2_weight[block], found.fc2_bias[block], **mlp)
+    _linear(grad, p.fc2_weight[block].T, None, dwide, after=GELU_GRADIENT, wide=made.wide, **mlp)
+    _linear_weights(dwide, made.unit2, found.fc1_weight[block], found.fc1_bias[block])
+    _linear(dwide, p.fc1_weight[block].T, None, dunit2)
+    dmiddle = _layer_norm_backward(dunit2, made.unit2, made.rstd2, grad)
+    dattended, dqkv, dunit = new(hidden.shape), new(made.qkv.shape), new(hidden.shape)
+    _linear_weights(dmiddle, made.attended, found.proj_weight[block], found.proj_bias[block], **attention)
+    _linear(dmiddle, p.proj_weight[block].T, None, dattended, **attention)
+    for kernel in (attend_queries, attend_keys):
+        kernel[(tokens.slots, p.heads)](
+            qkv_ptr=made.qkv, attending_ptr=tokens.attending, starts_ptr=tokens.starts, sizes_ptr=tokens.sizes,
+            grad_ptr=dattended, out_ptr=made.attended, lse_ptr=made.lse, dqkv_ptr=dqkv, **_attention_sizes(p, tokens),
+            **OPTIONS,
+        )  # fmt: skip
+    _linear_weights(dqkv, made.unit, found.qkv_weight[block], found.qkv_bias[block])
+    _linear(dqkv, p.qkv_weight[block].T, None, dunit)
+    return _layer_norm_backward(dunit, made.unit, made.rstd, dmiddle)
+
+
+def _embed_gradient(p: Chunks, tokens: Tokens, grad: Tensor) -> dict[str, Tensor]:
+    """Of styles, table and centers, from that of the tokens (R, d)."""
+    rows, style = grad[tokens.places], p.tokens.shape[1] - p.table.shape[1]
+    found = {"table": torch.zeros_like(p.table)}
+    if p.styles is not None:
+        found["styles"] = rows[:, :style].where(tokens.usable[:, None], 0)
+    coded = (tokens.codes[:, None] == torch.arange(CODES, device=grad.device)).to(grad.dtype)
+    _linear_weights(coded, rows[:, style:].contiguous(), found["table"], None)
+    centers = p.tokens.shape[0]
+    places = tokens.starts[1:, None] - centers + torch.arange(centers, device=grad.device)  # (P, M)
+    found["tokens"] = grad[places.clamp(0, grad.shape[0] - 1)].sum(0)
+    return found
+
+
+def _factor(p: Chunks, tokens: Tokens, block: int, which: int) -> dict[str, Any]:
+    """What scales a block's attention (0) or MLP (1) in each chunk."""
+    return {} if p.residual is None else {"factor": p.residual[block, which].contiguous(), "chunk": tokens.chunk}
+
+
+def _attention_sizes(p: Chunks, tokens: Tokens) -> dict[str, Any]:
+    dim = p.tokens.shape[1]
+    return {
+        "tokens": tokens.hidden.shape[0],
+        "D": dim,
+        "width": dim // p.heads,
+        "chunks": p.lengths.shape[0],
+        "BLOCK_N": TILE,
+        "BLOCK_H": max(16, triton.next_power_of_2(dim // p.heads)),
+    }
+
+
+def _row_tile(dim: int) -> dict[str, int]:
+    block = max(16, int(triton.next_power_of_2(dim)))
+    return {"BLOCK_N": max(1, min(32, ROW_ELEMENTS // block)), "BLOCK_D": block}
+
+
+def _layer_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalized rows (N, d), and the reciprocal of each one's deviation."""
+    out, rstd, (rows, dim) = torch.empty_like(x), x.new_empty(x.shape[0]), x.shape
+    tile = _row_tile(dim)
+    layer_norm[(triton.cdiv(rows, tile["BLOCK_N"]),)](
+        x_ptr=x, out_ptr=out, rstd_ptr=rstd, N=rows, D=dim, **tile, **OPTIONS
+    )
+    return out, rstd
+
+
+def _layer_norm_backward(grad: Tensor, unit: Tensor, rstd: Tensor, residual: Tensor | None) -> Tensor:
+    out, (rows, dim) = torch.empty_like(unit), unit.shape
+    tile = _row_tile(dim)
+    layer_norm_backward[(triton.cdiv(rows, tile["BLOCK_N"]),)](
+        grad_ptr=grad, unit_ptr=unit, rstd_ptr=rstd, residual_ptr=residual, out_ptr=out, N=rows, D=dim, **tile,
+        **OPTIONS,
+    )  # fmt: skip
+    return out
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, after: Any = LINEAR, wide: Tensor | None = None,
+    residual: Tensor | None = None, factor: Tensor | None = None, chunk: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fill in out (N, F) = factor after(x weight^T + bias) + residual."""
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    tile_n, tile_f, tile_k = LAYER_TILE
+    linear[(triton.cdiv(rows, tile_n), triton.cdiv(outputs, tile_f))](
+        x_ptr=x,
+        weight_ptr=weight,
+        bias_ptr=None if bias is None else bias.contiguous(),
+        wide_ptr=wide,
+        residual_ptr=residual,
+        factor_ptr=factor,
+        chunk_ptr=chunk,
+        out_ptr=out,
+        N=rows,
+        K=inputs,
+        F=outputs,
+        stride_f=weight.stride(0),
+        stride_k=weight.stride(1),
+        AFTER=after,
+        BLOCK_N=tile_n,
+        BLOCK_F=tile_f,
+        BLOCK_K=tile_k,
+        **OPTIONS,
+    )
+
+
+def _linear_weights(
+    grad: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None, *, factor: Tensor | None = None,
+    chunk: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fill in dweight (F, K) = sum_n factor_n grad_n x_n^T and dbias (F,)."""
+    (rows, outputs), inputs = grad.shape, x.shape[1]
+    tile_n, tile_f, tile_k = 32, 64, 64
+    parts = max(1, min(MOST_PARTS, triton.cdiv(rows, PART_TOKENS)))
+    weights = dweight.new_empty(parts, outputs, inputs)
+    biases = None if dbias is None else dbias.new_empty(parts, outputs)
+    linear_weights[(triton.cdiv(outputs, tile_f), triton.cdiv(inputs, tile_k), parts)](
+        grad_ptr=grad,
+        x_ptr=x,
+        factor_ptr=factor,
+        chunk_ptr=chunk,
+        dweight_ptr=weights,
+        dbias_ptr=biases,
+        N=rows,
+        share=triton.cdiv(triton.cdiv(rows, parts), tile_n) * tile_n,
+        K=inputs,
+        F=outputs,
+        BLOCK_N=tile_n,
+        BLOCK_F=tile_f,
+        BLOCK_K=tile_k,
+        **OPTIONS,
+    )
+    dweight.copy_(weights.sum(0))
+    if dbias is not None and biases is not None:
+        dbias.copy_(biases.sum(0))
