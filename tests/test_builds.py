@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.checks.builds import CHUNK_KERNELS
+
 pytest.importorskip("triton")
 pytestmark = pytest.mark.xdist_group("builds")
 ROOT = Path(__file__).parents[1]
@@ -25,12 +27,16 @@ LAUNCHES = [
     "float32 attention (4, 1000, 512) H=64 dropout 0.1",
     "bfloat16 sums (4, 1000, 512) M=4 keys",
     "float32 sums (4, 1000, 512) M=64",
+    "float32 chunks (8, 500, 512) M=4 norms given, dropped",
 ]
 
 
 def _kernels(label: str) -> tuple[str, ...]:
+    shares = ("share_forward", "add_pieces", "share_backward")
+    if "chunks" in label:
+        return *CHUNK_KERNELS, *shares
     if "sums" in label:
-        return "share_forward", "add_pieces", "share_backward"
+        return shares
     operation = "attention" if "attention" in label else "select"
     return f"{operation}_forward", f"{operation}_backward"
 

@@ -185,6 +185,37 @@ def test_strided_rows_and_frozen_values(device):
     assert all(torch.equal(one, two) for one, two in zip(first[4:], frozen[4:], strict=True))
 
 
+def _outside(p):
+    """The same call with two rows before the first set and one behind the last."""
+    rows = ("values", "keys", "scale", "features", "quality", "styles")
+    wide = {n: torch.cat([t[:2] * 0 + torch.nan, t, t[:1]]) for n in rows if (t := getattr(p, n, None)) is not None}
+    return p._replace(**wide, offsets=p.offsets + 2)
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_rows_of_no_set_get_a_gradient_of_0(keyed, device):
+    p, grad = _sums((30, 9), 20, 4, torch.float32, device, key_dim=8 if keyed else None)
+    for name, one, two in zip(NAMES, _run(launch_sums, p, grad), _poisoned(_outside(p), grad), strict=True):
+        if one.shape != two.shape:
+            assert torch.equal(one, two[2:-1]), name
+            assert (two[:2] == 0).all(), name
+            assert (two[-1] == 0).all(), name
+        else:  # but for how the pieces' weights are added
+            assert (one - two).abs().max() <= 1e-6 if one.numel() else True, name
+    p = _chunks((5, 4), device, depth=1, quality=keyed)
+    grad = _arriving(p)
+    first = _run_chunks(launch_chunks, p, grad)
+    with poisoned():
+        second = _run_chunks(launch_chunks, _outside(p), grad)
+    for name, one, two in zip(CHUNK_NAMES, first, second, strict=True):
+        if one.shape != two.shape:
+            assert torch.equal(one, two[2:-1]), name
+            assert (two[:2] == 0).all(), name
+            assert (two[-1] == 0).all(), name
+        elif one.numel():
+            assert (one - two).abs().max() <= 1e-5 * one.abs().max(), name
+
+
 def test_no_sets_no_rows_and_offsets_that_lead_out_of_the_tensor(device):
     for lengths in ((), (0, 0)):
         p, grad = _sums(lengths, 20, 4, torch.float32, device, key_dim=8)

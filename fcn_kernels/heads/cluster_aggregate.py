@@ -304,7 +304,7 @@ class ClusterAggregate(nn.Module):
             checks.at_least_one("chunk", chunk)
         with without_autocast(features.device.type):
             rows = self._rows(features, styles, quality, layout, chunk, strict)
-            return rows, op.cluster_chunks(self._problem(rows), clustering_backend(None, features))
+            return rows, op.cluster_chunks(self._problem(rows), clustering_backend(None, rows.features))
 
     def check_rows(
         self, features: Tensor, styles: Tensor | None, quality: Tensor | None, shape: tuple[int, ...]

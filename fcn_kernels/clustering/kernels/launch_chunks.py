@@ -121,25 +121,26 @@ def chunks_backward(p: Chunks, grad: Summed, out: Clustered, wanted: bool) -> Ch
             dhidden = _block_gradient(p, tokens, inputs[block], dhidden, block, found)
         found = found._replace(features=shared.values, weight=shared.weight, bias=shared.bias)
         if p.quality is not None:
-            found = found._replace(quality=shared.scale * (EPS_NORM / (tokens.norms + EPS_NORM).square()))
+            dquality = shared.scale * (EPS_NORM / (tokens.norms + EPS_NORM).square())
+            found = found._replace(quality=dquality.where(tokens.usable, 0))
         return found._replace(**_embed_gradient(p, tokens, dhidden))
 
 
 def _embed(p: Chunks) -> Tokens:
     (rows, width), (centers, dim), chunks = p.features.shape, p.tokens.shape, p.lengths.shape[0]
     features = p.features if p.features.stride(1) == 1 else p.features.contiguous()
-    new, count = p.tokens.new_empty, rows + chunks * centers
+    new, zeros, count = p.tokens.new_empty, p.tokens.new_zeros, rows + chunks * centers
     starts = p.offsets + centers * torch.arange(chunks + 1, device=p.offsets.device)
     tokens = Tokens(
-        hidden=new(count, dim),
-        attending=new(count, dtype=torch.bool),
-        chunk=new(count, dtype=torch.int32),
+        # what stays where rows are in no chunk: before the first, or behind the last
+        hidden=zeros(count, dim),
+        attending=zeros(count, dtype=torch.bool),
+        chunk=zeros(count, dtype=torch.int32),
         norms=new(rows),
         scale=new(rows),
-        # of rows in no chunk, if there are any
-        usable=torch.zeros(rows, dtype=torch.bool, device=features.device),
-        codes=torch.full((rows,), -1, dtype=torch.int32, device=features.device),
-        places=torch.zeros(rows, dtype=torch.int64, device=features.device),
+        usable=zeros(rows, dtype=torch.bool),
+        codes=zeros(rows, dtype=torch.int32) - 1,
+        places=zeros(rows, dtype=torch.int64),
         starts=starts,
         sizes=starts.diff(),
     )
@@ -183,7 +184,7 @@ def _run_block(p: Chunks, tokens: Tokens, hidden: Tensor, block: int) -> Block:
     rows, dim = hidden.shape
     new = hidden.new_empty
     unit, rstd = _layer_norm(hidden)
-    qkv, attended, lse = new(rows, 3 * dim), new(rows, dim), new(p.heads, rows)
+    qkv, attended, lse = new(rows, 3 * dim), torch.zeros_like(hidden), new(p.heads, rows)
     _linear(unit, p.qkv_weight[block], p.qkv_bias[block], qkv)
     attend[(tokens.slots, p.heads)](
         qkv_ptr=qkv, attending_ptr=tokens.attending, starts_ptr=tokens.starts, sizes_ptr=tokens.sizes,
@@ -209,7 +210,7 @@ def _block_gradient(
     _linear_weights(dwide, made.unit2, found.fc1_weight[block], found.fc1_bias[block])
     _linear(dwide, p.fc1_weight[block].T, None, dunit2)
     dmiddle = _layer_norm_backward(dunit2, made.unit2, made.rstd2, grad)
-    dattended, dqkv, dunit = new(hidden.shape), new(made.qkv.shape), new(hidden.shape)
+    dattended, dqkv, dunit = new(hidden.shape), torch.zeros_like(made.qkv), new(hidden.shape)
     _linear_weights(dmiddle, made.attended, found.proj_weight[block], found.proj_bias[block], **attention)
     _linear(dmiddle, p.proj_weight[block].T, None, dattended, **attention)
     for kernel in (attend_queries, attend_keys):

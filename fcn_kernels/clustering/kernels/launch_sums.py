@@ -157,11 +157,11 @@ def _given(p: Sums, gap: int) -> dict[str, Any]:
         "lengths_ptr": p.lengths.contiguous(),
         "value_stride": values.stride(0),
         "key_stride": 0 if keys is None else keys.stride(0),
-        "key_gap": gap,
         "T": values.shape[0],
         "C": values.shape[1],
         "D": values.shape[1] if keys is None else keys.shape[1],
         "every": p.weight.shape[0],
         "M": p.centers,
         "sets": p.lengths.shape[0],
+        "KEY_GAP": gap,
     }

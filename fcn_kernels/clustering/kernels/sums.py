@@ -75,10 +75,10 @@ class Softmax(NamedTuple):
 
 
 @triton.jit
-def rows_of(p, values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, key_gap, C, D):
-    """The rows of a piece's set. Keys of one set are followed by `key_gap` others, then by those of the next."""
+def rows_of(p, values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, KEY_GAP, C, D):
+    """The rows of a piece's set. Keys of one set are followed by KEY_GAP others, then by those of the next."""
     if keys_ptr is not None:
-        keys_ptr += (p.first + p.set_id * key_gap) * key_stride
+        keys_ptr += (p.first + p.set_id * KEY_GAP) * key_stride
     if scale_ptr is not None:
         scale_ptr += p.first
     if valid_ptr is not None:
@@ -258,7 +258,8 @@ def add_up(shares_ptr, stride, start, begin, stop, out_ptr, BUILD: tl.constexpr)
 def share_forward(
     values_ptr, keys_ptr, scale_ptr, valid_ptr, weight_ptr, bias_ptr, offsets_ptr, lengths_ptr, shares_ptr, sums_ptr,
     key_sums_ptr, masses_ptr, sums_partial_ptr, key_sums_partial_ptr, masses_partial_ptr,
-    value_stride, key_stride, key_gap, T, C, D, every, M, sets, BUILD: tl.constexpr,
+    value_stride, key_stride, T, C, D, every, M, sets, KEY_GAP: tl.constexpr,
+    BUILD: tl.constexpr,
 ):  # fmt: skip
     """Shares [T, M]; sums [B, M, C], key_sums [B, M, D] and masses [B, M] of sets of one piece, and of each piece
     [slots, ...] of the others."""
@@ -266,7 +267,7 @@ def share_forward(
     p = find_piece(offsets_ptr, lengths_ptr, slot, sets, T, BUILD.PIECE)
     if (p.begin >= p.count) & (p.index > 0):
         return
-    rows = rows_of(p, values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, key_gap, C, D)
+    rows = rows_of(p, values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, KEY_GAP, C, D)
     centers = Centers(weight_ptr, bias_ptr, every, M, None, None, None)
     shares_ptr += p.first * M
     place = tl.cast(p.set_id, tl.int64)
@@ -339,11 +340,39 @@ def write_rows(
             tl.store(dkeys_ptr + where, out, mask=(lane < end)[:, None] & (cols < rows.D)[None, :])
 
 
+@triton.jit
+def clear_outside(pointer, row, rows, C, BUILD: tl.constexpr):
+    """Zeros to rows [n] of (.., C), of those before `rows[0]` and from `rows[1]` up to `rows[2]`."""
+    outside = (row < rows[0]) | ((row >= rows[1]) & (row < rows[2]))
+    for column in range(0, C, BUILD.BLOCK_C):
+        cols = column + tl.arange(0, BUILD.BLOCK_C)
+        zero = tl.zeros((BUILD.BLOCK_N, BUILD.BLOCK_C), pointer.dtype.element_ty)
+        tl.store(pointer + row[:, None] * C + cols[None, :], zero, mask=outside[:, None] & (cols < C)[None, :])
+
+
+@triton.jit
+def clear_rows_of_no_set(slot, offsets_ptr, dvalues_ptr, dkeys_ptr, dscale_ptr, T, C, D, sets, BUILD: tl.constexpr):
+    """Zeros to the gradients of rows before the first set and behind the last, of those that a slot has of all T."""
+    first = tl.minimum(tl.maximum(tl.load(offsets_ptr), 0), T)
+    last = tl.minimum(tl.maximum(tl.load(offsets_ptr + sets), first), T)
+    begin = slot * BUILD.PIECE
+    if (begin < first) | ((last < T) & (begin + BUILD.PIECE > last)):
+        for at in range(0, BUILD.PIECE, BUILD.BLOCK_N):
+            row = begin + at + tl.arange(0, BUILD.BLOCK_N)
+            if dvalues_ptr is not None:
+                clear_outside(dvalues_ptr, row, (first, last, T), C, BUILD)
+            if dkeys_ptr is not None:
+                clear_outside(dkeys_ptr, row, (first, last, T), D, BUILD)
+            if dscale_ptr is not None:
+                clear_outside(dscale_ptr, row, (first, last, T), 1, BUILD)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def share_backward(
     values_ptr, keys_ptr, scale_ptr, valid_ptr, norms_ptr, weight_ptr, bias_ptr, offsets_ptr, lengths_ptr,
     grad_sums_ptr, grad_key_sums_ptr, grad_masses_ptr, shares_ptr, through_ptr, dvalues_ptr, dkeys_ptr, dscale_ptr,
-    dweight_ptr, dbias_ptr, value_stride, key_stride, key_gap, T, C, D, every, M, sets, BUILD: tl.constexpr,
+    dweight_ptr, dbias_ptr, value_stride, key_stride, T, C, D, every, M, sets, KEY_GAP: tl.constexpr,
+    BUILD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of values [T, C], keys [T, D] and scale [T]; of weight and bias each piece's part [slots, every, ..].
 
@@ -352,7 +381,10 @@ def share_backward(
     """
     slot = tl.program_id(0).to(tl.int64)
     p = find_piece(offsets_ptr, lengths_ptr, slot, sets, T, BUILD.PIECE)
-    rows = rows_of(p, values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, key_gap, C, D)
+    rows = rows_of(p, values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, KEY_GAP, C, D)
+    clear_rows_of_no_set(
+        slot, offsets_ptr, dvalues_ptr, None if KEY_GAP else dkeys_ptr, dscale_ptr, T, C, D, sets, BUILD
+    )
     place = tl.cast(p.set_id, tl.int64)
     centers = Centers(
         weight_ptr, bias_ptr, every, M, grad_sums_ptr + place * M * C,
@@ -363,7 +395,7 @@ def share_backward(
     if dvalues_ptr is not None:
         dvalues_ptr += p.first * C
     if keys_ptr is not None:
-        dkeys_ptr += (p.first + p.set_id * key_gap) * D
+        dkeys_ptr += (p.first + p.set_id * KEY_GAP) * D
     for at in range(p.begin, p.end, BUILD.BLOCK_N):
         usable, scale, dscale = share_out(rows, centers, at, shares_ptr, through_ptr, every, BUILD)
         lane = at + tl.arange(0, BUILD.BLOCK_N)
