@@ -30,7 +30,7 @@ def norm_edges(mean: Tensor, variance: Tensor, dtype: torch.dtype) -> Tensor:
 
 def norm_codes(norms: Tensor, edges: Tensor) -> Tensor:
     """Codes of norms (...,), int64."""
-    return torch.bucketize(norms.to(edges.dtype), edges, right=True)
+    return torch.bucketize(norms.to(edges.dtype).contiguous(), edges, right=True)
 
 
 def code_table(dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
