@@ -20,6 +20,7 @@ from fcn_kernels.cli.train import start_from_rows
 from fcn_kernels.evaluation.verification import roc
 from fcn_kernels.files.checkpoint import load_checkpoint
 from fcn_kernels.heads.adaface import AdaFace
+from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
 from fcn_kernels.heads.facecoresetnet import CoresetAggregator
 from fcn_kernels.integrations.facecoresetnet import build_head
 from fcn_kernels.training.draw import Recipe, draw, group
@@ -91,6 +92,37 @@ def test_a_head_learns_and_aggregates_better_than_the_coreset_alone(
     alone = tar_of(held_out, sets, tmp_path / "d.npz", "--gamma", "1")
     print(f"seed {seed}: trained {trained:.3f}, coreset alone {alone:.3f}")
     assert trained > alone + 0.02
+
+
+def test_clusters_learn_to_leave_corrupted_rows_out(
+    digits: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, embeddings, labels = digits
+    out = tmp_path / "head.pt"
+    options = ["--head", "cluster", "--clusters", "2", "--depth", "1", "--num-heads", "4"]
+    assert train(source, out, *options, "--steps", "80", "--every", "40", "--rate", "3e-3") == 0
+    said = capsys.readouterr().out
+    first, last = map(float, re.search(r"steps: ([\d.]+) -> ([\d.]+)", said).groups())  # type: ignore[union-attr]
+    assert last < first
+    assert "gamma:" not in said
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    head = ClusterAggregate(64, 2, 1, style_dim=0, num_heads=4).eval()
+    head.load_state_dict(load_checkpoint(out))
+    held_out = tmp_path / "templates.npz"
+    sets = templates(embeddings, labels, held_out, seed=0)
+    with np.load(held_out) as file:
+        unit, quality, ids = (torch.from_numpy(file[name]) for name in ("features", "quality", "template_ids"))
+    starts = torch.searchsorted(ids, torch.arange(201))
+    trained = head(unit, quality=quality, cu_seqlens=starts).descriptor.detach()
+    mean = F.normalize(torch.stack([rows.mean(0) for rows in unit.tensor_split(starts[1:-1])]), dim=-1)
+    one, other = torch.triu_indices(200, 200, 1)
+    found, plain = (
+        roc((d[one] * d[other]).sum(1), sets[one] == sets[other]).tar_at([1e-2])[0] for d in (trained, mean)
+    )
+    print(f"trained {found:.3f}, mean of all rows {plain:.3f}")
+    assert found > plain + 0.02
+    assert train(source, out, "--head", "cluster", "--num-heads", "7", "--overwrite") == 2
+    assert "expected a divisor of 64" in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on_with_the_same_numbers(

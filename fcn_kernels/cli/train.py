@@ -31,16 +31,20 @@ from fcn_kernels.files.embeddings import Embeddings, Keys, read
 from fcn_kernels.files.formats import InputError, Scratch, reading
 from fcn_kernels.files.output import check_output, replacing
 from fcn_kernels.heads.adaface import AdaFace
+from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
 from fcn_kernels.heads.facecoresetnet import CoresetAggregator
 from fcn_kernels.training.draw import Recipe, Rows, draw, group
-from fcn_kernels.training.loop import Plan, Training, Trial, tar, train
+from fcn_kernels.training.loop import Head, Plan, Training, Trial, tar, train
 
 EXTRA = "tool,demo"  # tqdm and formats; matplotlib
 T_ALPHA = 0.1  # share of a batch in AdaFace's running norms: runs are short
+CODE_WIDTH = 64  # of the code of a quality
 MARGINS = {"adaface": 0.8, "cosine": 0.0}
 ABOUT = f"""
-Each step draws sets of 1 to --longest rows of one identity, with replacement, gives them to a CoresetAggregator, and
-classifies its descriptors with a margin softmax over the identities: AdaFace, or the same without a margin (cosine).
+Each step draws sets of 1 to --longest rows of one identity, with replacement, gives them to the head, and classifies
+its descriptors with a margin softmax over the identities: AdaFace, or the same without a margin (cosine). The head is
+a CoresetAggregator (--head coreset: --k, --gamma, --dropout) or a ClusterAggregate without styles (--head cluster:
+--clusters, --depth), which knows of a row its quality.
 A row is made a unit row of quality q, INPUT's quality or the row's norm, as `aggregate` does.
   --corrupt P     of the rows, in training and validation, a share P becomes (1 - s) u + s n, made unit, with n a random
                   direction and s uniform in [1/2, 1); its quality becomes (1 - s) q
@@ -50,9 +54,10 @@ Rows are held out for validation: those of a share of the identities, or a share
 (--hold-out rows). Half of them make the sets of the gallery and half the probes; all are compared with all. The head
 with the best TAR is kept; training ends after --steps, or when --patience validations have brought nothing better.
 
-OUT is the head's state dict, for `aggregate --checkpoint OUT`, given the same --k and --num-heads. OUT.state is there
+OUT is the head's state dict, for `aggregate --checkpoint OUT`, given the same --num-heads, and --k of a coreset.
+OUT.state is there
 while the run is not finished, and --resume goes on from it, with the numbers of a run that was not interrupted. Both
-appear whole, or not at all. OUT with the suffix .png shows loss, TAR and gamma.
+appear whole, or not at all. OUT with the suffix .png shows loss, TAR and a coreset's gamma.
 
 The same seed gives the same numbers on one machine; a CPU computes with one thread. Under torchrun each process takes a
 share of every batch:
@@ -62,8 +67,9 @@ share of every batch:
 """
 # What a run's numbers follow from: with another of these, --resume would go on with a different run.
 FIXED = (
-    "features", "ids", "quality", "head", "k", "num_heads", "gamma", "dropout", "loss", "longest", "corrupt",
-    "duplicates", "hold_out", "share", "validation_sets", "far", "steps", "batch", "rate", "every", "patience", "seed",
+    "features", "ids", "quality", "head", "k", "clusters", "depth", "num_heads", "gamma", "dropout", "loss", "longest",
+    "corrupt", "duplicates", "hold_out", "share", "validation_sets", "far", "steps", "batch", "rate", "every",
+    "patience", "seed",
 )  # fmt: skip
 
 
@@ -79,8 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on from OUT.state")
     add("--features", metavar="KEY", default=Keys().features, help="name of that column (default: %(default)s)")
     add("--quality", metavar="KEY", help="name of that column (default: quality if there is one, else the norms)")
-    add("--head", choices=["coreset"], default="coreset", help="what is trained (default: %(default)s)")
-    add("--k", type=at_least_one, default=3, help="picks a set (default: %(default)s)")
+    add("--head", choices=["coreset", "cluster"], default="coreset", help="what is trained (default: %(default)s)")
+    add("--k", type=at_least_one, default=3, help="picks of a set (default: %(default)s)")
+    add("--clusters", type=at_least_one, default=4, help="centers (default: %(default)s)")
+    add("--depth", type=at_least_one, default=2, help="blocks before the centers (default: %(default)s)")
     add("--num-heads", type=at_least_one, default=8, help="of the head's attentions (default: %(default)s)")
     add("--gamma", type=finite, default=1.0, help="gamma before training (default: %(default)s)")
     add("--dropout", type=float, default=0.1, help="in the head's attentions (default: %(default)s)")
@@ -123,7 +131,7 @@ def run_checked(args: argparse.Namespace) -> str:
     names, identity = np.unique(embeddings.ids, return_inverse=True)
     unit, quality = unit_rows(embeddings)
     rows, trial, held_out = split(unit, quality, torch.from_numpy(identity).long(), args)
-    head = CoresetAggregator(unit.shape[1], args.k, args.num_heads, args.dropout, args.gamma)
+    head = _head(args, unit.shape[1])
     classifier = AdaFace(unit.shape[1], len(rows.offsets) - 1, m=MARGINS[args.loss], t_alpha=T_ALPHA)
     start_from_rows(head, classifier, rows)
     trial = Trial(*(side.to(args.device) for side in trial))
@@ -159,8 +167,18 @@ def run_checked(args: argparse.Namespace) -> str:
     return _summary(args, state, untrained, f"{len(names)} identities, {held_out}")
 
 
-def start_from_rows(head: CoresetAggregator, classifier: AdaFace, rows: Rows) -> None:
-    """Start as a coreset's mean, among classes that lie where the identities do.
+def _head(args: argparse.Namespace, width: int) -> Head:
+    if args.head == "coreset":
+        return CoresetAggregator(width, args.k, args.num_heads, args.dropout, args.gamma)
+    if CODE_WIDTH % args.num_heads:
+        raise InputError(f"--num-heads {args.num_heads}: expected a divisor of {CODE_WIDTH} with --head cluster")
+    return ClusterAggregate(
+        width, args.clusters, args.depth, style_dim=0, norm_dim=CODE_WIDTH, num_heads=args.num_heads
+    )
+
+
+def start_from_rows(head: Head, classifier: AdaFace, rows: Rows) -> None:
+    """Start as a coreset's mean (centers start as a mean of all rows), among classes that lie where identities do.
 
     A cross_norm of weight 0 adds nothing to the picks (as the last norm of a residual block in Goyal et al.,
     "Accurate, Large Minibatch SGD", 2017, section 5.1). Classes at random places would turn embeddings away from what
@@ -170,7 +188,8 @@ def start_from_rows(head: CoresetAggregator, classifier: AdaFace, rows: Rows) ->
     identity = torch.arange(identities).repeat_interleave(rows.offsets.diff())
     sums = torch.zeros(identities, width).index_add_(0, identity, rows.unit * rows.quality[:, None])
     with torch.no_grad():
-        head.cross_norm.weight.zero_()
+        if isinstance(head, CoresetAggregator):
+            head.cross_norm.weight.zero_()
         classifier.weight.copy_(torch.nn.functional.normalize(sums) * width**0.5)  # as long as AdaFace's own are
 
 
@@ -224,7 +243,7 @@ def draw_curves(path: Path, state: dict[str, Any], untrained: float, far: float)
     """Loss, TAR and gamma over the steps, as a picture."""
     page = require("matplotlib.figure", EXTRA).Figure(figsize=(9, 2.8), dpi=130, facecolor="white")
     page.set_layout_engine("constrained")
-    loss, accepted, exponent = page.subplots(1, 3)
+    loss, accepted, *exponent = page.subplots(1, 3 if state["gammas"] else 2)
     steps, tars = zip(*state["tars"], strict=True)
     loss.plot(range(1, len(state["losses"]) + 1), state["losses"], color="#225ea8", linewidth=0.8)
     loss.set(title="loss", xlabel="step")
@@ -232,8 +251,9 @@ def draw_curves(path: Path, state: dict[str, Any], untrained: float, far: float)
     accepted.axhline(untrained, color="#9a9a9a", label="coreset's mean")
     accepted.set(title=f"validation TAR at FAR {far:g}", xlabel="step")
     accepted.legend(frameon=False)
-    exponent.plot(steps, state["gammas"], color="#225ea8", marker=".")
-    exponent.set(title="gamma", xlabel="step")
+    for axes in exponent:
+        axes.plot(steps, state["gammas"], color="#225ea8", marker=".")
+        axes.set(title="gamma", xlabel="step")
     with replacing(path, overwrite=True) as file:
         page.savefig(file, format="png")
 
@@ -248,13 +268,18 @@ def _summary(args: argparse.Namespace, state: dict[str, Any], untrained: float, 
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     at = next(step for step, value in state["tars"] if value == best)
+    gamma, picks = "", ""
+    if args.head == "coreset":
+        kept = state["best"]["gamma"].item()
+        gamma = f"gamma: {args.gamma:g} -> {state['gammas'][-1]:.4f}, {kept:.4f} in the best head\n"
+        picks = f"--k {args.k} "
     return (
         f"{args.out}: {data}\n"
         f"loss, first and last tenth of {state['step']} steps: {first:.4f} -> {last:.4f}\n"
-        f"gamma: {args.gamma:g} -> {state['gammas'][-1]:.4f}, {state['best']['gamma'].item():.4f} in the best head\n"
+        f"{gamma}"
         f"validation TAR at FAR {args.far:g}: coreset's mean {untrained:.4f}, head before training "
         f"{state['tars'][0][1]:.4f}, best {best:.4f} after step {at}\n"
-        f"use it: python -m fcn_kernels aggregate INPUT --checkpoint {args.out} --k {args.k} "
+        f"use it: python -m fcn_kernels aggregate INPUT --checkpoint {args.out} {picks}"
         f"--num-heads {args.num_heads} --out OUTPUT"
     )
 

@@ -14,11 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fcn_kernels.evaluation.verification import roc
 from fcn_kernels.heads.adaface import AdaFace
+from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
 from fcn_kernels.heads.facecoresetnet import CoresetAggregator
 from fcn_kernels.training.draw import Recipe, Rows, Sets, draw
 
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
 GAMMA_RATE = 10  # gamma is one number of the order of 1, the weights are small and many
+
+
+Head = CoresetAggregator | ClusterAggregate
 
 
 class Plan(NamedTuple):
@@ -47,14 +51,20 @@ class Trial(NamedTuple):
 class Training(nn.Module):
     """Head and classifier as one module, whose output is the loss: what DistributedDataParallel wraps."""
 
-    def __init__(self, head: CoresetAggregator, classifier: AdaFace) -> None:
+    def __init__(self, head: Head, classifier: AdaFace) -> None:
         super().__init__()
         self.head, self.classifier = head, classifier
 
     def forward(self, sets: Sets) -> Tensor:
         """Mean cross entropy of the sets' identities."""
-        descriptor, norm, _ = self.head(sets.unit, sets.quality, cu_seqlens=sets.cu_seqlens)
+        descriptor, norm = describe(self.head, sets)
         return F.cross_entropy(self.classifier(descriptor, norm, sets.labels), sets.labels)
+
+
+def describe(head: Head, sets: Sets) -> tuple[Tensor, Tensor]:
+    """Descriptors (B, C) of sets, and their norms (B,)."""
+    found = head(sets.unit, quality=sets.quality, cu_seqlens=sets.cu_seqlens)
+    return found.descriptor, found.norm
 
 
 def tar(pool: Callable[[Sets], Tensor], trial: Trial, far: float) -> float:
@@ -85,7 +95,7 @@ def train(
         save: called with the state after each validation, in the first process. show: called after each step.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = training.head.gamma.device
+    device = training.classifier.weight.device
     optimizer = _optimizer(training, plan)
     if state is None:
         state = {"step": 0, "losses": [], "tars": [], "gammas": [], "stale": 0}
@@ -118,13 +128,13 @@ def train(
     return state
 
 
-def _validate(head: CoresetAggregator, trial: Trial, plan: Plan, state: dict[str, Any]) -> None:
+def _validate(head: Head, trial: Trial, plan: Plan, state: dict[str, Any]) -> None:
     """Append the TAR, and keep the head if there is none better; the first process decides for all."""
     head.eval()
     measured = torch.tensor(
-        tar(lambda sets: head(sets.unit, sets.quality, cu_seqlens=sets.cu_seqlens)[0], trial, plan.far),
+        tar(lambda sets: describe(head, sets)[0], trial, plan.far),
         dtype=torch.float64,
-        device=head.gamma.device,
+        device=trial.probes.unit.device,
     )
     if dist.is_initialized():
         dist.broadcast(measured, 0)
@@ -133,18 +143,17 @@ def _validate(head: CoresetAggregator, trial: Trial, plan: Plan, state: dict[str
     if better:
         state["best"] = {name: value.detach().cpu().clone() for name, value in head.state_dict().items()}
     state["tars"].append((state["step"], measured.item()))
-    state["gammas"].append(head.gamma.item())
+    if isinstance(head, CoresetAggregator):
+        state["gammas"].append(head.gamma.item())
 
 
 def _optimizer(training: Training, plan: Plan) -> torch.optim.Optimizer:
-    gamma = training.head.gamma
-    rest = [parameter for parameter in training.parameters() if parameter is not gamma]
-    return torch.optim.AdamW(
-        [
-            {"params": rest, "weight_decay": 1e-3, "top": plan.rate},
-            {"params": [gamma], "weight_decay": 0.0, "top": plan.rate * GAMMA_RATE},
-        ]
-    )
+    named = dict(training.named_parameters())
+    gamma = named.pop("head.gamma", None)
+    groups: list[dict[str, Any]] = [{"params": list(named.values()), "weight_decay": 1e-3, "top": plan.rate}]
+    if gamma is not None:
+        groups.append({"params": [gamma], "weight_decay": 0.0, "top": plan.rate * GAMMA_RATE})
+    return torch.optim.AdamW(groups)
 
 
 def _schedule(step: int, steps: int) -> float:
