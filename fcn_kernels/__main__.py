@@ -14,6 +14,7 @@ COMMANDS = {
     "aggregate": ("fcn_kernels.cli.aggregate", "one descriptor a template, from a file of embeddings"),
     "faces": ("fcn_kernels.cli.faces", "from a video or folders of photos to picked faces and descriptors"),
     "evaluate": ("fcn_kernels.cli.evaluate", "TAR at FAR of pairs of templates, TPIR at FPIR of searches, ROC"),
+    "align": ("fcn_kernels.cli.align", "scores corrected by how descriptors stand to a bank of other people"),
     "train": ("fcn_kernels.cli.train", "train a head on embeddings with identities"),
 }
 

@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fcn_kernels.cli.align import add_method, neighbors_of
 from fcn_kernels.cli.arguments import EXIT_STATUS, add_max_unpacked, run_to_status
 from fcn_kernels.evaluation.identification import Search, search
 from fcn_kernels.evaluation.templates import cosines, mean_of_media
 from fcn_kernels.evaluation.verification import FARS, Roc, roc_of
 from fcn_kernels.extras import require
 from fcn_kernels.files import tables
+from fcn_kernels.files.align import contexts, read_bank, warnings_of
 from fcn_kernels.files.embeddings import Keys, read
 from fcn_kernels.files.formats import InputError, Scratch, load_npy, reading, suffix_of
 from fcn_kernels.files.output import check_output, replacing
+from fcn_kernels.neighbors.scores import Affine, affine
 
 if TYPE_CHECKING:
     from fcn_kernels.files.formats import Array
@@ -52,6 +55,10 @@ scores 0 with any other, and is counted.
   lines `image template medium`: IJB's *_face_tid_mid.txt as it is. The usual baseline is made of them: a template's
   descriptor is the sum over its media of the mean of a medium's images, as long as they are.
 
+--bank BANK
+  beside each INPUT stands the same with scores aligned by BANK, descriptors of other people: `align --help` says how,
+  and what --k, --min-cosine, --method and --bank-features are. It can do harm, which this shows.
+
 In memory are INPUT and, at most, 8 bytes a pair. OUT has the same numbers, with the thresholds, and OUT with the
 suffix .png shows the curves; both appear whole, or not at all.
 
@@ -68,6 +75,25 @@ class Templates(NamedTuple):
     """(B, C) unit rows, float32; zero where there is no descriptor."""
     source: str
     """The file, for messages."""
+    shares: Affine | None = None
+    """What makes cosines aligned scores, (B,) each; None: they stay."""
+
+    def scores(self, first: Tensor, second: Tensor) -> Tensor:
+        """Of pairs (P,) of places."""
+        found = cosines(self.unit, first, second)
+        if self.shares is None:
+            return found
+        scale, offset = self.shares
+        return (scale[first] + scale[second]) * found - (offset[first] + offset[second])
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Rows (B, C') of probes and of gallery whose inner products are the scores."""
+        if self.shares is None:
+            return self.unit, self.unit
+        scale, offset = (share[:, None] for share in self.shares)
+        one = torch.ones_like(offset)
+        probe = torch.cat([scale * self.unit, self.unit, one, -offset], 1)
+        return probe, torch.cat([self.unit, scale * self.unit, -offset, one], 1)
 
 
 class Results(NamedTuple):
@@ -90,6 +116,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gallery", type=Path, nargs="+", default=[], help="templates to search, with their subjects")
     add("--probes", type=Path, help="templates to search for, with their subjects")
     add("--media", type=Path, help="templates and media of images: INPUT has embeddings of these")
+    add("--bank", type=Path, help="descriptors of other people: aligned scores are compared with raw ones")
+    add_method(parser)
+    add("--bank-features", metavar="KEY", default="descriptors", help="that column of BANK (default: %(default)s)")
     add("--features", metavar="KEY", help="name of that column (default: descriptors, or features with --media)")
     add("--ids", metavar="KEY", default=Keys().ids, help="name of that column (default: %(default)s)")
     add("--out", type=Path, metavar="OUT", help=".json of the numbers, beside a .png of the curves")
@@ -111,13 +140,25 @@ def run_checked(args: argparse.Namespace) -> str:
         missing = int((~templates.unit.any(1)).sum())
         if missing:
             notes.append(f"{path}: {missing} templates have descriptors of zeros, which score 0")
-        rates, genuine = verify(templates, args.pairs) if args.pairs else (None, 0)
-        results[str(path)] = Results(rates, genuine, identify(templates, args.gallery, args.probes))
+        results[str(path)] = compare(templates, args)
+        if args.bank:
+            bank = read_bank(args.bank, Keys(args.bank_features), False, _scratch(path, args))
+            notes += warnings_of(bank, neighbors_of(args))
+            context = contexts(
+                templates.unit, bank, source=templates.source, k=neighbors_of(args), min_cosine=args.min_cosine
+            )
+            results[f"{path}, aligned"] = compare(templates._replace(shares=affine(context, args.method)), args)
     if args.out:
         draw(args.out.with_suffix(".png"), results, args.overwrite)
         with replacing(args.out, args.overwrite) as file:
             file.write(json.dumps(numbers(results), indent=1).encode())
     return "\n".join([*tables_of(results), *notes])
+
+
+def compare(templates: Templates, args: argparse.Namespace) -> Results:
+    """Pairs and searches of a file."""
+    rates, genuine = verify(templates, args.pairs) if args.pairs else (None, 0)
+    return Results(rates, genuine, identify(templates, args.gallery, args.probes))
 
 
 def load(path: Path, args: argparse.Namespace) -> Templates:
@@ -162,7 +203,7 @@ def verify(templates: Templates, path: Path) -> tuple[Roc, int]:
     with require("tqdm", EXTRA).tqdm(desc=f"comparing {templates.source}", unit="pair", unit_scale=True) as bar:
         for block in tables.pairs(path, templates.ids, templates.source):
             first, second = (torch.from_numpy(side.astype("int64")) for side in (block.first, block.second))
-            scores = cosines(templates.unit, first, second).numpy()
+            scores = templates.scores(first, second).numpy()
             genuine.append(scores[block.same])
             impostor.append(scores[~block.same])
             bar.update(len(scores))
@@ -182,8 +223,10 @@ def identify(templates: Templates, galleries: list[Path], probes: Path | None) -
     found = {}
     for path in galleries:
         known = tables.subjects(path, templates.ids, templates.source)
-        sides = (templates.unit[torch.from_numpy(side.templates).long()] for side in (known, wanted))
-        gallery, probe = sides
+        probe, gallery = (
+            rows[torch.from_numpy(side.templates).long()]
+            for rows, side in zip(templates.sides(), (wanted, known), strict=True)
+        )
         found[str(path)] = search(gallery, known.subjects, probe, wanted.subjects)
     return found
 
@@ -284,6 +327,9 @@ def _check(args: argparse.Namespace) -> None:
         require(package, EXTRA)
     if bool(args.gallery) != bool(args.probes):
         raise InputError("--gallery and --probes come together")
+    if not args.bank and (args.k or args.min_cosine is not None or args.method != "mean"):
+        raise InputError("--k, --min-cosine and --method: expected --bank with them")
+    neighbors_of(args)
     if not args.pairs and not args.probes:
         raise InputError("expected --pairs, or --gallery and --probes")
     if len(set(map(str, args.input))) < len(args.input):
@@ -292,6 +338,6 @@ def _check(args: argparse.Namespace) -> None:
         return
     if args.out.suffix != ".json":
         raise InputError(f"{args.out}: expected a file that ends in .json")
-    read_from = [path for path in (*args.input, args.pairs, *args.gallery, args.probes, args.media) if path]
+    read_from = [path for path in (*args.input, args.pairs, *args.gallery, args.probes, args.media, args.bank) if path]
     for path in (args.out, args.out.with_suffix(".png")):
         check_output(path, read_from, args.overwrite)
