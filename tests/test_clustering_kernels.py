@@ -320,7 +320,7 @@ def test_chunks_error_is_within_twice_eagers(lengths, options, device):
         assert loss <= allowed + slack.get(name, 2e-6) * truth.abs().max(), f"{name}: {loss:.2e} > {allowed:.2e}"
 
 
-def test_a_chunk_gives_the_same_bits_alone_and_in_a_batch(device):
+def test_a_chunk_gives_the_same_bits_alone_in_a_batch_packed_and_padded(device):
     p = _chunks((20, 3, 0, 70), device, depth=1, centers=3)
     with poisoned():
         whole = launch_chunks.chunks_forward(p, False)
@@ -338,6 +338,21 @@ def test_a_chunk_gives_the_same_bits_alone_and_in_a_batch(device):
         )
         assert all(torch.equal(one[0], all_[b]) for one, all_ in zip(alone[:3], whole[:3], strict=True)), b
         assert torch.equal(alone.shares, whole.shares[rows])
+    lengths = [3, 0, 36]
+    p = _chunks((40, 40, 40), device, depth=1, centers=3)
+    inside = (torch.arange(40) < torch.tensor(lengths)[:, None]).flatten().to(device)
+    packed = p._replace(
+        features=p.features[inside],
+        styles=p.styles[inside],
+        offsets=torch.tensor([0, *lengths], device=device).cumsum(0),
+        lengths=torch.tensor(lengths, device=device),
+    )
+    first = launch_chunks.chunks_forward(packed, False)
+    with poisoned():
+        second = launch_chunks.chunks_forward(p._replace(lengths=packed.lengths), False)
+    assert all(torch.equal(one, two) for one, two in zip(first[:3], second[:3], strict=True))
+    assert torch.equal(first.shares, second.shares[inside])
+    assert (second.shares[~inside] == 0).all()
 
 
 @pytest.mark.parametrize("quality", [False, True])

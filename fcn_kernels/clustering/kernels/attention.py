@@ -59,6 +59,29 @@ def is_key(h, lane):
     return tl.load(h.attending + lane, mask=lane < h.count, other=0) != 0
 
 
+@triton.jit
+def attend_tile(h, at, out_ptr, lse_ptr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Queries [at, at + BLOCK_N) of a head over all keys of their chunk: out [count, D], lse [count] unless None."""
+    query = at + tl.arange(0, BLOCK_N)
+    q = load_qkv(h, query, 0, BLOCK_H)
+    top, total = tl.full((BLOCK_N,), float("-inf"), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    out = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+    for start in range(0, h.count, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        score = tl.dot(q, tl.trans(load_qkv(h, key, 1, BLOCK_H)), input_precision="ieee")  # [q, k]
+        score = tl.where(is_key(h, key)[None, :], score, float("-inf"))
+        peak = tl.maximum(top, tl.max(score, axis=1))
+        shift = tl.where(peak == float("-inf"), 0.0, peak)
+        share, shrink = tl.exp(score - shift[:, None]), tl.exp(top - shift)
+        total = total * shrink + tl.sum(share, axis=1)
+        out = tl.dot(share, load_qkv(h, key, 2, BLOCK_H), out * shrink[:, None], input_precision="ieee")
+        top = peak
+    total = tl.where(total > 0, total, 1.0)
+    store_head(h, out_ptr, h.D, query, h.begin, out / total[:, None], BLOCK_H)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + query, top + tl.log(total), mask=query < h.count)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attend(
     qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, out_ptr, lse_ptr, tokens, D, width, chunks,
@@ -70,25 +93,9 @@ def attend(
         return
     head = tl.program_id(1)
     h = head_of(p, qkv_ptr, attending_ptr, D, width, head)
-    query = p.begin + tl.arange(0, BLOCK_N)
-    q = load_qkv(h, query, 0, BLOCK_H)
-    top, total = tl.full((BLOCK_N,), float("-inf"), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-    out = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
-    for at in range(0, h.count, BLOCK_N):
-        key = at + tl.arange(0, BLOCK_N)
-        score = tl.dot(q, tl.trans(load_qkv(h, key, 1, BLOCK_H)), input_precision="ieee")  # [q, k]
-        score = tl.where(is_key(h, key)[None, :], score, float("-inf"))
-        peak = tl.maximum(top, tl.max(score, axis=1))
-        shift = tl.where(peak == float("-inf"), 0.0, peak)
-        share, shrink = tl.exp(score - shift[:, None]), tl.exp(top - shift)
-        total = total * shrink + tl.sum(share, axis=1)
-        out = tl.dot(share, load_qkv(h, key, 2, BLOCK_H), out * shrink[:, None], input_precision="ieee")
-        top = peak
-    total = tl.where(total > 0, total, 1.0)
-    store_head(h, out_ptr + p.first * D, D, query, h.begin, out / total[:, None], BLOCK_H)
     if lse_ptr is not None:
         lse_ptr += head.to(tl.int64) * tokens + p.first
-        tl.store(lse_ptr + query, top + tl.log(total), mask=query < h.count)
+    attend_tile(h, p.begin, out_ptr + p.first * D, lse_ptr, BLOCK_N, BLOCK_H)
 
 
 class Arriving(NamedTuple):

@@ -36,7 +36,11 @@ OPTIONS = {"num_warps": 4, "num_stages": 1, **MOST_REGISTERS}
 
 
 class Tokens(NamedTuple):
-    """A call's tokens, R = T + P M in all: those of chunk p from offsets[p] + p M on, its rows before the centers."""
+    """A call's tokens, R = T + P M in all.
+
+    Those of chunk p stand from offsets[p] + p M on: lengths[p] rows, then the centers, then what padding needs. So
+    where a center stands among them does not depend on padding.
+    """
 
     hidden: Tensor  # (R, d)
     attending: Tensor  # (R,) bool
@@ -44,10 +48,10 @@ class Tokens(NamedTuple):
     norms: Tensor  # (T,), 0 for rows that take no part
     scale: Tensor  # (T,), what makes features unit rows
     usable: Tensor  # (T,) bool, the rows that take part
-    codes: Tensor  # (T,) int32
+    codes: Tensor  # (T,) int32, -1 for rows that take no part
     places: Tensor  # (T,) int64, the rows among the tokens
     starts: Tensor  # (P + 1,) int64, the chunks' first tokens
-    sizes: Tensor  # (P,) int64, their tokens
+    sizes: Tensor  # (P,) int64, their rows and centers
 
     @property
     def slots(self) -> int:
@@ -131,6 +135,7 @@ def _embed(p: Chunks) -> Tokens:
     features = p.features if p.features.stride(1) == 1 else p.features.contiguous()
     new, zeros, count = p.tokens.new_empty, p.tokens.new_zeros, rows + chunks * centers
     starts = p.offsets + centers * torch.arange(chunks + 1, device=p.offsets.device)
+    owned = p.offsets.diff().clamp(min=0)
     tokens = Tokens(
         # what stays where rows are in no chunk: before the first, or behind the last
         hidden=zeros(count, dim),
@@ -142,7 +147,7 @@ def _embed(p: Chunks) -> Tokens:
         codes=zeros(rows, dtype=torch.int32) - 1,
         places=zeros(rows, dtype=torch.int64),
         starts=starts,
-        sizes=starts.diff(),
+        sizes=p.lengths.clamp(min=0).minimum(owned) + centers,
     )
     embed[(tokens.slots,)](
         features_ptr=features,
@@ -233,7 +238,8 @@ def _embed_gradient(p: Chunks, tokens: Tokens, grad: Tensor) -> dict[str, Tensor
     coded = (tokens.codes[:, None] == torch.arange(CODES, device=grad.device)).to(grad.dtype)
     _linear_weights(coded, rows[:, style:].contiguous(), found["table"], None)
     centers = p.tokens.shape[0]
-    places = tokens.starts[1:, None] - centers + torch.arange(centers, device=grad.device)  # (P, M)
+    first = tokens.starts[:-1] + tokens.sizes - centers
+    places = first[:, None] + torch.arange(centers, device=grad.device)  # (P, M)
     found["tokens"] = grad[places.clamp(0, grad.shape[0] - 1)].sum(0)
     return found
 

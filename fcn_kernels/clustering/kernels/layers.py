@@ -6,6 +6,7 @@ place. Products are float32's own. Shapes in comments: n tokens, k inputs, f out
 """
 
 import math
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -18,6 +19,17 @@ DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))  # of a normal variable at 0
 UNSPECIALIZED = ["N"]
 # What a layer does to its product.
 LINEAR, GELU, GELU_GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+class Layer(NamedTuple):
+    """A linear layer."""
+
+    weight: Any  # [F, K] by strides
+    bias: Any  # [F], or None
+    K: Any
+    F: Any
+    stride_f: Any
+    stride_k: Any
 
 
 @triton.jit
@@ -38,17 +50,24 @@ def load_factor(factor_ptr, chunk_ptr, rows, inside):
     return tl.load(factor_ptr + tl.load(chunk_ptr + rows, mask=inside, other=0), mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def layer_norm(x_ptr, out_ptr, rstd_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out [N, D] = (x - mean) rstd, without weight and bias; rstd [N]."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols, inside = tl.arange(0, BLOCK_D), rows < N
+@triton.jit
+def normalize_tile(x_ptr, out_ptr, rstd_ptr, rows, inside, D, BLOCK_D: tl.constexpr):
+    """out = (x - mean) rstd of rows [n] of (.., D), without weight and bias; rstd, if there is room for it."""
+    cols = tl.arange(0, BLOCK_D)
     x = load_rows(x_ptr, rows, inside, D, cols, D)  # [n, d]
     centered = tl.where((cols < D)[None, :], x - (tl.sum(x, axis=1) / D)[:, None], 0.0)
     rstd = 1 / tl.sqrt_rn(tl.sum(centered * centered, axis=1) / D + EPS)
     mask = inside[:, None] & (cols < D)[None, :]
-    tl.store(out_ptr + rows[:, None] * D + cols[None, :], centered * rstd[:, None], mask=mask)
-    tl.store(rstd_ptr + rows, rstd, mask=inside)
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * D + cols[None, :], centered * rstd[:, None], mask=mask)
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + rows, rstd, mask=inside)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def layer_norm(x_ptr, out_ptr, rstd_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out [N, D] and rstd [N], of x [N, D]."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    normalize_tile(x_ptr, out_ptr, rstd_ptr, rows, rows < N, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -68,6 +87,38 @@ def layer_norm_backward(
     tl.store(out_ptr + rows[:, None] * D + cols[None, :], out, mask=inside[:, None] & (cols < D)[None, :])
 
 
+@triton.jit
+def linear_tile(
+    layer, x_ptr, out_ptr, wide_ptr, residual_ptr, factor, rows, inside, begin,
+    AFTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Outputs from `begin` on of tokens `rows` [n]: out = factor after(x weight^T + bias) + residual; factor [n]."""
+    outputs = begin + tl.arange(0, BLOCK_F)
+    out = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
+    for column in range(0, layer.K, BLOCK_K):
+        inputs = column + tl.arange(0, BLOCK_K)
+        x = load_rows(x_ptr, rows, inside, layer.K, inputs, layer.K)  # [n, k]
+        where = inputs[:, None] * layer.stride_k + outputs[None, :] * layer.stride_f
+        mask = (inputs < layer.K)[:, None] & (outputs < layer.F)[None, :]
+        weight = tl.load(layer.weight + where, mask=mask, other=0.0)
+        out = tl.dot(x, weight, out, input_precision="ieee")  # [n, f]
+    if layer.bias is not None:
+        out += tl.load(layer.bias + outputs, mask=outputs < layer.F, other=0.0)[None, :]
+    where = rows.to(tl.int64)[:, None] * layer.F + outputs[None, :]
+    mask = inside[:, None] & (outputs < layer.F)[None, :]
+    if AFTER == GELU:
+        if wide_ptr is not None:
+            tl.store(wide_ptr + where, out, mask=mask)
+        out = gelu(out)
+    if AFTER == GELU_GRADIENT:
+        out *= gelu_slope(tl.load(wide_ptr + where, mask=mask, other=0.0))
+    if factor is not None:
+        out *= factor[:, None]
+    if residual_ptr is not None:
+        out += tl.load(residual_ptr + where, mask=mask, other=0.0)
+    tl.store(out_ptr + where, out, mask=mask)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def linear(
     x_ptr, weight_ptr, bias_ptr, wide_ptr, residual_ptr, factor_ptr, chunk_ptr, out_ptr,
@@ -80,29 +131,14 @@ def linear(
     a token's chunk. Bias, wide, factor and residual may be None.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    outputs, inside = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F), rows < N
-    out = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
-    for begin in range(0, K, BLOCK_K):
-        inputs = begin + tl.arange(0, BLOCK_K)
-        x = load_rows(x_ptr, rows, inside, K, inputs, K)  # [n, k]
-        mask = (inputs < K)[:, None] & (outputs < F)[None, :]
-        weight = tl.load(weight_ptr + inputs[:, None] * stride_k + outputs[None, :] * stride_f, mask=mask, other=0.0)
-        out = tl.dot(x, weight, out, input_precision="ieee")  # [n, f]
-    if bias_ptr is not None:
-        out += tl.load(bias_ptr + outputs, mask=outputs < F, other=0.0)[None, :]
-    where = rows[:, None] * F + outputs[None, :]
-    mask = inside[:, None] & (outputs < F)[None, :]
-    if AFTER == GELU:
-        if wide_ptr is not None:
-            tl.store(wide_ptr + where, out, mask=mask)
-        out = gelu(out)
-    if AFTER == GELU_GRADIENT:
-        out *= gelu_slope(tl.load(wide_ptr + where, mask=mask, other=0.0))
+    inside, factor = rows < N, None
     if factor_ptr is not None:
-        out *= load_factor(factor_ptr, chunk_ptr, rows, inside)[:, None]
-    if residual_ptr is not None:
-        out += tl.load(residual_ptr + where, mask=mask, other=0.0)
-    tl.store(out_ptr + where, out, mask=mask)
+        factor = load_factor(factor_ptr, chunk_ptr, rows, inside)
+    layer = Layer(weight_ptr, bias_ptr, K, F, stride_f, stride_k)
+    linear_tile(
+        layer, x_ptr, out_ptr, wide_ptr, residual_ptr, factor, rows, inside, tl.program_id(1) * BLOCK_F,
+        AFTER, BLOCK_N, BLOCK_F, BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "share"])
