@@ -125,22 +125,14 @@ def run(args: argparse.Namespace) -> int:
 def run_checked(args: argparse.Namespace) -> str:
     """What :func:`run` does, with errors raised; returns a summary."""
     _check_paths(args)
-    keys = Keys(args.features, args.ids, args.quality)
-    embeddings = read(args.input, keys, Scratch(args.out.absolute().parent, args.max_unpacked))
-    np = require("numpy", EXTRA)
-    names, identity = np.unique(embeddings.ids, return_inverse=True)
-    unit, quality = unit_rows(embeddings)
-    rows, trial, held_out = split(unit, quality, torch.from_numpy(identity).long(), args)
-    head = _head(args, unit.shape[1])
-    classifier = AdaFace(unit.shape[1], len(rows.offsets) - 1, m=MARGINS[args.loss], t_alpha=T_ALPHA)
-    start_from_rows(head, classifier, rows)
+    unit, quality, identity = labeled_rows(args)
+    rows, trial, held_out = split(unit, quality, identity, args)
+    training = make_training(args, rows)
     trial = Trial(*(side.to(args.device) for side in trial))
     _check_far(trial, args.far)
     untrained = tar(
         lambda s: mean_of_coreset(s.unit, s.quality, s.cu_seqlens, k=args.k, gamma=args.gamma)[0], trial, args.far
     )
-    recipe = Recipe(args.longest, args.corrupt, args.duplicates)
-    plan = Plan(args.steps, args.batch, args.rate, args.every, args.patience, args.far, args.seed, recipe)
     fixed = {name: getattr(args, name) for name in FIXED} | {
         "rows": list(unit.shape),
         "sum": unit.double().sum().item(),
@@ -158,13 +150,36 @@ def run_checked(args: argparse.Namespace) -> str:
             bar.set_postfix(loss=f"{state['losses'][-1]:.3f}", TAR=f"{state['tars'][-1][1]:.3f}", refresh=False)
             bar.update()
 
-        state = train(Training(head, classifier).to(args.device), rows, trial, plan, state, save, show)
+        state = train(training, rows, trial, make_plan(args), state, save, show)
     if _first():
         with replacing(args.out, args.overwrite) as file:
             torch.save(state["best"], file)
         draw_curves(args.out.with_suffix(".png"), state, untrained, args.far)
         state_path(args.out).unlink(missing_ok=True)
-    return _summary(args, state, untrained, f"{len(names)} identities, {held_out}")
+    return _summary(args, state, untrained, f"{len(identity.unique())} identities, {held_out}")
+
+
+def labeled_rows(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit rows (T, C), quality (T,) and identity (T,), from 0, of the input."""
+    keys = Keys(args.features, args.ids, args.quality)
+    embeddings = read(args.input, keys, Scratch(args.out.absolute().parent, args.max_unpacked))
+    _, identity = require("numpy", EXTRA).unique(embeddings.ids, return_inverse=True)
+    return *unit_rows(embeddings), torch.from_numpy(identity).long()
+
+
+def make_training(args: argparse.Namespace, rows: Rows) -> Training:
+    """The head that is asked for and a classifier, on their device, before the first step."""
+    width = rows.unit.shape[1]
+    head = _head(args, width)
+    classifier = AdaFace(width, len(rows.offsets) - 1, m=MARGINS[args.loss], t_alpha=T_ALPHA)
+    start_from_rows(head, classifier, rows)
+    return Training(head, classifier).to(args.device)
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """What the numbers of a run follow from."""
+    recipe = Recipe(args.longest, args.corrupt, args.duplicates)
+    return Plan(args.steps, args.batch, args.rate, args.every, args.patience, args.far, args.seed, recipe)
 
 
 def _head(args: argparse.Namespace, width: int) -> Head:
