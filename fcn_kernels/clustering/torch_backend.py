@@ -6,6 +6,7 @@ and more on two), and batched ones a matrix the same bits if its rows are a mult
 """
 
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from fcn_kernels.sets import row_norms
 
 # Rows of a group: their tokens and the widest of what is made of them, 4 d values each, stay in the last-level cache.
 GROUP_ROWS = 2048
-_PRODUCT_ROWS, _BATCHED_ROWS = 16, 4  # of the matrix products, see above
+PRODUCT_ROWS, BATCHED_ROWS = 16, 4  # of the matrix products, see above
 
 
 class _Group(NamedTuple):
@@ -121,20 +122,20 @@ def finite_rows(rows: Tensor) -> Tensor:
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., d) to (..., o), with as many rows as the products want."""
     flat = rows.reshape(-1, rows.shape[-1])
-    short = -flat.shape[0] % _PRODUCT_ROWS
+    short = -flat.shape[0] % PRODUCT_ROWS
     out = F.linear(F.pad(flat, (0, 0, 0, short)) if torch.compiler.is_compiling() or short else flat, weight, bias)
     return out[: flat.shape[0]].view(*rows.shape[:-1], out.shape[-1])
 
 
 def _sum(shares: Tensor, rows: Tensor) -> Tensor:
     """sum_n shares_nm rows_n of each set: (G, n, M), (G, n, C) -> (G, M, C)."""
-    short = -shares.shape[-1] % _BATCHED_ROWS
+    short = -shares.shape[-1] % BATCHED_ROWS
     return (F.pad(shares, (0, short)).mT @ rows)[:, : shares.shape[-1]]
 
 
 def _masses(shares: Tensor) -> Tensor:
     """(G, n, M) -> (G, M); by a product, as a sum's order may depend on the batch."""
-    return _sum(shares, shares.new_ones(1, 1, _BATCHED_ROWS).expand(*shares.shape[:2], -1))[..., 0]
+    return _sum(shares, shares.new_ones(1, 1, BATCHED_ROWS).expand(*shares.shape[:2], -1))[..., 0]
 
 
 def sums_forward(p: Sums) -> Summed:
@@ -279,7 +280,7 @@ class _Block(NamedTuple):
     rstd2: Tensor
     wide: Tensor  # (G, u, 4 d), before gelu
     active: Tensor
-    out: Tensor  # (G, u, d)
+    out: Tensor  # (G u and more, d), flat
 
 
 def _layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -309,22 +310,61 @@ def _attend_gradient(grad: Tensor, b: _Block) -> tuple[Tensor, Tensor, Tensor]:
     return score @ b.k, score.mT @ b.q, weight.mT @ grad
 
 
-def _run_block(h: Tensor, w: _Weights, heads: int, queries: int, factor: Tensor | None) -> _Block:
-    """Tokens (G, t, d) through a block; what becomes of the first `queries` of each chunk."""
-    d = h.shape[-1]
+class _Tokens:
+    """Tokens of G chunks, flat, with rows of 0 after them as the products want: so that no product has to copy them."""
+
+    def __init__(self, like: Tensor, chunks: int, length: int, width: int) -> None:
+        rows = chunks * length
+        self.flat = like.new_empty(rows + -rows % PRODUCT_ROWS, width)
+        self.flat[rows:] = 0
+        self.sets = self.flat[:rows].view(chunks, length, width)
+        """(G, length, width), to be filled."""
+
+    @classmethod
+    def of(cls, values: Tensor) -> "_Tokens":
+        """A copy of values (G, length, ...), of which what follows lies flat."""
+        tokens = cls(values, values.shape[0], values.shape[1], values[0, 0].numel())
+        tokens.sets.view(values.shape).copy_(values)
+        return tokens
+
+
+def _run_block(h: Tensor, w: _Weights, heads: int, shape: tuple[int, int, int], factor: Tensor | None) -> _Block:
+    """Tokens, flat, of G chunks of t (:class:`_Tokens`) through a block; what becomes of the first u of each chunk."""
+    chunks, length, queries = shape
+    d, whole = h.shape[-1], queries == length
+
+    def sets(flat: Tensor, rows: int = queries) -> Tensor:
+        return flat[: chunks * rows].view(chunks, rows, -1)
+
+    def heads_of(flat: Tensor, rows: int, parts: int) -> Any:
+        return sets(flat, rows).unflatten(-1, (parts, heads, d // heads)).permute(2, 0, 3, 1, 4).unbind()
+
     y, mean1, rstd1 = _layer_norm(h)
-    q = linear(y[:, :queries], w.qkv_weight[:d], w.qkv_bias[:d]).unflatten(-1, (heads, -1)).transpose(1, 2)
-    kv = linear(y, w.qkv_weight[d:], w.qkv_bias[d:]).unflatten(-1, (2, heads, -1))
-    k, v = (t.transpose(1, 2) for t in kv.unbind(2))
+    if whole:
+        q, k, v = heads_of(F.linear(y, w.qkv_weight, w.qkv_bias), length, 3)
+    else:
+        asking = _Tokens.of(sets(y, length)[:, :queries]).flat
+        (q,) = heads_of(F.linear(asking, w.qkv_weight[:d], w.qkv_bias[:d]), queries, 1)
+        k, v = heads_of(F.linear(y, w.qkv_weight[d:], w.qkv_bias[d:]), length, 2)
+        h = _Tokens.of(sets(h, length)[:, :queries]).flat
     attended, lse = _attend(q, k, v)
-    added = linear(attended.transpose(1, 2).flatten(2), w.proj_weight, w.proj_bias)
-    middle = h[:, :queries] + (added if factor is None else added * factor[:, 0, None, None])
+    added = F.linear(_Tokens.of(attended.transpose(1, 2)).flat, w.proj_weight, w.proj_bias)
+    middle = _scaled(added, factor, 0, queries).add_(h)
     y2, mean2, rstd2 = _layer_norm(middle)
-    wide = linear(y2, w.fc1_weight, w.fc1_bias)
+    wide = F.linear(y2, w.fc1_weight, w.fc1_bias)
     active = F.gelu(wide)
-    added = linear(active, w.fc2_weight, w.fc2_bias)
-    out = middle + (added if factor is None else added * factor[:, 1, None, None])
-    return _Block(y, mean1, rstd1, q, k, v, attended, lse, middle, y2, mean2, rstd2, wide, active, out)
+    out = _scaled(F.linear(active, w.fc2_weight, w.fc2_bias), factor, 1, queries).add_(middle)
+    before = (sets(t, length) for t in (y, mean1, rstd1))
+    after = (sets(t) for t in (middle, y2, mean2, rstd2, wide, active))
+    return _Block._make((*before, q, k, v, attended, lse, *after, out))
+
+
+def _scaled(added: Tensor, factor: Tensor | None, part: int, queries: int) -> Tensor:
+    """What a part of a block adds to flat tokens, by the factors (G, 2) of their chunks."""
+    if factor is None:
+        return added
+    rows = factor[:, part].repeat_interleave(queries)
+    return added * F.pad(rows, (0, added.shape[0] - rows.shape[0]))[:, None]
 
 
 def _block_gradient(grad: Tensor, h: Tensor, b: _Block, w: _Weights, sums: _Weights, factor: Tensor | None) -> Tensor:
@@ -355,12 +395,15 @@ def _block_gradient(grad: Tensor, h: Tensor, b: _Block, w: _Weights, sums: _Weig
     return dh
 
 
-def _tokens(p: Chunks, rows: _Rows, group: _Group) -> Tensor:
+def _tokens(p: Chunks, rows: _Rows, group: _Group) -> _Tokens:
     """(G, n + M, d): what goes into the first block."""
-    h = p.table[norm_codes(group.rows(rows.norms), p.edges)]
+    (centers, d), (chunks, n) = p.tokens.shape, group.places.shape
+    h = _Tokens(p.tokens, chunks, n + centers, d)
+    h.sets[:, :n, d - p.table.shape[1] :] = p.table[norm_codes(group.rows(rows.norms), p.edges)]
     if rows.styles is not None:
-        h = torch.cat([group.rows(rows.styles), h], -1)
-    return torch.cat([h, p.tokens.expand(len(group.sets), -1, -1)], 1)
+        h.sets[:, :n, : rows.styles.shape[1]] = group.rows(rows.styles)
+    h.sets[:, n:] = p.tokens
+    return h
 
 
 def _factor(p: Chunks, block: int, group: _Group) -> Tensor | None:
@@ -374,14 +417,18 @@ def chunks_forward(p: Chunks, keep: bool) -> Clustered:
     offsets, lengths = rows.taking.offsets, rows.taking.lengths
     out = Clustered(*(torch.zeros_like(t) for t in Clustered.empty(p, keep)))
     shares = p.tokens.new_zeros(rows.norms.shape[0], centers)
-    for group, tokens in zip(_groups(offsets, lengths), _groups(offsets, lengths, centers), strict=True):
-        h, n = _tokens(p, rows, group), group.places.shape[1]
+    kept = _groups(offsets, lengths, centers) if keep else repeat(None)
+    for group, tokens in zip(_groups(offsets, lengths), kept, strict=keep):
+        h, (chunks, n) = _tokens(p, rows, group).flat, group.places.shape
+        queries = n + centers
         for block in range(p.depth):
             queries = n if block == p.depth - 1 else n + centers  # what the last block makes of the centers is dropped
-            h = _run_block(h, _Weights.of(p, block), p.heads, queries, _factor(p, block, group)).out
-            if keep:
-                tokens.put(out.hidden[block], F.pad(h, (0, 0, 0, n + centers - queries)))
-        x_hat = _layer_norm(h[:, :n])[0]
+            shape = (chunks, n + centers, queries)
+            h = _run_block(h, _Weights.of(p, block), p.heads, shape, _factor(p, block, group)).out
+            if tokens is not None:
+                made = h[: chunks * queries].view(chunks, queries, -1)
+                tokens.put(out.hidden[block], F.pad(made, (0, 0, 0, n + centers - queries)))
+        x_hat = _layer_norm(h[: chunks * queries].view(chunks, queries, -1)[:, :n])[0]
         a = linear(x_hat, p.weight, p.bias).softmax(-1)
         scaled = a * group.rows(rows.scale)[..., None]
         out.sums[group.sets] = _sum(scaled, group.rows(rows.features).to(a.dtype))
@@ -404,11 +451,11 @@ def chunks_backward(p: Chunks, grad: Summed, out: Clustered, wanted: bool) -> Ch
     )
     for group, tokens in zip(_groups(offsets, lengths), _groups(offsets, lengths, centers), strict=True):
         n = group.places.shape[1]
-        inputs = [_tokens(p, rows, group), *(tokens.rows(hidden) for hidden in out.hidden[: p.depth])]
+        inputs = [_tokens(p, rows, group).sets, *(tokens.rows(hidden) for hidden in out.hidden[: p.depth])]
         dh = _shares_backward(p, rows, group, inputs[-1][:, :n], Summed(*(t[group.sets] for t in grad)), found)
         for block in reversed(range(p.depth)):
             h, w, factor = inputs[block], _Weights.of(p, block), _factor(p, block, group)
-            made = _run_block(h, w, p.heads, dh.shape[1], factor)
+            made = _run_block(_Tokens.of(h).flat, w, p.heads, (*h.shape[:2], dh.shape[1]), factor)
             dh = _block_gradient(dh, h, made, w, _Weights.of(found, block), factor)
         if p.depth:
             found.tokens.add_(dh[:, n:].sum(0))

@@ -13,7 +13,7 @@ from fcn_kernels.clustering import op
 from fcn_kernels.clustering.cut import Cut, cut, inside, owners, uncut
 from fcn_kernels.clustering.problem import EPS_LAYER_NORM, Chunks, Clustered
 from fcn_kernels.clustering.sums import Layout, clustering_backend, row_layout
-from fcn_kernels.clustering.torch_backend import linear, usable_rows
+from fcn_kernels.clustering.torch_backend import BATCHED_ROWS, linear, usable_rows
 from fcn_kernels.heads.cluster_state import STYLE_BITS, SUM_BITS, ClusterState, on_grid
 from fcn_kernels.heads.style import NormCode, StyleInput
 from fcn_kernels.selection import checks
@@ -80,7 +80,8 @@ class Mixer(nn.Module):
         self.channel1, self.channel2 = nn.Linear(width, width // 2), nn.Linear(width // 2, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        across = _linear(F.gelu(_linear(_layer_norm(t, self.norm).mT, self.token1)), self.token2).mT
+        y = F.pad(_layer_norm(t, self.norm), (0, 0, 0, -t.shape[1] % BATCHED_ROWS))
+        across = _from_left(F.gelu(_from_left(y, self.token1)), self.token2)[:, : t.shape[1]]
         t = self.gate.to(t.dtype) * t + across
         return t + _linear(F.gelu(_linear(_layer_norm(t, self.norm), self.channel1)), self.channel2)
 
@@ -373,25 +374,38 @@ class ClusterAggregate(nn.Module):
     def _problem(self, rows: _Rows) -> Chunks:
         """The operator's call, with LayerNorms' weights folded into what follows them, and keys into the queries."""
         dtype, depth, (_, d) = rows.edges.dtype, len(self.blocks), self.centers.shape
-        folded: list[list[Tensor]] = [[] for _ in range(8)]
-        scale = self.centers.new_ones(3, d, 1, dtype=dtype)
-        scale[0] = (d // self.num_heads) ** -0.5
-        block: Any
-        for block in self.blocks:
-            qkv, fc1 = _folded(block.norm1, block.qkv, dtype), _folded(block.norm2, block.fc1, dtype)
-            plain = [(layer.weight.to(dtype), layer.bias.to(dtype)) for layer in (block.proj, block.fc2)]
-            scaled = qkv[0] * scale.flatten(0, 1), qkv[1] * scale.flatten()
-            for values, value in zip(folded, (*scaled, *plain[0], *fc1, *plain[1]), strict=True):
-                values.append(value)
-        shapes = ((3 * d, d), (3 * d,), (d, d), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,))
+        qkv_weight, qkv_bias = self._stacked("norm1", "qkv", dtype, (3 * d, d))
+        scale = qkv_bias.new_ones(3 * d)
+        scale[:d] = (d // self.num_heads) ** -0.5  # of the queries
+        weights = (
+            *(qkv_weight * scale[:, None], qkv_bias * scale),
+            *self._stacked(None, "proj", dtype, (d, d)),
+            *self._stacked("norm2", "fc1", dtype, (4 * d, d)),
+            *self._stacked(None, "fc2", dtype, (d, 4 * d)),
+        )
         assign, centers = self.assign, self.centers.to(dtype)
         query = _linear(_layer_norm(centers, assign.center_norm), assign.query) / d**0.5
         weight, bias = _folded(assign.key_norm, assign.key, dtype)
-        stacked = (_stack(values, shape, centers) for values, shape in zip(folded, shapes, strict=True))
         given = (rows.features, rows.quality, rows.styles, self.norm_code.rows(dtype), rows.edges, centers)
         residual = self._residual(depth, rows.cut.lengths.shape[0], dtype)
         where = (rows.cut.offsets, rows.cut.lengths, rows.layout.valid)
-        return Chunks._make((*given, *stacked, query @ weight, query @ bias, residual, *where, self.num_heads))
+        return Chunks._make((*given, *weights, query @ weight, query @ bias, residual, *where, self.num_heads))
+
+    def _stacked(
+        self, norm: str | None, layer: str, dtype: torch.dtype, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Weight (L, out, in) and bias (L, out) of a layer of all blocks, that of the LayerNorm before it folded in."""
+        if not len(self.blocks):
+            return self.centers.new_empty((0, *shape), dtype=dtype), self.centers.new_empty((0, shape[0]), dtype=dtype)
+
+        def stack(name: str, leaf: str) -> Tensor:
+            return torch.stack([getattr(getattr(block, name), leaf) for block in self.blocks]).to(dtype)
+
+        weight, bias = stack(layer, "weight"), stack(layer, "bias")
+        if norm is None:
+            return weight, bias
+        bias = torch.baddbmm(bias[..., None], weight, stack(norm, "bias")[..., None])[..., 0]
+        return weight * stack(norm, "weight")[:, None], bias
 
     def _residual(self, depth: int, chunks: int, dtype: torch.dtype) -> Tensor | None:
         """Stochastic depth: (L, 2, P), 0 where a chunk's attention or MLP is dropped."""
@@ -476,6 +490,15 @@ def _linear(rows: Tensor, layer: nn.Linear) -> Tensor:
     return linear(rows, layer.weight.to(rows.dtype), layer.bias.to(rows.dtype))
 
 
+def _from_left(t: Tensor, layer: nn.Linear) -> Tensor:
+    """A layer across the centers of (B, M, width), with as many as batched products want; the others are left over."""
+    weight, bias = layer.weight.to(t.dtype), layer.bias.to(t.dtype)
+    more = -weight.shape[0] % BATCHED_ROWS
+    weight, bias = F.pad(weight, (0, t.shape[1] - weight.shape[1], 0, more)), F.pad(bias, (0, more))
+    sets, width = t.shape[0], t.shape[2]
+    return torch.baddbmm(bias[:, None].expand(sets, -1, width), weight.expand(sets, -1, -1), t)
+
+
 def _layer_norm(rows: Tensor, layer: nn.LayerNorm) -> Tensor:
     weight, bias = layer.weight.to(rows.dtype), layer.bias.to(rows.dtype)
     return F.layer_norm(rows, layer.normalized_shape, weight, bias, EPS_LAYER_NORM)
@@ -485,11 +508,6 @@ def _folded(norm: nn.LayerNorm, layer: nn.Linear, dtype: torch.dtype) -> tuple[T
     """Weight and bias of a layer that follows a LayerNorm, for rows that the LayerNorm's own are not applied to."""
     weight = layer.weight.to(dtype)
     return weight * norm.weight.to(dtype), weight @ norm.bias.to(dtype) + layer.bias.to(dtype)
-
-
-def _stack(values: list[Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """(L, *shape), also of no blocks."""
-    return torch.stack(values) if values else like.new_empty((0, *shape))
 
 
 def _count(name: str, value: Any) -> int:
