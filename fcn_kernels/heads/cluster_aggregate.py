@@ -374,15 +374,25 @@ class ClusterAggregate(nn.Module):
     def _problem(self, rows: _Rows) -> Chunks:
         """The operator's call, with LayerNorms' weights folded into what follows them, and keys into the queries."""
         dtype, depth, (_, d) = rows.edges.dtype, len(self.blocks), self.centers.shape
-        qkv_weight, qkv_bias = self._stacked("norm1", "qkv", dtype, (3 * d, d))
-        scale = qkv_bias.new_ones(3 * d)
+        scale = self.centers.new_ones(3 * d, dtype=dtype)
         scale[:d] = (d // self.num_heads) ** -0.5  # of the queries
-        weights = (
-            *(qkv_weight * scale[:, None], qkv_bias * scale),
-            *self._stacked(None, "proj", dtype, (d, d)),
-            *self._stacked("norm2", "fc1", dtype, (4 * d, d)),
-            *self._stacked(None, "fc2", dtype, (d, 4 * d)),
-        )
+        folded: list[list[Tensor]] = [[] for _ in range(8)]
+        block: Any
+        for block in self.blocks:  # one by one: a product of stacked weights would keep the stack for backward
+            weight, bias = _folded(block.norm1, block.qkv, dtype)
+            parts = (
+                *(weight * scale[:, None], bias * scale),
+                *_plain(block.proj, dtype),
+                *_folded(block.norm2, block.fc1, dtype),
+                *_plain(block.fc2, dtype),
+            )
+            for values, value in zip(folded, parts, strict=True):
+                values.append(value)
+        shapes = ((3 * d, d), (3 * d,), (d, d), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,))
+        weights = [
+            torch.stack(values) if values else scale.new_empty((0, *shape))
+            for values, shape in zip(folded, shapes, strict=True)
+        ]
         assign, centers = self.assign, self.centers.to(dtype)
         query = _linear(_layer_norm(centers, assign.center_norm), assign.query) / d**0.5
         weight, bias = _folded(assign.key_norm, assign.key, dtype)
@@ -390,22 +400,6 @@ class ClusterAggregate(nn.Module):
         residual = self._residual(depth, rows.cut.lengths.shape[0], dtype)
         where = (rows.cut.offsets, rows.cut.lengths, rows.layout.valid)
         return Chunks._make((*given, *weights, query @ weight, query @ bias, residual, *where, self.num_heads))
-
-    def _stacked(
-        self, norm: str | None, layer: str, dtype: torch.dtype, shape: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        """Weight (L, out, in) and bias (L, out) of a layer of all blocks, that of the LayerNorm before it folded in."""
-        if not len(self.blocks):
-            return self.centers.new_empty((0, *shape), dtype=dtype), self.centers.new_empty((0, shape[0]), dtype=dtype)
-
-        def stack(name: str, leaf: str) -> Tensor:
-            return torch.stack([getattr(getattr(block, name), leaf) for block in self.blocks]).to(dtype)
-
-        weight, bias = stack(layer, "weight"), stack(layer, "bias")
-        if norm is None:
-            return weight, bias
-        bias = torch.baddbmm(bias[..., None], weight, stack(norm, "bias")[..., None])[..., 0]
-        return weight * stack(norm, "weight")[:, None], bias
 
     def _residual(self, depth: int, chunks: int, dtype: torch.dtype) -> Tensor | None:
         """Stochastic depth: (L, 2, P), 0 where a chunk's attention or MLP is dropped."""
@@ -502,6 +496,10 @@ def _from_left(t: Tensor, layer: nn.Linear) -> Tensor:
 def _layer_norm(rows: Tensor, layer: nn.LayerNorm) -> Tensor:
     weight, bias = layer.weight.to(rows.dtype), layer.bias.to(rows.dtype)
     return F.layer_norm(rows, layer.normalized_shape, weight, bias, EPS_LAYER_NORM)
+
+
+def _plain(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return layer.weight.to(dtype), layer.bias.to(dtype)
 
 
 def _folded(norm: nn.LayerNorm, layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
