@@ -32,6 +32,7 @@ class Row:
     dim: int
     k: int
     dtype: str
+    chunk: int = 0  # rows that see one another; 0: all of a set
     tiers: list[str] | tuple[str, ...] = ()  # of the fused path, forward and backward
     scaled_by: float = 1.0  # the times are of a sample of the sets, times this
     # its time, a call

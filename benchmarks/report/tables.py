@@ -18,7 +18,19 @@ from benchmarks.workloads import BOTH, COMPILED, EAGER, FORWARD, FUSED, LOOP
 
 def report(results: Results) -> str:
     """The whole report, in Markdown."""
-    sections = (_machine, _targets, _selection, _scaling, _kcenter, _peers, _memory, _cost, _host, _missing)
+    sections = (
+        _machine,
+        _targets,
+        _selection,
+        _scaling,
+        _kcenter,
+        _peers,
+        _memory,
+        _cost,
+        _clustering,
+        _host,
+        _missing,
+    )
     return "\n".join(line for section in sections for line in section(results)) + "\n"
 
 
@@ -187,6 +199,32 @@ def _cost(results: Results) -> Iterator[str]:
     yield from table(("B", "N", "C", "K", "dtype", "", "multiply-adds", "MB moved"), lines)
 
 
+def _clustering(results: Results) -> Iterator[str]:
+    timed, memory, cost = (results.of(group) for group in ("clustering", "clustering memory", "clustering cost"))
+    if not (timed or memory or cost):
+        return
+    yield "## Cluster and Aggregate"
+    yield ""
+    yield (
+        "Against the plain form, one template at a time; inference, styles made before. K is the number of centers. "
+        "Multiply-adds are those that PyTorch's counter finds; the fused operator's by its formula."
+    )
+    yield ""
+    lines = [
+        (*_shape(r), r.chunk or "one shot", r.implementation, _time(r), _ratio(r, _beside(results, r, FUSED)))
+        for r in timed
+    ]
+    yield from table(("B", "N", "C", "K", "dtype", "chunk", "", "time", "of fused"), lines)
+    lines = [
+        (*_shape(r), r.chunk or "one shot", r.implementation, _megabytes(r.peak_bytes), _megabytes(r.kept_bytes))
+        for r in memory
+    ]
+    heads = ("B", "N", "C", "K", "dtype", "chunk", "", "peak of a training step, MB", "kept for backward, MB")
+    yield from table(heads, lines)
+    lines = [(*_shape(r), r.implementation, _counted(r.multiply_adds)) for r in cost]
+    yield from table(("B", "N", "C", "K", "dtype", "", "multiply-adds"), lines)
+
+
 def _host(results: Results) -> Iterator[str]:
     rows = results.of("host") + results.of("CUDA graphs")
     if not rows:
@@ -212,7 +250,7 @@ def _missing(results: Results) -> Iterator[str]:
 
 def _beside(results: Results, row: Row, name: str) -> Row | None:
     """The row of another implementation in the same race."""
-    same = ("sets", "all_rows", "rows", "dim", "k", "dtype", "work")
+    same = ("sets", "all_rows", "rows", "dim", "k", "dtype", "work", "chunk")
     return results.one(row.group, implementation=name, **{key: getattr(row, key) for key in same})
 
 

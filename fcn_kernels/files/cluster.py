@@ -174,7 +174,8 @@ def read_states(path: Path, head: ClusterAggregate, scratch: Scratch) -> States:
         columns: Mapping[str, Any] = format_of(path).open(path, scratch)
         ids = ids_column(columns, "template_ids", source)
         names = ("sums", "styles", "masses", "counts", "head")
-        read = {name: torch.from_numpy(np.array(column(columns, name, source))) for name in names}
+        found = {name: column(columns, name, source) for name in names}
+        read = {n: t.clone() if isinstance(t, Tensor) else torch.from_numpy(np.array(t)) for n, t in found.items()}
         number = read.pop("head")
         if (number != head_number(head)).any():
             raise InputError("is of another checkpoint, or of another --dtype than this run's")
