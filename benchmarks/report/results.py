@@ -33,6 +33,7 @@ class Row:
     k: int
     dtype: str
     chunk: int = 0  # rows that see one another; 0: all of a set
+    bank: int = 0  # rows that these are searched in
     tiers: list[str] | tuple[str, ...] = ()  # of the fused path, forward and backward
     scaled_by: float = 1.0  # the times are of a sample of the sets, times this
     # its time, a call

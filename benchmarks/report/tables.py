@@ -25,6 +25,7 @@ def report(results: Results) -> str:
         _scaling,
         _kcenter,
         _peers,
+        _neighbors,
         _memory,
         _cost,
         _clustering,
@@ -151,6 +152,37 @@ def _peers(results: Results) -> Iterator[str]:
     yield from _pairs(results, "peers", "Farthest-point samplers: unit rows, gamma = 0, same start, the same picks")
 
 
+def _neighbors(results: Results) -> Iterator[str]:
+    rows = results.of("neighbors")
+    if not rows:
+        return
+    yield "## Nearest bank rows, their mean and deviation"
+    yield ""
+    yield (
+        "N rows against a bank of M, unit rows, own identities left out (not by faiss). Memory is what the process "
+        "grows by at the most, beyond its inputs. \\*: a sample of the rows, scaled."
+    )
+    yield ""
+    lines = []
+    for r in rows:
+        ours = _beside(results, r, FUSED)
+        sampled = "\\*" if r.scaled_by != 1 else ""
+        lines.append(
+            (
+                f"{r.rows:,}{sampled}",
+                f"{r.bank:,}",
+                r.k,
+                r.work,
+                r.implementation,
+                _time(r),
+                _ratio(r, ours),
+                _megabytes(r.peak_bytes),
+                _counted(r.multiply_adds),
+            )
+        )
+    yield from table(("N", "M", "K", "work", "", "time", "of fused", "memory, MB", "multiply-adds"), lines)
+
+
 def _pairs(results: Results, group: str, title: str) -> Iterator[str]:
     rows = results.of(group)
     if not rows:
@@ -250,7 +282,7 @@ def _missing(results: Results) -> Iterator[str]:
 
 def _beside(results: Results, row: Row, name: str) -> Row | None:
     """The row of another implementation in the same race."""
-    same = ("sets", "all_rows", "rows", "dim", "k", "dtype", "work", "chunk")
+    same = ("sets", "all_rows", "rows", "bank", "dim", "k", "dtype", "work", "chunk")
     return results.one(row.group, implementation=name, **{key: getattr(row, key) for key in same})
 
 
