@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fcn_kernels import ClusterAggregate, ClusterState, ClusterStream, StyleInput
 from fcn_kernels.clustering import torch_backend
+from fcn_kernels.heads import cluster_aggregate
 from fcn_kernels.heads.cluster_state import STYLE_BITS, SUM_BITS
 from fcn_kernels.heads.style import StyleFeatures
 from fcn_kernels.integrations.caface import convert_state_dict
@@ -520,3 +521,19 @@ def test_style_features_come_from_a_backbone():
         print(StyleFeatures(backbone, ["0"]).features)
     with StyleFeatures(backbone, ["3"]), pytest.raises(ValueError, match="expected a map"):
         backbone(images)
+
+
+def test_the_head_is_the_same_on_triton(monkeypatch):
+    """Chunks of two rows, some left over, one row bad; the kernels themselves are tested in test_clustering_kernels."""
+    pytest.importorskip("triton")
+    head, (x, styles) = make_head(depth=1), rows(2, 5)
+    x[0, 1] = torch.nan
+    found = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr(cluster_aggregate, "clustering_backend", lambda *_, name=backend: name)
+        head.zero_grad()
+        fused = head(x, styles, lengths=torch.tensor([5, 2]), chunk=2, weights=True)
+        fused.descriptor.cumsum(-1).sum().backward()
+        found.append([*fused, *(p.grad.clone() for p in head.parameters() if p.grad is not None)])
+    for torches, tritons in zip(*found, strict=True):
+        assert (torches - tritons).abs().max() <= 2e-5 * torches.abs().max().clamp(min=1)

@@ -130,7 +130,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _sum(shares: Tensor, rows: Tensor) -> Tensor:
     """sum_n shares_nm rows_n of each set: (G, n, M), (G, n, C) -> (G, M, C)."""
     short = -shares.shape[-1] % BATCHED_ROWS
-    return (F.pad(shares, (0, short)).mT @ rows)[:, : shares.shape[-1]]
+    return ((F.pad(shares, (0, short)) if short else shares).mT @ rows)[:, : shares.shape[-1]]
 
 
 def _masses(shares: Tensor) -> Tensor:
@@ -264,7 +264,10 @@ class _Weights(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """A block on the way, all that its backward pass takes. G chunks of t tokens, of which u attend."""
+    """A block on the way, all that its backward pass takes. G chunks of t tokens, of which u attend.
+
+    What is not of heads lies flat, with rows after it that mean nothing (:class:`_Tokens`), until :meth:`apart`.
+    """
 
     y: Tensor  # (G, t, d), the first LayerNorm
     mean1: Tensor
@@ -280,7 +283,19 @@ class _Block(NamedTuple):
     rstd2: Tensor
     wide: Tensor  # (G, u, 4 d), before gelu
     active: Tensor
-    out: Tensor  # (G u and more, d), flat
+    out: Tensor  # (G, u, d)
+
+    def apart(self) -> "_Block":
+        """By chunks, without the rows after them."""
+        (chunks, _, queries, _), length = self.q.shape, self.k.shape[2]
+        heads = ("q", "k", "v", "attended", "lse")
+        rows = dict.fromkeys(self._fields, queries) | dict.fromkeys(self._fields[:3], length)
+        return _Block(
+            *(
+                t if name in heads else t[: chunks * rows[name]].view(chunks, rows[name], -1)
+                for name, t in self._asdict().items()
+            )
+        )
 
 
 def _layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -354,9 +369,7 @@ def _run_block(h: Tensor, w: _Weights, heads: int, shape: tuple[int, int, int], 
     wide = F.linear(y2, w.fc1_weight, w.fc1_bias)
     active = F.gelu(wide)
     out = _scaled(F.linear(active, w.fc2_weight, w.fc2_bias), factor, 1, queries).add_(middle)
-    before = (sets(t, length) for t in (y, mean1, rstd1))
-    after = (sets(t) for t in (middle, y2, mean2, rstd2, wide, active))
-    return _Block._make((*before, q, k, v, attended, lse, *after, out))
+    return _Block(y, mean1, rstd1, q, k, v, attended, lse, middle, y2, mean2, rstd2, wide, active, out)
 
 
 def _scaled(added: Tensor, factor: Tensor | None, part: int, queries: int) -> Tensor:
@@ -455,7 +468,7 @@ def chunks_backward(p: Chunks, grad: Summed, out: Clustered, wanted: bool) -> Ch
         dh = _shares_backward(p, rows, group, inputs[-1][:, :n], Summed(*(t[group.sets] for t in grad)), found)
         for block in reversed(range(p.depth)):
             h, w, factor = inputs[block], _Weights.of(p, block), _factor(p, block, group)
-            made = _run_block(_Tokens.of(h).flat, w, p.heads, (*h.shape[:2], dh.shape[1]), factor)
+            made = _run_block(_Tokens.of(h).flat, w, p.heads, (*h.shape[:2], dh.shape[1]), factor).apart()
             dh = _block_gradient(dh, h, made, w, _Weights.of(found, block), factor)
         if p.depth:
             found.tokens.add_(dh[:, n:].sum(0))

@@ -80,7 +80,7 @@ class Mixer(nn.Module):
         self.channel1, self.channel2 = nn.Linear(width, width // 2), nn.Linear(width // 2, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        y = F.pad(_layer_norm(t, self.norm), (0, 0, 0, -t.shape[1] % BATCHED_ROWS))
+        y = _padded(_layer_norm(t, self.norm), 0, -t.shape[1] % BATCHED_ROWS)
         across = _from_left(F.gelu(_from_left(y, self.token1)), self.token2)[:, : t.shape[1]]
         t = self.gate.to(t.dtype) * t + across
         return t + _linear(F.gelu(_linear(_layer_norm(t, self.norm), self.channel1)), self.channel2)
@@ -488,9 +488,14 @@ def _from_left(t: Tensor, layer: nn.Linear) -> Tensor:
     """A layer across the centers of (B, M, width), with as many as batched products want; the others are left over."""
     weight, bias = layer.weight.to(t.dtype), layer.bias.to(t.dtype)
     more = -weight.shape[0] % BATCHED_ROWS
-    weight, bias = F.pad(weight, (0, t.shape[1] - weight.shape[1], 0, more)), F.pad(bias, (0, more))
+    weight, bias = _padded(weight, t.shape[1] - weight.shape[1], more), _padded(bias[:, None], 0, more)
     sets, width = t.shape[0], t.shape[2]
-    return torch.baddbmm(bias[:, None].expand(sets, -1, width), weight.expand(sets, -1, -1), t)
+    return torch.baddbmm(bias.expand(sets, -1, width), weight.expand(sets, -1, -1), t)
+
+
+def _padded(t: Tensor, columns: int, rows: int) -> Tensor:
+    """(..., rows, columns) with so many more of each, of 0; itself without a copy where there are none."""
+    return F.pad(t, (0, columns, 0, rows)) if columns or rows else t
 
 
 def _layer_norm(rows: Tensor, layer: nn.LayerNorm) -> Tensor:
