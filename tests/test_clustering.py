@@ -214,6 +214,7 @@ def chunks(lengths=(4, 1, 0, 6), depth=2, dim=16, norm_dim=8, centers=3, width=5
         lengths=torch.tensor(lengths),
         valid=None,
         heads=4,
+        longest=rows,
     )
 
 

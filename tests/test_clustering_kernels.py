@@ -333,6 +333,7 @@ def test_a_chunk_gives_the_same_bits_alone_in_a_batch_packed_and_padded(device):
                 styles=p.styles[rows],
                 offsets=p.offsets.new_tensor([0, n]),
                 lengths=p.lengths[b : b + 1],
+                longest=n,
             ),
             False,
         )
@@ -378,15 +379,21 @@ def test_rows_of_chunks_that_are_not_finite_take_no_part(quality, device):
         assert (out[name][bad] == 0).all(), name
 
 
+def _embedded(p):
+    tokens = launch_chunks._tokens(p)
+    launch_chunks._embed(p, tokens, None)
+    return tokens
+
+
 def test_codes_and_norms_are_the_same_on_every_backend(device):
     edges = norm_edges(torch.tensor(22.0), torch.tensor(40.0), torch.float32)
     norms = torch.cat([edges, torch.nextafter(edges, edges.new_tensor(-torch.inf)), torch.tensor([0.0, 1e30])])
     p = _chunks((len(norms),), device, quality=True, depth=0, width=3)
     p = p._replace(edges=edges.to(device), quality=norms.to(device))
-    assert launch_chunks._embed(p).codes.tolist() == norm_codes(norms, edges).tolist()
+    assert _embedded(p).codes.tolist() == norm_codes(norms, edges).tolist()
     size = torch.tensor([1e-42, 1e-30, 1e-19, 1.0, 1e19, 1e30, 3e38], device=device)
     features = torch.tensor([[3.0, 4.0, 0.0]], device=device) * (size / 4)[:, None]
-    tokens = launch_chunks._embed(_chunks((7,), device, depth=0, width=3)._replace(features=features))
+    tokens = _embedded(_chunks((7,), device, depth=0, width=3)._replace(features=features))
     assert (tokens.norms[:6] / row_norms(features[:6]) - 1).abs().max() <= 2e-7
     assert tokens.usable.tolist() == [True] * 6 + [False]  # whose norm is beyond float32
 

@@ -42,3 +42,13 @@ def test_the_count_counts() -> None:
     """A tensor that nothing loads, and one that is loaded whole: a set of one row, picked once."""
     once, _ = reads.passes(1, 1)
     assert once == 2  # the tile, and the pick
+
+
+def test_clustering_reads_rows_for_the_shares_and_for_the_sums() -> None:
+    found = {r.call: (r.forward, r.backward) for r in reads.measure_clustering()}
+    assert found == {
+        "sums": (2, 2),
+        "sums, keys and scale": (2, 1),  # forward, first for elements that are not finite
+        "chunks": (2, 3),  # norms and sums; norms again, the shares' gradients, and that of the norms
+        "chunks, norms given": (2, 2),
+    }

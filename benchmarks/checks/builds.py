@@ -32,6 +32,7 @@ TARGETS = {
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 CHUNK_KERNELS = (
+    "blocks_of_small_chunks",
     "embed",
     "layer_norm",
     "linear",
@@ -370,10 +371,12 @@ def chunks_specs() -> Iterator[Spec]:
             lengths=empty(8, dtype=torch.int64),
             valid=None,
             heads=8,
+            longest=4000,
         )
         grad = Summed(empty(8, centers, 512), empty(8, centers, dim), empty(8, centers))
 
         def both(problem: Chunks = problem, grad: Summed = grad) -> None:
+            launch_chunks.chunks_forward(problem, False)
             launch_chunks.chunks_forward(problem, True)
             launch_chunks.chunks_backward(problem, grad, Clustered.empty(problem, True), True)
 

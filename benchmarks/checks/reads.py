@@ -94,14 +94,80 @@ def measure(rows: int = 64, k: int = 3) -> list[Reads]:
     return found
 
 
+class ClusterReads(NamedTuple):
+    """Passes over the rows that a clustering operator makes; those of one launch after the first find them in L2."""
+
+    call: str
+    forward: float
+    backward: float
+
+
+def measure_clustering(rows: int = 64) -> list[ClusterReads]:
+    """cluster_sums with and without keys, and chunks that measure their norms or are given them."""
+    from fcn_kernels.clustering.kernels import launch_chunks, launch_sums
+    from fcn_kernels.clustering.problem import Chunks, Summed, Sums
+
+    generator = torch.Generator().manual_seed(0)
+    centers, dim, width = 4, 16, 32
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    features, where = draw(rows, width), (torch.tensor([0, rows]), torch.tensor([rows]), None)
+
+    def counts(name: str, forward: Any, backward: Any, keys: int) -> ClusterReads:
+        grad = Summed(draw(1, centers, width), draw(1, centers, keys), draw(1, centers))
+        with counted(features) as first:
+            out = forward()
+        with counted(features) as second:
+            backward(grad, out)
+        return ClusterReads(name, first[0] / features.numel(), second[0] / features.numel())
+
+    found = []
+    for name, keys, scale in (("sums", None, None), ("sums, keys and scale", draw(rows, dim), draw(rows))):
+        p = Sums(features, keys, scale, draw(centers, width if keys is None else dim), draw(centers), *where, ghosts=0)
+        found.append(
+            counts(
+                name,
+                lambda p=p: launch_sums.sums_forward(p),
+                lambda grad, _, p=p: launch_sums.sums_backward(p, grad, True),
+                0 if keys is None else dim,
+            )
+        )
+    for name, quality in (("chunks", None), ("chunks, norms given", draw(rows).abs())):
+        sizes = ((3, dim, dim), (dim, dim), (4, dim, dim), (dim, 4 * dim))
+        qkv, proj, fc1, fc2 = (draw(1, *shape).reshape(1, -1, shape[-1]) for shape in sizes)
+        blocks = [t for weight in (qkv, proj, fc1, fc2) for t in (weight, draw(1, weight.shape[1]))]
+        shares = draw(centers, dim), draw(centers), None
+        q = Chunks(
+            features, quality, None, draw(61, dim), torch.arange(60.0), draw(centers, dim), *blocks, *shares, *where,
+            heads=1, longest=rows,
+        )  # fmt: skip
+        found.append(
+            counts(
+                name,
+                lambda q=q: launch_chunks.chunks_forward(q, True),
+                lambda grad, out, q=q: launch_chunks.chunks_backward(q, grad, out, True),
+                dim,
+            )
+        )
+    return found
+
+
 def main() -> int:
-    """Print the table."""
+    """Print the tables."""
     found = measure()
     rows, k = found[0].rows, found[0].k
     print(f"Passes over the rows of a set of {rows}, K = {k}; a pick's row alone is 1 / {rows}.")
     print("\n| way | given | forward | backward |\n|---|---|---|---|")
     for r in found:
         print(f"| {r.way} | {r.given} | {r.forward:.3f} | {r.backward:.3f} |")
+    print(
+        "\nPasses over the rows of clustering. A launch reads them from memory once; a second time it finds them in L2."
+    )
+    print("\n| call | forward | backward |\n|---|---|---|")
+    for c in measure_clustering():
+        print(f"| {c.call} | {c.forward:.3f} | {c.backward:.3f} |")
     return 0
 
 

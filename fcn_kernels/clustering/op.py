@@ -138,15 +138,15 @@ def _differentiate_sums(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _save_chunks(ctx: Any, inputs: tuple[Any, ...], output: Clustered) -> None:
     p = Chunks(*inputs[:_CHUNKS])
-    ctx.save_for_backward(*p[:-1], *output)
-    ctx.constants = p.heads, inputs[-1]
+    ctx.save_for_backward(*p[:-2], *output)
+    ctx.constants = (p.heads, p.longest), inputs[-1]
     ctx.mark_non_differentiable(*output[_ARRIVING:])
 
 
 def _differentiate_chunks(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
-    heads, backend = ctx.constants
-    p = Chunks._make((*ctx.saved_tensors[: _CHUNKS - 1], heads))
-    out, needed = ctx.saved_tensors[_CHUNKS - 1 :], Chunks(*ctx.needs_input_grad[:_CHUNKS])
+    constants, backend = ctx.constants
+    p = Chunks._make((*ctx.saved_tensors[: _CHUNKS - 2], *constants))
+    out, needed = ctx.saved_tensors[_CHUNKS - 2 :], Chunks(*ctx.needs_input_grad[:_CHUNKS])
     found = _ops.cluster_chunks_backward.default(*p, *grad[:_ARRIVING], *out, needed.features, backend)
     return *_placed(p, needed, ChunksGradients(*found)), None, None
 

@@ -85,6 +85,7 @@ class Chunks(NamedTuple):
     lengths: Tensor  # (P,) int64
     valid: Tensor | None  # (T,) bool, rows that take part; None: all
     heads: int
+    longest: int  # no length is above it: T, unless the host knows better
 
     @property
     def depth(self) -> int:

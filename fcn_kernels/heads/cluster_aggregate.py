@@ -399,7 +399,8 @@ class ClusterAggregate(nn.Module):
         given = (rows.features, rows.quality, rows.styles, self.norm_code.rows(dtype), rows.edges, centers)
         residual = self._residual(depth, rows.cut.lengths.shape[0], dtype)
         where = (rows.cut.offsets, rows.cut.lengths, rows.layout.valid)
-        return Chunks._make((*given, *weights, query @ weight, query @ bias, residual, *where, self.num_heads))
+        constants = self.num_heads, rows.layout.shape[-1]
+        return Chunks._make((*given, *weights, query @ weight, query @ bias, residual, *where, *constants))
 
     def _residual(self, depth: int, chunks: int, dtype: torch.dtype) -> Tensor | None:
         """Stochastic depth: (L, 2, P), 0 where a chunk's attention or MLP is dropped."""

@@ -13,7 +13,7 @@ import triton.language as tl
 from fcn_kernels.clustering.kernels.pieces import find_piece
 from fcn_kernels.device.rows import load_rows
 
-UNSPECIALIZED = ["tokens", "chunks"]
+UNSPECIALIZED = ["tokens", "chunks", "fewest"]
 
 
 class Head(NamedTuple):
@@ -84,12 +84,13 @@ def attend_tile(h, at, out_ptr, lse_ptr, BLOCK_N: tl.constexpr, BLOCK_H: tl.cons
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attend(
-    qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, out_ptr, lse_ptr, tokens, D, width, chunks,
+    qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, out_ptr, lse_ptr, tokens, D, width, chunks, fewest,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """out [tokens, D] = softmax(q k^T) v; log-sum-exps [heads, tokens], if there is room for them."""
+    """out [tokens, D] = softmax(q k^T) v; log-sum-exps [heads, tokens], if there is room for them. In chunks with at
+    least `fewest` tokens."""
     p = find_piece(starts_ptr, sizes_ptr, tl.program_id(0).to(tl.int64), chunks, tokens, BLOCK_N)
-    if p.begin >= p.end:
+    if (p.begin >= p.end) | (p.count < fewest):
         return
     head = tl.program_id(1)
     h = head_of(p, qkv_ptr, attending_ptr, D, width, head)
@@ -129,7 +130,7 @@ def shares_of(h, a, query, key, q, k, v, BLOCK_H: tl.constexpr):
     return share, share * reach, grad
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=["tokens", "chunks"])
 def attend_queries(
     qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, grad_ptr, out_ptr, lse_ptr, dqkv_ptr, tokens, D, width, chunks,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -152,7 +153,7 @@ def attend_queries(
     store_head(h, dqkv_ptr + p.first * 3 * D, 3 * D, query, h.begin, dq, BLOCK_H)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=["tokens", "chunks"])
 def attend_keys(
     qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, grad_ptr, out_ptr, lse_ptr, dqkv_ptr, tokens, D, width, chunks,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,

@@ -1,8 +1,10 @@
 """Launches of cluster_chunks: the functions of ``torch_backend``, on the device.
 
-A launch is made for the tokens of all chunks. Forward: the tokens; for each block LayerNorm, queries with keys and
-values, attention, its projection, LayerNorm, and the two layers of the MLP; a last LayerNorm, and the shares and sums.
-Backward: the sums' gradients; then each block, last to first, is made again from its input and taken back.
+Forward, chunks of up to 64 tokens take one launch, a program each; which these are is known on the device. The others
+take a launch a step, for the tokens of all of them: embedding; for each block LayerNorm, queries with keys and values,
+attention, its projection, LayerNorm, and the two layers of the MLP; a last LayerNorm. Then come the shares and sums of
+all. Backward: the sums' gradients; then each block, last to first, is made again from its input and taken back, in
+launches of steps for all chunks.
 """
 
 from typing import Any, NamedTuple
@@ -23,15 +25,18 @@ from fcn_kernels.clustering.kernels.layers import (
     linear,
     linear_weights,
 )
+from fcn_kernels.clustering.kernels.resident import Constants, blocks_of_small_chunks
 from fcn_kernels.clustering.kernels.tokens import embed
 from fcn_kernels.clustering.problem import CODES, EPS_NORM, Chunks, ChunksGradients, Clustered, Summed, Sums
 from fcn_kernels.device.gpu import MOST_REGISTERS
 
 TILE = 32  # tokens of a chunk that a program has, and at a time
+SMALL = 64  # tokens of a chunk that one program has to itself: its rows and the centers
 LAYER_TILE = (64, 64, 32)  # of a layer: tokens, outputs, inputs at a time
 ROW_ELEMENTS = 4096  # of the tokens that a program normalizes
 PART_TOKENS = 512  # at least, of a part of the weights' gradients
 MOST_PARTS = 64
+WEIGHTS = Chunks._fields[Chunks._fields.index("qkv_weight") : Chunks._fields.index("weight")]  # of blocks
 OPTIONS = {"num_warps": 4, "num_stages": 1, **MOST_REGISTERS}
 
 
@@ -79,25 +84,33 @@ class Block(NamedTuple):
 
 
 def chunks_forward(p: Chunks, keep: bool) -> Clustered:
-    """Everything, a launch at a time."""
+    """Everything: keys of the small chunks, keys of the others, and the sums of all."""
     out = Clustered.empty(p, keep)
+    out.shares.zero_()  # of rows that take no part
+    out.hidden.zero_()  # of padding
     if p.lengths.shape[0] == 0:
-        return out._replace(shares=out.shares.zero_(), hidden=out.hidden.zero_())
+        return out
     with torch.cuda.device_of(p.features):
-        tokens = _embed(p)
-        hidden = tokens.hidden
-        for block in range(p.depth):
-            made = _run_block(p, tokens, hidden, block)
-            hidden = out.hidden[block] if keep else torch.empty_like(hidden)
-            _linear(
-                made.active, p.fc2_weight[block], p.fc2_bias[block], hidden, residual=made.middle,
-                **_factor(p, tokens, block, 1),
-            )  # fmt: skip
-        keys, _ = _layer_norm(hidden)
-        shares = torch.zeros_like(out.shares)
-        launch_sums.share(tokens.sums(p, keys), Summed(*out[:3]), shares, check=False, gap=p.tokens.shape[0])
+        tokens = _tokens(p)
+        keys, working = torch.zeros_like(tokens.hidden), None
+        small = _row_tile(p.tokens.shape[1])["BLOCK_N"] == TILE  # wider tokens do not fit a tile
+        if small:
+            _run_small(p, tokens, keys, out.hidden if keep else None)
+            working = torch.zeros_like(tokens.attending)
+        if not small or p.longest + p.tokens.shape[0] > SMALL:
+            _embed(p, tokens, working)
+            hidden = tokens.hidden
+            for block in range(p.depth):
+                made = _run_block(p, tokens, hidden, block, working)
+                hidden = out.hidden[block] if keep else torch.empty_like(hidden)
+                _linear(
+                    made.active, p.fc2_weight[block], p.fc2_bias[block], hidden, residual=made.middle, working=working,
+                    **_factor(p, tokens, block, 1),
+                )  # fmt: skip
+            _layer_norm(hidden, keys, working)
+        launch_sums.share(tokens.sums(p, keys), Summed(*out[:3]), out.shares, check=False, gap=p.tokens.shape[0])
     counted = F.pad(tokens.usable.cumsum(0), (1, 0))[p.offsets.clamp(0, p.features.shape[0])]
-    return out._replace(shares=shares, counts=counted.diff())
+    return out._replace(counts=counted.diff())
 
 
 def chunks_backward(p: Chunks, grad: Summed, out: Clustered, wanted: bool) -> ChunksGradients:
@@ -113,9 +126,11 @@ def chunks_backward(p: Chunks, grad: Summed, out: Clustered, wanted: bool) -> Ch
         given = {n: torch.zeros_like(t) for n in ("quality", "styles") if (t := getattr(p, n)) is not None}
         return found._replace(features=found.features.zero_(), **given)
     with torch.cuda.device_of(p.features):
-        tokens = _embed(p)
+        tokens = _tokens(p)
+        _embed(p, tokens, None)
         inputs = [tokens.hidden, *out.hidden[: p.depth]]
-        keys, rstd = _layer_norm(inputs[-1])
+        keys = torch.empty_like(inputs[-1])
+        rstd = _layer_norm(inputs[-1], keys)
         shared = launch_sums.share_gradients(
             tokens.sums(p, keys), grad, wanted, check=False, norms=tokens.norms if p.quality is None else None,
             gap=p.tokens.shape[0],
@@ -130,13 +145,12 @@ def chunks_backward(p: Chunks, grad: Summed, out: Clustered, wanted: bool) -> Ch
         return found._replace(**_embed_gradient(p, tokens, dhidden))
 
 
-def _embed(p: Chunks) -> Tokens:
-    (rows, width), (centers, dim), chunks = p.features.shape, p.tokens.shape, p.lengths.shape[0]
-    features = p.features if p.features.stride(1) == 1 else p.features.contiguous()
+def _tokens(p: Chunks) -> Tokens:
+    """Room for a call's tokens."""
+    rows, (centers, dim), chunks = p.features.shape[0], p.tokens.shape, p.lengths.shape[0]
     new, zeros, count = p.tokens.new_empty, p.tokens.new_zeros, rows + chunks * centers
-    starts = p.offsets + centers * torch.arange(chunks + 1, device=p.offsets.device)
     owned = p.offsets.diff().clamp(min=0)
-    tokens = Tokens(
+    return Tokens(
         # what stays where rows are in no chunk: before the first, or behind the last
         hidden=zeros(count, dim),
         attending=zeros(count, dtype=torch.bool),
@@ -146,59 +160,96 @@ def _embed(p: Chunks) -> Tokens:
         usable=zeros(rows, dtype=torch.bool),
         codes=zeros(rows, dtype=torch.int32) - 1,
         places=zeros(rows, dtype=torch.int64),
-        starts=starts,
+        starts=p.offsets + centers * torch.arange(chunks + 1, device=p.offsets.device),
         sizes=p.lengths.clamp(min=0).minimum(owned) + centers,
     )
-    embed[(tokens.slots,)](
-        features_ptr=features,
-        quality_ptr=None if p.quality is None else p.quality.contiguous(),
-        styles_ptr=None if p.styles is None else p.styles.contiguous(),
-        valid_ptr=None if p.valid is None else p.valid.contiguous(),
-        table_ptr=p.table.contiguous(),
-        edges_ptr=p.edges.contiguous(),
-        centers_ptr=p.tokens.contiguous(),
-        offsets_ptr=p.offsets.contiguous(),
-        lengths_ptr=p.lengths.contiguous(),
-        starts_ptr=tokens.starts,
-        sizes_ptr=tokens.sizes,
-        hidden_ptr=tokens.hidden,
-        attending_ptr=tokens.attending,
-        chunk_ptr=tokens.chunk,
-        norms_ptr=tokens.norms,
-        scale_ptr=tokens.scale,
-        usable_ptr=tokens.usable,
-        code_ptr=tokens.codes,
-        place_ptr=tokens.places,
-        stride=features.stride(0),
-        T=rows,
-        tokens=count,
-        C=width,
-        D=dim,
-        STYLE=dim - p.table.shape[1],
-        M=centers,
-        chunks=chunks,
-        BLOCK_N=TILE,
-        BLOCK_C=32,
+
+
+def _given(p: Chunks, tokens: Tokens) -> dict[str, Any]:
+    """Arguments of the kernels that embed tokens."""
+    (rows, width), (centers, dim) = p.features.shape, p.tokens.shape
+    features = p.features if p.features.stride(1) == 1 else p.features.contiguous()
+    return {
+        "features_ptr": features,
+        "quality_ptr": None if p.quality is None else p.quality.contiguous(),
+        "styles_ptr": None if p.styles is None else p.styles.contiguous(),
+        "valid_ptr": None if p.valid is None else p.valid.contiguous(),
+        "table_ptr": p.table.contiguous(),
+        "edges_ptr": p.edges.contiguous(),
+        "centers_ptr": p.tokens.contiguous(),
+        "offsets_ptr": p.offsets.contiguous(),
+        "lengths_ptr": p.lengths.contiguous(),
+        "starts_ptr": tokens.starts,
+        "sizes_ptr": tokens.sizes,
+        "hidden_ptr": tokens.hidden,
+        "attending_ptr": tokens.attending,
+        "chunk_ptr": tokens.chunk,
+        "norms_ptr": tokens.norms,
+        "scale_ptr": tokens.scale,
+        "usable_ptr": tokens.usable,
+        "code_ptr": tokens.codes,
+        "place_ptr": tokens.places,
+        "stride": features.stride(0),
+        "T": rows,
+        "tokens": tokens.hidden.shape[0],
+        "C": width,
+        "D": dim,
+        "STYLE": dim - p.table.shape[1],
+        "M": centers,
+        "chunks": p.lengths.shape[0],
+    }
+
+
+def _embed(p: Chunks, tokens: Tokens, working: Tensor | None) -> None:
+    """Fill in the tokens: of all chunks, or of those that are not small, which `working` (R,) then names."""
+    fewest = 0 if working is None else SMALL + 1
+    embed[(tokens.slots,)](**_given(p, tokens), working_ptr=working, fewest=fewest, BLOCK_N=TILE, BLOCK_C=32, **OPTIONS)
+
+
+def _run_small(p: Chunks, tokens: Tokens, keys: Tensor, kept: Tensor | None) -> None:
+    """Fill in small chunks' tokens, their keys (R, d) and, unless None, their hidden states (L, R, d)."""
+    (count, dim), (_, tile_f, tile_k) = tokens.hidden.shape, LAYER_TILE
+    new, width = tokens.hidden.new_empty, dim // p.heads
+    blocks_of_small_chunks[(p.lengths.shape[0],)](
+        **_given(p, tokens),
+        **{f"{name}_ptr": getattr(p, name).contiguous() for name in WEIGHTS},
+        residual_ptr=None if p.residual is None else p.residual.contiguous(),
+        kept_ptr=kept,
+        unit_ptr=new(count, dim),
+        qkv_ptr=new(count, 3 * dim),
+        attended_ptr=new(count, dim),
+        middle_ptr=new(count, dim),
+        active_ptr=new(count, 4 * dim),
+        keys_ptr=keys,
+        width=width,
+        depth=p.depth,
+        most=SMALL,
+        BUILD=Constants.of(TILE, tile_f, tile_k, _power_of_two(dim), _power_of_two(width)),
         **OPTIONS,
     )
-    return tokens
 
 
-def _run_block(p: Chunks, tokens: Tokens, hidden: Tensor, block: int) -> Block:
-    """Tokens (R, d) through a block, but for its last layer."""
+def _run_block(p: Chunks, tokens: Tokens, hidden: Tensor, block: int, working: Tensor | None = None) -> Block:
+    """Tokens (R, d) through a block, but for its last layer: all of them, or those `working` (R,) of large chunks."""
     rows, dim = hidden.shape
     new = hidden.new_empty
-    unit, rstd = _layer_norm(hidden)
+    unit = torch.empty_like(hidden)
+    rstd = _layer_norm(hidden, unit, working)
     qkv, attended, lse = new(rows, 3 * dim), torch.zeros_like(hidden), new(p.heads, rows)
-    _linear(unit, p.qkv_weight[block], p.qkv_bias[block], qkv)
+    _linear(unit, p.qkv_weight[block], p.qkv_bias[block], qkv, working=working)
     attend[(tokens.slots, p.heads)](
         qkv_ptr=qkv, attending_ptr=tokens.attending, starts_ptr=tokens.starts, sizes_ptr=tokens.sizes,
-        out_ptr=attended, lse_ptr=lse, **_attention_sizes(p, tokens), **OPTIONS,
+        out_ptr=attended, lse_ptr=lse, fewest=0 if working is None else SMALL + 1, **_attention_sizes(p, tokens),
+        **OPTIONS,
     )  # fmt: skip
     middle, wide, active = new(rows, dim), new(rows, 4 * dim), new(rows, 4 * dim)
-    _linear(attended, p.proj_weight[block], p.proj_bias[block], middle, residual=hidden, **_factor(p, tokens, block, 0))
-    unit2, rstd2 = _layer_norm(middle)
-    _linear(unit2, p.fc1_weight[block], p.fc1_bias[block], active, after=GELU, wide=wide)
+    _linear(
+        attended, p.proj_weight[block], p.proj_bias[block], middle, residual=hidden, working=working,
+        **_factor(p, tokens, block, 0),
+    )  # fmt: skip
+    unit2 = torch.empty_like(middle)
+    rstd2 = _layer_norm(middle, unit2, working)
+    _linear(unit2, p.fc1_weight[block], p.fc1_bias[block], active, after=GELU, wide=wide, working=working)
     return Block(unit, rstd, qkv, attended, lse, middle, unit2, rstd2, wide, active)
 
 
@@ -257,23 +308,28 @@ def _attention_sizes(p: Chunks, tokens: Tokens) -> dict[str, Any]:
         "width": dim // p.heads,
         "chunks": p.lengths.shape[0],
         "BLOCK_N": TILE,
-        "BLOCK_H": max(16, triton.next_power_of_2(dim // p.heads)),
+        "BLOCK_H": _power_of_two(dim // p.heads),
     }
 
 
+def _power_of_two(size: int) -> int:
+    """The least that a product takes, from a size up."""
+    return max(16, int(triton.next_power_of_2(size)))
+
+
 def _row_tile(dim: int) -> dict[str, int]:
-    block = max(16, int(triton.next_power_of_2(dim)))
-    return {"BLOCK_N": max(1, min(32, ROW_ELEMENTS // block)), "BLOCK_D": block}
+    block = _power_of_two(dim)
+    return {"BLOCK_N": max(1, min(TILE, ROW_ELEMENTS // block)), "BLOCK_D": block}
 
 
-def _layer_norm(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalized rows (N, d), and the reciprocal of each one's deviation."""
-    out, rstd, (rows, dim) = torch.empty_like(x), x.new_empty(x.shape[0]), x.shape
+def _layer_norm(x: Tensor, out: Tensor, working: Tensor | None = None) -> Tensor:
+    """Fill in normalized rows (N, d); the reciprocal of each one's deviation."""
+    rstd, (rows, dim) = x.new_empty(x.shape[0]), x.shape
     tile = _row_tile(dim)
     layer_norm[(triton.cdiv(rows, tile["BLOCK_N"]),)](
-        x_ptr=x, out_ptr=out, rstd_ptr=rstd, N=rows, D=dim, **tile, **OPTIONS
+        x_ptr=x, working_ptr=working, out_ptr=out, rstd_ptr=rstd, N=rows, D=dim, **tile, **OPTIONS
     )
-    return out, rstd
+    return rstd
 
 
 def _layer_norm_backward(grad: Tensor, unit: Tensor, rstd: Tensor, residual: Tensor | None) -> Tensor:
@@ -289,6 +345,7 @@ def _layer_norm_backward(grad: Tensor, unit: Tensor, rstd: Tensor, residual: Ten
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, after: Any = LINEAR, wide: Tensor | None = None,
     residual: Tensor | None = None, factor: Tensor | None = None, chunk: Tensor | None = None,
+    working: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill in out (N, F) = factor after(x weight^T + bias) + residual."""
     (rows, inputs), outputs = x.shape, weight.shape[0]
@@ -301,6 +358,7 @@ def _linear(
         residual_ptr=residual,
         factor_ptr=factor,
         chunk_ptr=chunk,
+        working_ptr=working,
         out_ptr=out,
         N=rows,
         K=inputs,

@@ -51,6 +51,15 @@ def load_factor(factor_ptr, chunk_ptr, rows, inside):
 
 
 @triton.jit
+def at_work(working_ptr, rows, N):
+    """Which of tokens [n] a launch is for: those below N, and if there is working [N] bool, those that it names."""
+    inside = rows < N
+    if working_ptr is not None:
+        inside = inside & (tl.load(working_ptr + rows, mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
 def normalize_tile(x_ptr, out_ptr, rstd_ptr, rows, inside, D, BLOCK_D: tl.constexpr):
     """out = (x - mean) rstd of rows [n] of (.., D), without weight and bias; rstd, if there is room for it."""
     cols = tl.arange(0, BLOCK_D)
@@ -64,10 +73,10 @@ def normalize_tile(x_ptr, out_ptr, rstd_ptr, rows, inside, D, BLOCK_D: tl.conste
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def layer_norm(x_ptr, out_ptr, rstd_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out [N, D] and rstd [N], of x [N, D]."""
+def layer_norm(x_ptr, working_ptr, out_ptr, rstd_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out [N, D] and rstd [N], of x [N, D], for the tokens at work."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    normalize_tile(x_ptr, out_ptr, rstd_ptr, rows, rows < N, D, BLOCK_D)
+    normalize_tile(x_ptr, out_ptr, rstd_ptr, rows, at_work(working_ptr, rows, N), D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -121,17 +130,19 @@ def linear_tile(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def linear(
-    x_ptr, weight_ptr, bias_ptr, wide_ptr, residual_ptr, factor_ptr, chunk_ptr, out_ptr,
+    x_ptr, weight_ptr, bias_ptr, wide_ptr, residual_ptr, factor_ptr, chunk_ptr, working_ptr, out_ptr,
     N, K, F, stride_f, stride_k, AFTER: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [N, F] = factor after(x weight^T + bias) + residual, for x [N, K] and weight [F, K] by strides.
 
     AFTER GELU keeps its argument in wide [N, F], and GELU_GRADIENT multiplies by its slope there. The factor is that of
-    a token's chunk. Bias, wide, factor and residual may be None.
+    a token's chunk. Bias, wide, factor and residual may be None. Only tokens at work are looked at.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside, factor = rows < N, None
+    inside, factor = at_work(working_ptr, rows, N), None
+    if tl.max(inside.to(tl.int32), axis=0) == 0:
+        return
     if factor_ptr is not None:
         factor = load_factor(factor_ptr, chunk_ptr, rows, inside)
     layer = Layer(weight_ptr, bias_ptr, K, F, stride_f, stride_k)

@@ -137,16 +137,17 @@ def embed_tile(g, m, p, first, owned, count, at, BLOCK_N: tl.constexpr, BLOCK_C:
         tl.store(m.hidden + p.first * g.D + where, hidden, mask=inside[:, None] & (cols < g.D)[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "tokens", "chunks"])
+@triton.jit(do_not_specialize=["T", "tokens", "chunks", "fewest"])
 def embed(
     features_ptr, quality_ptr, styles_ptr, valid_ptr, table_ptr, edges_ptr, centers_ptr, offsets_ptr, lengths_ptr,
     starts_ptr, sizes_ptr, hidden_ptr, attending_ptr, chunk_ptr, norms_ptr, scale_ptr, usable_ptr, code_ptr, place_ptr,
-    stride, T, tokens, C, D, STYLE, M, chunks, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    working_ptr, stride, T, tokens, C, D, STYLE, M, chunks, fewest, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Tokens [tokens, D], whether they take part, and their chunk; norms, scales, codes and tokens [T] of the rows, and
-    whether these are usable. A program has BLOCK_N tokens of a chunk."""
+    whether these are usable; of chunks with at least `fewest` tokens, which working [tokens], if any, then names. A
+    program has BLOCK_N tokens of a chunk."""
     p = find_piece(starts_ptr, sizes_ptr, tl.program_id(0).to(tl.int64), chunks, tokens, BLOCK_N)
-    if p.begin >= p.end:
+    if (p.begin >= p.end) | (p.count < fewest):
         return
     given = Given(
         features_ptr, quality_ptr, styles_ptr, valid_ptr, table_ptr, edges_ptr, centers_ptr, stride, C, D, STYLE, M
@@ -154,3 +155,6 @@ def embed(
     made = Made(hidden_ptr, attending_ptr, chunk_ptr, norms_ptr, scale_ptr, usable_ptr, code_ptr, place_ptr)
     first, owned, count = bounds(offsets_ptr, lengths_ptr, p.set_id, T)
     embed_tile(given, made, p, first, owned, count, p.begin, BLOCK_N, BLOCK_C)
+    if working_ptr is not None:
+        lane = p.begin + tl.arange(0, BLOCK_N)
+        tl.store(working_ptr + p.first + lane, lane < p.count, mask=lane < p.end)
