@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from itertools import pairwise, product
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
+from fcn_kernels import coreset_select
 from fcn_kernels.device import gpu
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE
 from fcn_kernels.selection.kernels import launch
@@ -43,3 +48,21 @@ def test_large_sets_are_split() -> None:
     assert launch.forward_plans(256, 20, 512, 2, False, GPU)[0].parts == 1
     assert launch.forward_plans(1, 8000, 512, 2, False, GPU)[0].parts > 100
     assert len(launch.forward_plans(256, None, 512, 2, True, GPU)) == 2
+
+
+def test_five_calls_lead_from_the_public_function_to_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, stacks = Path(launch.__file__).parents[2], []
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            own = [frame.function for frame in inspect.stack() if package in Path(frame.filename).parents]
+            stacks.append(own)
+            return lambda **_: None
+
+    for name in ("select_forward", "select_backward"):
+        monkeypatch.setattr(launch, name, Kernel())
+    rows = torch.randn(1, 9, 16)
+    coreset_select(rows, 3, backend="triton")
+    coreset_select(rows.requires_grad_(), 3, backend="triton").features.sum().backward()
+    assert [stack[-1] for stack in stacks] == ["coreset_select", "coreset_select", "backward"]
+    assert [len(stack) - 1 for stack in stacks] == [4, 5, 4]
