@@ -77,6 +77,14 @@ def is_plain_call() -> bool:
     )
 
 
+def is_under_vmap() -> bool:
+    """Whether torch.func.vmap runs the call, so that a tensor may stand for many."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack()  # type: ignore[attr-defined]
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)  # type: ignore[attr-defined]
+
+
 def is_plain_tensor(value: Any) -> bool:
     """Whether a value is no tensor of a subclass, or without memory, that an operator would have to be told of."""
     return not isinstance(value, Tensor) or (type(value) in (Tensor, Parameter) and not value.is_meta)

@@ -266,11 +266,6 @@ def test_forward_mode_raises_and_is_never_zero() -> None:
         same(coreset_select(X, 3, Q), coreset_select(X, 3, Q))  # beside it a call without a tangent works
 
 
-def test_vmap_names_the_way_out() -> None:
-    with pytest.raises(NotImplementedError, match=r"Pass features of shape \(B, N, C\)"):
-        torch.func.vmap(lambda x: coreset_select(x, 2).features)(X)
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_calls_give_the_same_gradient(reentrant: bool) -> None:
     def step(x: Tensor) -> Tensor:

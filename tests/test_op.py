@@ -138,12 +138,6 @@ def test_a_second_derivative_raises():
         first.sum().backward()
 
 
-def test_vmap_raises():
-    features, quality, _ = _inputs(grad=False)
-    with pytest.raises(NotImplementedError, match=r"torch\.func\.vmap"):
-        torch.func.vmap(lambda x, q: coreset_select(x, 2, q).features)(features, quality)
-
-
 def test_gradients_reach_only_what_asks_for_them():
     features, quality, gamma = _inputs()
     picked = coreset_select(features, 3, quality.detach(), gamma.detach())

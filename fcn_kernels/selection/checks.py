@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from fcn_kernels.backends import is_plain_call
+from fcn_kernels.backends import is_plain_call, is_under_vmap
 from fcn_kernels.selection.problem import Problem
 from fcn_kernels.selection.torch_backend import unpickable_row
 from fcn_kernels.sets import accumulator
@@ -24,8 +24,9 @@ LIMITS = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in 
 
 
 def may_look(tensor: Tensor, strict: bool = False) -> bool:
-    """Whether the values of a tensor may be looked at: they are on the host, and no compiler records the call."""
-    return strict or (tensor.device.type == "cpu" and not torch.compiler.is_compiling())
+    """Whether the values of a tensor may be looked at: they are on the host, one tensor's, and no compiler records the
+    call."""
+    return strict or (tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_under_vmap())
 
 
 def check_features(features: Any, cu_seqlens: Any) -> None:

@@ -160,7 +160,49 @@ class _Select(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _no_vmap(info, in_dims, *args)
+        """A dimension more is sets more: one call takes them all, where they share gamma, tau and seed."""
+        folded = _folded(info.batch_size, Problem(*in_dims[1:]), Problem(*args[1:]))
+        if folded is None:
+            return _one_by_one(_Select, info.batch_size, in_dims, args)
+        out = _Select.apply(args[0], *folded)
+        along = [0] * 4 + [1 if kept.ndim == 2 else 0 for kept in out[4:]]  # (K, R); or sets first
+        return tuple(t.unflatten(dim, (info.batch_size, -1)) for t, dim in zip(out, along, strict=True)), tuple(along)
+
+
+def _folded(count: int, dims: Problem, p: Problem) -> Problem | None:
+    """The sets of all ``count`` calls as those of one; None if they have not all the same constants, or are packed.
+
+    A seed gives sets of different numbers different noise, where each call has its own set 0.
+    """
+    if p.cu_seqlens is not None or p.seed is not None or dims.gamma is not None or dims.tau is not None:
+        return None
+
+    def fold(name: str, at: int = 0) -> Tensor | None:
+        values, dim = getattr(p, name), getattr(dims, name)
+        if values is None:
+            return None
+        every = values.unsqueeze(at).expand(*values.shape[:at], count, *values.shape[at:])
+        return (every if dim is None else values.movedim(dim, at)).flatten(at, at + 1)  # type: ignore[no-any-return]
+
+    features = fold("features")
+    assert features is not None
+    return p._replace(
+        features=features,
+        quality=fold("quality"),
+        noise=fold("noise", 1),
+        start=fold("start"),
+        mask=fold("mask"),
+        lengths=fold("lengths"),
+    )
+
+
+def _one_by_one(function: Any, count: int, dims: Any, args: Any) -> Any:
+    """Outputs of a function for each of ``count`` calls, stacked."""
+    each = [
+        function.apply(*(a if d is None else a.select(d, i).contiguous() for a, d in zip(args, dims, strict=True)))
+        for i in range(count)
+    ]
+    return tuple(torch.stack(found) for found in zip(*each, strict=True)), (0,) * len(each[0])
 
 
 # Function.apply without its look at the signature of `forward`, which takes 70 us a call.
@@ -185,12 +227,8 @@ class _SelectBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        """One after another: jacrev asks for the gradients of many outputs of one call."""
-        each = [
-            _SelectBackward.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        return tuple(torch.stack(grads) for grads in zip(*each, strict=True)), (0,) * len(Gradients._fields)
+        """jacrev asks for the gradients of many outputs of one call."""
+        return _one_by_one(_SelectBackward, info.batch_size, in_dims, args)
 
 
 def _select_autograd(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
@@ -204,14 +242,6 @@ _library.impl("select", _select_autograd, "Autograd")
 _library.impl("select_backward", _SelectBackward.apply, "Autograd")
 
 
-def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    raise NotImplementedError(
-        "coreset_select does not run under torch.func.vmap: it is batched already. "
-        "Pass features of shape (B, N, C), or packed sets with cu_seqlens."
-    )
-
-
-torch.library.register_vmap("fcn_kernels::select", _no_vmap, lib=_library)
 torch.library.register_vmap("fcn_kernels::select_backward", _SelectBackward.vmap, lib=_library)
 
 

@@ -103,7 +103,7 @@ def coreset_select(
         ValueError: an argument has the wrong shape, value or device; with ``strict``, a row cannot be picked.
         RuntimeError: the Triton or the C++ backend is asked for where it cannot run.
         MemoryError: memory ran out.
-        NotImplementedError: under ``torch.func.vmap``, forward-mode AD or a second derivative.
+        NotImplementedError: in forward-mode AD, or for a second derivative.
 
     Source: Shapira and Keller, "FaceCoresetNet: Differentiable Coresets for Face Set Recognition", AAAI 2024,
     section 3 and Listing 1.
