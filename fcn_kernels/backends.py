@@ -81,8 +81,8 @@ def is_under_vmap() -> bool:
     """Whether torch.func.vmap runs the call, so that a tensor may stand for many."""
     if not torch._C._are_functorch_transforms_active():
         return False
-    levels = torch._C._functorch.get_interpreter_stack()  # type: ignore[attr-defined]
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)  # type: ignore[attr-defined]
+    levels = torch._C._functorch.get_interpreter_stack()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
 def is_plain_tensor(value: Any) -> bool:

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fcn_kernels.demos import digits, poolings, train_demo
+from fcn_kernels.demos import digits, plots, poolings, train_demo
 from fcn_kernels.demos.templates import LONGEST, make_templates
 from fcn_kernels.evaluation.verification import FARS, roc
 
 for needed in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(needed)
 
-WAYS = ["average", "norm-weighted", "best quality", poolings.OURS]
+WAYS = ["average", "norm-weighted", "best quality", poolings.CLUSTERS, poolings.OURS]
 
 
 def arguments(*options: str) -> argparse.Namespace:
@@ -86,21 +86,24 @@ def test_tables_give_tar_at_all_fars_and_mark_the_best(demo: tuple[str, Path]) -
 
 def test_it_says_where_the_coreset_is_ahead_and_where_behind(demo: tuple[str, Path]) -> None:
     tables = lines(demo[0])
-    standings = re.findall(r"^coreset \(ours\): ahead at (.*), level at (.*), behind at (.*)$", demo[0], re.MULTILINE)
-    assert len(standings) == 2
-    for kind, (ahead, level, behind) in enumerate(standings, start=1):
-        for far, cell in zip(FARS, tables[poolings.OURS][kind], strict=True):
-            if cell != "-":
-                assert (f"{far:.0e}" in ahead.split() + level.split()) == cell.endswith("*")
-                assert (f"{far:.0e}" in behind.split()) != cell.endswith("*")
+    for ours in (poolings.OURS, poolings.CLUSTERS):
+        said = re.escape(ours) + ": ahead at (.*), level at (.*), behind at (.*)$"
+        standings = re.findall(f"^{said}", demo[0], re.MULTILINE)
+        assert len(standings) == 2
+        for kind, (ahead, level, behind) in enumerate(standings, start=1):
+            for far, cell in zip(FARS, tables[ours][kind], strict=True):
+                if cell != "-":
+                    assert (f"{far:.0e}" in ahead.split() + level.split()) == cell.endswith("*")
+                    assert (f"{far:.0e}" in behind.split()) != cell.endswith("*")
 
 
 def test_pictures_are_pngs(demo: tuple[str, Path]) -> None:
     image = pytest.importorskip("matplotlib.image")
-    for name in ("roc.png", "picks.png"):
-        assert (demo[1] / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-        picture = image.imread(demo[1] / name)[..., :3]
-        ours = abs(picture - [0x22 / 255, 0x5E / 255, 0xA8 / 255]).max(-1) < 0.02
+    for name, colors in (("roc", [plots.OURS]), ("picks", [plots.OURS]), ("clusters", plots.CENTERS)):
+        assert (demo[1] / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        picture = torch.from_numpy(image.imread(demo[1] / f"{name}.png")[..., :3])
+        wanted = torch.tensor([list(bytes.fromhex(color[1:])) for color in colors]) / 255
+        ours = (picture[..., None, :] - wanted).abs().amax(-1).amin(-1) < 0.02
         assert ours.sum() > 300  # a curve, or frames
 
 
@@ -108,7 +111,7 @@ def test_same_seed_prints_and_draws_the_same(tmp_path: Path) -> None:
     outs = tmp_path / "once", tmp_path / "again"
     once, again = (printed(out, "--steps", "10").replace(str(out), "") for out in outs)
     assert once == again
-    for name in ("roc.png", "picks.png"):
+    for name in ("roc.png", "picks.png", "clusters.png"):
         assert len({(out / name).read_bytes() for out in outs}) == 1
 
 
@@ -193,6 +196,19 @@ def test_best_quality_sends_its_gradient_to_the_best_image_alone() -> None:
     assert quality.grad is not None
     assert features.grad.tolist() == [[0, 0], [1, 1]]
     assert quality.grad.tolist() == [0, 1]
+
+
+def test_frames_are_drawn_with_what_the_head_gives_them() -> None:
+    torch.manual_seed(0)
+    data = digits.Digits(torch.rand(100, 8, 8), torch.arange(100) % 10)
+    templates = make_templates(data, torch.arange(40) % 10, torch.zeros(40))
+    net = train_demo.TemplateNet(digits.DigitNet(), poolings.Clusters(digits.DigitNet().dim)).eval()
+    found = train_demo.frames_of(net, templates, "cpu")
+    assert len(found) == train_demo.TEMPLATES_DRAWN
+    for frames in found:
+        assert len(frames.images) == len(frames.weights) == len(frames.centers) >= 12
+        assert float(frames.weights.sum()) == pytest.approx(1, abs=1e-5)
+        assert set(frames.centers.tolist()) <= {0, 1, 2, 3}
 
 
 def test_verification_compares_probes_with_the_gallery() -> None:

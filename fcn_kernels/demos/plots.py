@@ -18,7 +18,8 @@ COLUMNS = 4  # of images in a contact sheet
 READING_ORDER = "best quality at the top left, worst at the bottom right"
 GAP = 1  # pixels between its images
 OURS = "#225ea8"
-ROC_COLOURS = ("#9a9a9a", "#7b3294", "#e08214", OURS)
+ROC_COLOURS = ("#9a9a9a", "#7b3294", "#e08214", "#1b7837", OURS)
+CENTERS = ("#1b7837", "#e08214", "#7b3294", OURS)
 BASELINES = {"random": "#9a9a9a", "best quality only": "#e08214", "plain farthest point": "#7b3294"}
 
 
@@ -28,6 +29,14 @@ class Sheet(NamedTuple):
     images: Tensor
     quality: Tensor
     picks: Tensor
+
+
+class Frames(NamedTuple):
+    """A set to draw: images (N, 8, 8), their weights (N,) in the descriptor, and the numbers (N,) of their centers."""
+
+    images: Tensor
+    weights: Tensor
+    centers: Tensor
 
 
 def check_output(path: Path) -> None:
@@ -137,6 +146,40 @@ def draw_sheets(path: Path, rows: Mapping[str, Sequence[Sheet]]) -> None:
             contact_sheet(axis, sheet, OURS)
     page.supylabel(READING_ORDER, fontsize=8, color="#555")
     page.savefig(path, format="png")
+
+
+def draw_frames(path: Path, rows: Mapping[str, Sequence[Frames]]) -> None:
+    """Draw two rows of sets for each name, greatest weight first: framed by weight, and by center."""
+    shade = require("matplotlib", "demo").colormaps["YlGnBu"]
+    columns = max(map(len, rows.values()))
+    page = figure(1.75 * columns, 4.8 * len(rows))
+    grid = page.subplots(2 * len(rows), columns, squeeze=False)
+    for axis in grid.flat:
+        axis.axis("off")
+    for place, (name, sets) in enumerate(rows.items()):
+        by_weight, by_center = grid[2 * place : 2 * place + 2]
+        by_weight[0].set_title(f"{name} templates, by weight: dark is much", fontsize=10, weight="bold", loc="left")
+        by_center[0].set_title("the same, by center", fontsize=10, weight="bold", loc="left")
+        for upper, lower, frames in zip(by_weight, by_center, sets, strict=False):
+            order = frames.weights.argsort(descending=True)
+            shares = frames.weights[order] / frames.weights.max()
+            tiled(upper, frames.images[order], [shade(0.15 + 0.85 * float(share)) for share in shares])
+            tiled(lower, frames.images[order], [CENTERS[m % len(CENTERS)] for m in frames.centers[order].tolist()])
+    page.savefig(path, format="png")
+
+
+def tiled(axis: Any, images: Tensor, colours: Sequence[Any]) -> None:
+    """Lay images (N, 8, 8) out in the order given, each in a frame of its colour."""
+    rectangle = require("matplotlib.patches", "demo").Rectangle
+    rows, side = -(-len(images) // COLUMNS), images.shape[-1] + GAP
+    tiles = torch.zeros(rows * COLUMNS, side, side)
+    tiles[: len(images), GAP:, GAP:] = images
+    mosaic = tiles.view(rows, COLUMNS, side, side).transpose(1, 2).reshape(rows * side, COLUMNS * side)
+    axis.imshow(F.pad(mosaic, (0, GAP, 0, GAP)).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    for place, colour in enumerate(colours):
+        top, left = (side * x + GAP - 0.5 for x in divmod(place, COLUMNS))
+        axis.add_patch(rectangle((left, top), side - GAP, side - GAP, fill=False, edgecolor=colour, linewidth=2.2))
+    axis.set_anchor("N")
 
 
 def draw_rocs(path: Path, rocs: Mapping[str, Mapping[str, Roc]]) -> None:

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fcn_kernels import coreset_select
+from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
 from fcn_kernels.heads.facecoresetnet import CoresetAggregator
 
 Pooling = Callable[..., Any]
-OURS = "coreset (ours)"
+OURS, CLUSTERS = "coreset (ours)", "clusters (ours)"
 
 
 def split_norm(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,12 +43,26 @@ def best_quality(features: Tensor, quality: Tensor, *, cu_seqlens: Tensor) -> tu
     return features[rows], quality[rows]
 
 
+class Clusters(nn.Module):
+    """Cluster and Aggregate without styles: what it knows of an image is the norm of its embedding."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.head = ClusterAggregate(dim, style_dim=0)
+
+    def forward(self, features: Tensor, quality: Tensor, *, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """Descriptors and norms."""
+        fused = self.head(features, quality=quality, cu_seqlens=cu_seqlens)
+        return fused.descriptor, fused.norm
+
+
 def poolings(dim: int, k: int, gamma: float) -> dict[str, Pooling]:
     """All ways that the demo compares, by their names; k and gamma are the coreset's."""
     return {
         "average": average,
         "norm-weighted": norm_weighted,
         "best quality": best_quality,
+        CLUSTERS: Clusters(dim),
         OURS: CoresetAggregator(dim, k, gamma=gamma),
     }
 

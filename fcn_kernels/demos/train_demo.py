@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fcn_kernels.demos import digits, plots, repeatable
-from fcn_kernels.demos.poolings import OURS, Pooling, poolings, split_norm
+from fcn_kernels.demos.poolings import CLUSTERS, OURS, Pooling, poolings, split_norm
 from fcn_kernels.demos.templates import Templates, make_templates
 from fcn_kernels.evaluation.verification import FARS, Roc, roc
 from fcn_kernels.extras import require
@@ -67,7 +67,7 @@ class Trial(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
-    add("--out", type=Path, default=Path("train-demo"), help="folder for roc.png and picks.png (default: %(default)s)")
+    add("--out", type=Path, default=Path("train-demo"), help="folder for the pictures (default: %(default)s)")
     add("--seed", type=int, default=0, help="the same seed gives the same figures (default: %(default)s)")
     add("--k", type=int, default=3, help="size of a coreset (default: %(default)s)")
     add("--gamma", type=float, default=0.01, help="gamma before training (default: %(default)s)")
@@ -104,12 +104,14 @@ def demonstrate(args: argparse.Namespace) -> None:
     }
     for kind, curves in rocs.items():
         print(f"\n{kind} templates, {args.templates} probes x {args.templates} of the gallery")
-        print(f"{verification_table(curves)}\n{standing(curves)}")
+        print("\n".join([verification_table(curves), *(standing(curves, name) for name in (OURS, CLUSTERS))]))
     print("\n*: best; -: there are too few pairs to measure this FAR")
     plots.draw_rocs(args.out / "roc.png", rocs)
     drawn = {kind: picks_of(trained[OURS].net, trial.probes, args.device) for kind, trial in trials.items()}
     plots.draw_sheets(args.out / "picks.png", drawn)
-    print(f"pictures: {args.out / 'roc.png'}, {args.out / 'picks.png'}")
+    frames = {kind: frames_of(trained[CLUSTERS].net, trial.probes, args.device) for kind, trial in trials.items()}
+    plots.draw_frames(args.out / "clusters.png", frames)
+    print("pictures: " + ", ".join(str(args.out / f"{name}.png") for name in ("roc", "picks", "clusters")))
 
 
 def make_trials(held_out: digits.Digits, count: int) -> dict[str, Trial]:
@@ -187,16 +189,29 @@ def picks_of(net: TemplateNet, templates: Templates, device: str) -> list[plots.
     """The first templates of a dozen images or more, with what the coreset takes from them."""
     features, quality = split_norm(net.backbone(templates.images.to(device)))
     coreset = net.pooling(features, quality, cu_seqlens=templates.cu_seqlens.to(device)).coreset
+    return [
+        plots.Sheet(templates.images[rows], quality[rows].cpu(), coreset.indices[i, : coreset.counts[i]].cpu())
+        for i, rows in _drawn(templates).items()
+    ]
+
+
+@torch.no_grad()
+def frames_of(net: TemplateNet, templates: Templates, device: str) -> list[plots.Frames]:
+    """The same templates, with each image's share of the descriptor and the center that has most of it."""
+    frames = []
+    for rows in _drawn(templates).values():
+        features, quality = split_norm(net.backbone(templates.images[rows].to(device)))
+        weights = net.pooling.head(features, quality=quality, weights=True).weights
+        shares, _ = net.pooling.head.shares((features * quality[:, None])[None], None)
+        frames.append(plots.Frames(templates.images[rows], weights.cpu(), shares[0].argmax(-1).cpu()))
+    return frames
+
+
+def _drawn(templates: Templates) -> dict[int, slice]:
+    """The rows of the first templates of a dozen images or more, by number."""
     ends = templates.cu_seqlens.tolist()
     long = [i for i in range(len(templates.labels)) if ends[i + 1] - ends[i] >= 12][:TEMPLATES_DRAWN]
-    return [
-        plots.Sheet(
-            templates.images[ends[i] : ends[i + 1]],
-            quality[ends[i] : ends[i + 1]].cpu(),
-            coreset.indices[i, : coreset.counts[i]].cpu(),
-        )
-        for i in long
-    ]
+    return {i: slice(ends[i], ends[i + 1]) for i in long}
 
 
 def training_table(trained: Mapping[str, Trained], held_out: digits.Digits, device: str) -> str:
@@ -225,12 +240,12 @@ def verification_table(curves: Mapping[str, Roc]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def standing(curves: Mapping[str, Roc]) -> str:
-    """At which FARs the coreset beats every other way of pooling, and at which one of them is as good or better."""
-    rivals = [curve.tar_at(FARS) for name, curve in curves.items() if name != OURS]
+def standing(curves: Mapping[str, Roc], ours: str) -> str:
+    """At which FARs a way beats every other way of pooling, and at which one of them is as good or better."""
+    rivals = [curve.tar_at(FARS) for name, curve in curves.items() if name != ours]
     verdicts: dict[str, list[str]] = {"ahead": [], "level": [], "behind": []}
-    for far, tar, others in zip(FARS, curves[OURS].tar_at(FARS), zip(*rivals, strict=True), strict=True):
+    for far, tar, others in zip(FARS, curves[ours].tar_at(FARS), zip(*rivals, strict=True), strict=True):
         if not math.isnan(tar):
             verdict = "ahead" if tar > max(others) else "level" if tar == max(others) else "behind"
             verdicts[verdict].append(f"{far:.0e}")
-    return f"{OURS}: " + ", ".join(f"{verdict} at {' '.join(fars) or 'none'}" for verdict, fars in verdicts.items())
+    return f"{ours}: " + ", ".join(f"{verdict} at {' '.join(fars) or 'none'}" for verdict, fars in verdicts.items())

@@ -182,7 +182,7 @@ def _folded(count: int, dims: Problem, p: Problem) -> Problem | None:
         if values is None:
             return None
         every = values.unsqueeze(at).expand(*values.shape[:at], count, *values.shape[at:])
-        return (every if dim is None else values.movedim(dim, at)).flatten(at, at + 1)  # type: ignore[no-any-return]
+        return (every if dim is None else values.movedim(dim, at)).flatten(at, at + 1)
 
     features = fold("features")
     assert features is not None
