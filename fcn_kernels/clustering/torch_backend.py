@@ -1,12 +1,14 @@
 """Clustering in PyTorch's operations: the backend for CPUs and for float64, and the plain form to read first.
 
-Sets of equal length run side by side. A set's sums do not see its batch: matrix products of PyTorch's CPU libraries
-give a row the same bits wherever it stands if they get a multiple of 16 rows (measured: 4 and more on one thread, 12
-and more on two), and batched ones a matrix the same bits if its rows are a multiple of 4.
+Sets of equal length run side by side; chunks of all lengths go through the blocks as flat tokens, and only attention
+and sums are one call for each length (64 sets of 1 to 20 rows: 1.8 times as fast as length by length).
+
+A set's sums do not see its batch: matrix products of PyTorch's CPU libraries give a row the same bits wherever it
+stands if they get a multiple of 16 rows (measured: 4 and more on one thread, 12 and more on two), and batched ones a
+matrix the same bits if its rows are a multiple of 4.
 """
 
 from collections.abc import Iterator
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -263,39 +265,32 @@ class _Weights(NamedTuple):
         return cls(*(getattr(p, name)[block] for name in cls._fields))
 
 
-class _Block(NamedTuple):
-    """A block on the way, all that its backward pass takes. G chunks of t tokens, of which u attend.
+class _Heads(NamedTuple):
+    """Attention of one group of chunks on the way: G chunks of t tokens, of which u attend."""
 
-    What is not of heads lies flat, with rows after it that mean nothing (:class:`_Tokens`), until :meth:`apart`.
-    """
-
-    y: Tensor  # (G, t, d), the first LayerNorm
-    mean1: Tensor
-    rstd1: Tensor
     q: Tensor  # (G, heads, u, d / heads)
     k: Tensor  # (G, heads, t, d / heads)
     v: Tensor
     attended: Tensor  # (G, heads, u, d / heads)
     lse: Tensor
-    middle: Tensor  # (G, u, d), after attention
+
+
+class _Block(NamedTuple):
+    """A block on the way, all that its backward pass takes: T tokens, of which U attend, flat."""
+
+    y: Tensor  # (T, d), the first LayerNorm
+    mean1: Tensor
+    rstd1: Tensor
+    asking: Tensor  # (U, d), of y
+    heads: list[_Heads]
+    gathered: Tensor  # (U, d)
+    middle: Tensor  # (U, d), after attention
     y2: Tensor
     mean2: Tensor
     rstd2: Tensor
-    wide: Tensor  # (G, u, 4 d), before gelu
+    wide: Tensor  # (U, 4 d), before gelu
     active: Tensor
-    out: Tensor  # (G, u, d)
-
-    def apart(self) -> "_Block":
-        """By chunks, without the rows after them."""
-        (chunks, _, queries, _), length = self.q.shape, self.k.shape[2]
-        heads = ("q", "k", "v", "attended", "lse")
-        rows = dict.fromkeys(self._fields, queries) | dict.fromkeys(self._fields[:3], length)
-        return _Block(
-            *(
-                t if name in heads else t[: chunks * rows[name]].view(chunks, rows[name], -1)
-                for name, t in self._asdict().items()
-            )
-        )
+    out: Tensor  # (U, d)
 
 
 def _layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -316,7 +311,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return score.softmax(-1) @ v, score.logsumexp(-1)
 
 
-def _attend_gradient(grad: Tensor, b: _Block) -> tuple[Tensor, Tensor, Tensor]:
+def _attend_gradient(grad: Tensor, b: _Heads) -> tuple[Tensor, Tensor, Tensor]:
     if grad.device.type == "cpu":
         back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return back(grad, b.q, b.k, b.v, b.attended, b.lse, 0.0, False, scale=1.0)  # type: ignore[no-any-return]
@@ -325,136 +320,222 @@ def _attend_gradient(grad: Tensor, b: _Block) -> tuple[Tensor, Tensor, Tensor]:
     return score @ b.k, score.mT @ b.q, weight.mT @ grad
 
 
-class _Tokens:
-    """Tokens of G chunks, flat, with rows of 0 after them as the products want: so that no product has to copy them."""
+class _Part(NamedTuple):
+    """A group of chunks in a batch: where its tokens and rows begin there, and their number in each chunk."""
 
-    def __init__(self, like: Tensor, chunks: int, length: int, width: int) -> None:
-        rows = chunks * length
-        self.flat = like.new_empty(rows + -rows % PRODUCT_ROWS, width)
-        self.flat[rows:] = 0
-        self.sets = self.flat[:rows].view(chunks, length, width)
-        """(G, length, width), to be filled."""
+    group: _Group
+    tokens: slice
+    rows: slice
+    shape: tuple[int, int, int]  # G, n + M, n
+
+    def token_heads(self, flat: Tensor, parts: int, heads: int) -> Tensor:
+        """Flat (T, parts d) as (parts, G, heads, n + M, d / heads), a view."""
+        (chunks, length, _), width = self.shape, flat.shape[1] // parts // heads
+        return flat[self.tokens].view(chunks, length, parts, heads, width).permute(2, 0, 3, 1, 4)
+
+    def row_heads(self, flat: Tensor, heads: int) -> Tensor:
+        """Flat (R, d) as (G, heads, n, d / heads), a view."""
+        chunks, _, n = self.shape
+        return flat[self.rows].view(chunks, n, heads, -1).transpose(1, 2)
+
+    def of_rows(self, flat: Tensor) -> Tensor:
+        """Flat (R, ...) as (G, n, ...), a view."""
+        chunks, _, n = self.shape
+        return flat[self.rows].view(chunks, n, *flat.shape[1:])
+
+
+class _Batch(NamedTuple):
+    """Groups of chunks that go through the blocks together: their tokens lie flat, group after group.
+
+    Only attention and sums are a group's own; all else is one call for all. Flat tensors have as many rows as products
+    want, 16 at a time; those past the end are copies of others, or 0, and nothing is read of them.
+    """
+
+    parts: list[_Part]
+    row_at: Tensor  # (R,), the flat tokens that are rows
+    center_at: Tensor  # (P M,), those that are centers
+    rows: Tensor  # (R,), where rows lie among all
+    hidden: Tensor  # (T,), where tokens lie among those kept
+    chunk: Tensor  # (T,), of each token
 
     @classmethod
-    def of(cls, values: Tensor) -> "_Tokens":
-        """A copy of values (G, length, ...), of which what follows lies flat."""
-        tokens = cls(values, values.shape[0], values.shape[1], values[0, 0].numel())
-        tokens.sets.view(values.shape).copy_(values)
-        return tokens
+    def of(cls, groups: list[tuple[_Group, _Group]], centers: int) -> "_Batch":
+        """Groups of rows, and the same of tokens."""
+        parts, row_at, center_at, tokens_seen, rows_seen = [], [], [], 0, 0
+        for group, kept in groups:
+            (chunks, n), length = group.places.shape, kept.places.shape[1]
+            tokens, rows = chunks * length, chunks * n
+            at = torch.arange(tokens_seen, tokens_seen + tokens, device=group.places.device).view(chunks, length)
+            row_at.append(at[:, :n].flatten())
+            center_at.append(at[:, n:].flatten())
+            spans = slice(tokens_seen, tokens_seen + tokens), slice(rows_seen, rows_seen + rows)
+            parts.append(_Part(group, *spans, (chunks, length, n)))
+            tokens_seen, rows_seen = tokens_seen + tokens, rows_seen + rows
+        return cls(
+            parts,
+            torch.cat(row_at),
+            torch.cat(center_at),
+            torch.cat([group.places.flatten() for group, _ in groups]),
+            torch.cat([kept.places.flatten() for _, kept in groups]),
+            torch.cat([group.sets.repeat_interleave(kept.places.shape[1]) for group, kept in groups]),
+        )
 
 
-def _run_block(h: Tensor, w: _Weights, heads: int, shape: tuple[int, int, int], factor: Tensor | None) -> _Block:
-    """Tokens, flat, of G chunks of t (:class:`_Tokens`) through a block; what becomes of the first u of each chunk."""
-    chunks, length, queries = shape
-    d, whole = h.shape[-1], queries == length
+def _batches(offsets: Tensor, lengths: Tensor, centers: int) -> Iterator[_Batch]:
+    """Chunks with rows, in batches of about GROUP_ROWS."""
+    waiting: list[tuple[_Group, _Group]] = []
+    size = 0
+    for group, kept in zip(_groups(offsets, lengths), _groups(offsets, lengths, centers), strict=True):
+        if waiting and size + group.places.numel() > GROUP_ROWS:
+            yield _Batch.of(waiting, centers)
+            waiting, size = [], 0
+        waiting.append((group, kept))
+        size += group.places.numel()
+    if waiting:
+        yield _Batch.of(waiting, centers)
 
-    def sets(flat: Tensor, rows: int = queries) -> Tensor:
-        return flat[: chunks * rows].view(chunks, rows, -1)
 
-    def heads_of(flat: Tensor, rows: int, parts: int) -> Any:
-        return sets(flat, rows).unflatten(-1, (parts, heads, d // heads)).permute(2, 0, 3, 1, 4).unbind()
+def _flat(like: Tensor, rows: int, width: int) -> Tensor:
+    """Room for rows (rows and more, width), with 0 past the end."""
+    flat = like.new_empty(rows + -rows % PRODUCT_ROWS, width)
+    flat[rows:] = 0
+    return flat
 
+
+def _taken(values: Tensor, at: Tensor) -> Tensor:
+    """Rows of values at places (n,), and more of them as products want."""
+    short = -at.shape[0] % PRODUCT_ROWS
+    return values[F.pad(at, (0, short)) if short else at]
+
+
+def _run_block(h: Tensor, w: _Weights, heads: int, batch: _Batch, last: bool, factor: Tensor | None) -> _Block:
+    """Flat tokens through a block; of the last one, only what becomes of the rows."""
+    d = h.shape[1]
     y, mean1, rstd1 = _layer_norm(h)
-    if whole:
-        q, k, v = heads_of(F.linear(y, w.qkv_weight, w.qkv_bias), length, 3)
+    asking, found = y, []
+    if last:  # what the last block makes of the centers is dropped
+        asking, h = _taken(y, batch.row_at), _taken(h, batch.row_at)
+        q, kv = F.linear(asking, w.qkv_weight[:d], w.qkv_bias[:d]), F.linear(y, w.qkv_weight[d:], w.qkv_bias[d:])
     else:
-        asking = _Tokens.of(sets(y, length)[:, :queries]).flat
-        (q,) = heads_of(F.linear(asking, w.qkv_weight[:d], w.qkv_bias[:d]), queries, 1)
-        k, v = heads_of(F.linear(y, w.qkv_weight[d:], w.qkv_bias[d:]), length, 2)
-        h = _Tokens.of(sets(h, length)[:, :queries]).flat
-    attended, lse = _attend(q, k, v)
-    added = F.linear(_Tokens.of(attended.transpose(1, 2)).flat, w.proj_weight, w.proj_bias)
-    middle = _scaled(added, factor, 0, queries).add_(h)
+        qkv = F.linear(y, w.qkv_weight, w.qkv_bias)
+    gathered = _flat(y, (batch.row_at if last else batch.hidden).shape[0], d)
+    for part in batch.parts:
+        if last:
+            each = (part.row_heads(q, heads), *part.token_heads(kv, 2, heads))
+        else:
+            each = tuple(part.token_heads(qkv, 3, heads))
+        found.append(_Heads._make((*each, *_attend(*each))))
+        place = part.row_heads(gathered, heads) if last else part.token_heads(gathered, 1, heads)[0]
+        place.copy_(found[-1].attended)
+    middle = _scaled(F.linear(gathered, w.proj_weight, w.proj_bias), factor, 0).add_(h)
     y2, mean2, rstd2 = _layer_norm(middle)
     wide = F.linear(y2, w.fc1_weight, w.fc1_bias)
     active = F.gelu(wide)
-    out = _scaled(F.linear(active, w.fc2_weight, w.fc2_bias), factor, 1, queries).add_(middle)
-    return _Block(y, mean1, rstd1, q, k, v, attended, lse, middle, y2, mean2, rstd2, wide, active, out)
+    out = _scaled(F.linear(active, w.fc2_weight, w.fc2_bias), factor, 1).add_(middle)
+    return _Block(y, mean1, rstd1, asking, found, gathered, middle, y2, mean2, rstd2, wide, active, out)
 
 
-def _scaled(added: Tensor, factor: Tensor | None, part: int, queries: int) -> Tensor:
-    """What a part of a block adds to flat tokens, by the factors (G, 2) of their chunks."""
-    if factor is None:
-        return added
-    rows = factor[:, part].repeat_interleave(queries)
-    return added * F.pad(rows, (0, added.shape[0] - rows.shape[0]))[:, None]
+def _scaled(added: Tensor, factor: Tensor | None, part: int) -> Tensor:
+    """What a part of a block adds to flat tokens, by their factors (2, U)."""
+    return added if factor is None else added * factor[part, :, None]
 
 
-def _block_gradient(grad: Tensor, h: Tensor, b: _Block, w: _Weights, sums: _Weights, factor: Tensor | None) -> Tensor:
-    """Gradient (G, t, d) of a block's tokens from that of its output; those of the weights are added to `sums`."""
-    queries = grad.shape[1]
+def _block_gradient(
+    grad: Tensor,
+    h: Tensor,
+    b: _Block,
+    w: _Weights,
+    sums: _Weights,
+    batch: _Batch,
+    last: bool,
+    factor: Tensor | None,
+) -> Tensor:
+    """Gradient of a block's flat tokens from that of its output; those of the weights are added to `sums`."""
 
     def through(dy: Tensor, x: Tensor, weight: Tensor, dweight: Tensor, dbias: Tensor) -> Tensor:
-        dweight.add_(dy.flatten(0, 1).mT @ x.flatten(0, 1))
-        dbias.add_(dy.sum((0, 1)))
+        dweight.add_(dy.mT @ x)
+        dbias.add_(dy.sum(0))
         return dy @ weight
 
-    down = grad if factor is None else grad * factor[:, 1, None, None]
-    dactive = through(down, b.active, w.fc2_weight, sums.fc2_weight, sums.fc2_bias)
+    dactive = through(_scaled(grad, factor, 1), b.active, w.fc2_weight, sums.fc2_weight, sums.fc2_bias)
     dwide = torch.ops.aten.gelu_backward(dactive, b.wide)
     dy2 = through(dwide, b.y2, w.fc1_weight, sums.fc1_weight, sums.fc1_bias)
     dmiddle = grad + _layer_norm_gradient(dy2, b.middle, b.mean2, b.rstd2)
-    down = dmiddle if factor is None else dmiddle * factor[:, 0, None, None]
-    gathered = b.attended.transpose(1, 2).flatten(2)
-    dgathered = through(down, gathered, w.proj_weight, sums.proj_weight, sums.proj_bias)
-    heads = b.q.shape[1]
-    dq, dk, dv = _attend_gradient(dgathered.unflatten(-1, (heads, -1)).transpose(1, 2), b)
-    d = h.shape[-1]
-    dq, dk, dv = (t.transpose(1, 2).flatten(2) for t in (dq, dk, dv))
-    dy = through(torch.cat([dk, dv], -1), b.y, w.qkv_weight[d:], sums.qkv_weight[d:], sums.qkv_bias[d:])
-    dy[:, :queries] += through(dq, b.y[:, :queries], w.qkv_weight[:d], sums.qkv_weight[:d], sums.qkv_bias[:d])
+    down = _scaled(dmiddle, factor, 0)
+    dgathered = through(down, b.gathered, w.proj_weight, sums.proj_weight, sums.proj_bias)
+    heads, d, tokens, rows = b.heads[0].q.shape[1], h.shape[1], batch.hidden.shape[0], batch.row_at.shape[0]
+    dqkv, dasking = _flat(h, tokens, (2 if last else 3) * d), _flat(h, rows, d)
+    for part, each in zip(batch.parts, b.heads, strict=True):
+        arrived = part.row_heads(dgathered, heads) if last else part.token_heads(dgathered, 1, heads)[0]
+        dq, *dkv = _attend_gradient(arrived, each)
+        if last:
+            part.row_heads(dasking, heads).copy_(dq)
+        places = part.token_heads(dqkv, 2 if last else 3, heads)
+        for place, value in zip(places, dkv if last else (dq, *dkv), strict=True):
+            place.copy_(value)
+    if not last:
+        dy = through(dqkv, b.y, w.qkv_weight, sums.qkv_weight, sums.qkv_bias)
+        return _layer_norm_gradient(dy, h, b.mean1, b.rstd1) + dmiddle
+    dy = through(dqkv, b.y, w.qkv_weight[d:], sums.qkv_weight[d:], sums.qkv_bias[d:])
+    asked = through(dasking, b.asking, w.qkv_weight[:d], sums.qkv_weight[:d], sums.qkv_bias[:d])
+    dy[batch.row_at] += asked[:rows]
     dh = _layer_norm_gradient(dy, h, b.mean1, b.rstd1)
-    dh[:, :queries] += dmiddle
+    dh[batch.row_at] += dmiddle[:rows]
     return dh
 
 
-def _tokens(p: Chunks, rows: _Rows, group: _Group) -> _Tokens:
-    """(G, n + M, d): what goes into the first block."""
-    (centers, d), (chunks, n) = p.tokens.shape, group.places.shape
-    h = _Tokens(p.tokens, chunks, n + centers, d)
-    h.sets[:, :n, d - p.table.shape[1] :] = p.table[norm_codes(group.rows(rows.norms), p.edges)]
-    if rows.styles is not None:
-        h.sets[:, :n, : rows.styles.shape[1]] = group.rows(rows.styles)
-    h.sets[:, n:] = p.tokens
+def _tokens(p: Chunks, rows: _Rows, batch: _Batch) -> Tensor:
+    """Flat tokens: what goes into the first block."""
+    (centers, d), count = p.tokens.shape, batch.hidden.shape[0]
+    h = _flat(p.tokens, count, d)
+    made = p.table[norm_codes(rows.norms[batch.rows], p.edges)]
+    h[batch.row_at] = made if rows.styles is None else torch.cat([rows.styles[batch.rows], made], -1)
+    h[batch.center_at] = p.tokens.repeat(len(batch.center_at) // centers, 1)
     return h
 
 
-def _factor(p: Chunks, block: int, group: _Group) -> Tensor | None:
-    """(G, 2)"""
-    return None if p.residual is None else p.residual[block, :, group.sets].mT
+def _factor(p: Chunks, block: int, batch: _Batch) -> Tensor | None:
+    """(2, U), of the flat tokens, or of the rows in the last block."""
+    if p.residual is None:
+        return None
+    chunk = batch.chunk[batch.row_at] if block == p.depth - 1 else batch.chunk
+    return _taken(p.residual[block].mT, chunk).mT
 
 
 def chunks_forward(p: Chunks, keep: bool) -> Clustered:
-    """A group of chunks of equal length at a time, through everything."""
-    rows, centers = _rows(p), p.tokens.shape[0]
+    """A batch of chunks at a time, through everything."""
+    rows = _rows(p)
     offsets, lengths = rows.taking.offsets, rows.taking.lengths
     out = Clustered(*(torch.zeros_like(t) for t in Clustered.empty(p, keep)))
-    shares = p.tokens.new_zeros(rows.norms.shape[0], centers)
-    kept = _groups(offsets, lengths, centers) if keep else repeat(None)
-    for group, tokens in zip(_groups(offsets, lengths), kept, strict=keep):
-        h, (chunks, n) = _tokens(p, rows, group).flat, group.places.shape
-        queries = n + centers
+    shares = p.tokens.new_zeros(rows.norms.shape[0], p.tokens.shape[0])
+    for batch in _batches(offsets, lengths, p.tokens.shape[0]):
+        h = _tokens(p, rows, batch)
         for block in range(p.depth):
-            queries = n if block == p.depth - 1 else n + centers  # what the last block makes of the centers is dropped
-            shape = (chunks, n + centers, queries)
-            h = _run_block(h, _Weights.of(p, block), p.heads, shape, _factor(p, block, group)).out
-            if tokens is not None:
-                made = h[: chunks * queries].view(chunks, queries, -1)
-                tokens.put(out.hidden[block], F.pad(made, (0, 0, 0, n + centers - queries)))
-        x_hat = _layer_norm(h[: chunks * queries].view(chunks, queries, -1)[:, :n])[0]
-        a = linear(x_hat, p.weight, p.bias).softmax(-1)
-        scaled = a * group.rows(rows.scale)[..., None]
-        out.sums[group.sets] = _sum(scaled, group.rows(rows.features).to(a.dtype))
-        out.key_sums[group.sets] = _sum(a, x_hat)
-        out.masses[group.sets] = _masses(a)
-        group.put(shares, a)
+            last = block == p.depth - 1
+            h = _run_block(h, _Weights.of(p, block), p.heads, batch, last, _factor(p, block, batch)).out
+            if keep:
+                at = batch.hidden[batch.row_at] if last else batch.hidden
+                out.hidden[block][at] = h[: len(at)]
+        x_hat = _layer_norm(h if p.depth else _taken(h, batch.row_at))[0]
+        a = F.linear(x_hat, p.weight, p.bias).softmax(-1)
+        scaled = _scale_rows(a, rows.scale[batch.rows])
+        for part in batch.parts:
+            group, share = part.group, part.of_rows(a)
+            out.sums[group.sets] = _sum(part.of_rows(scaled), group.rows(rows.features).to(a.dtype))
+            out.key_sums[group.sets] = _sum(share, part.of_rows(x_hat))
+            out.masses[group.sets] = _masses(share)
+        shares[batch.rows] = a[: len(batch.rows)]
     return out._replace(shares=rows.taking.spread(shares, p.features.shape[0]), counts=lengths.clone())
+
+
+def _scale_rows(a: Tensor, scale: Tensor) -> Tensor:
+    """Flat rows times their scale (R,)."""
+    return a * F.pad(scale, (0, a.shape[0] - scale.shape[0]))[:, None]
 
 
 def chunks_backward(p: Chunks, grad: Summed, out: Clustered, wanted: bool) -> ChunksGradients:
     """Blocks again from their inputs, one at a time, last to first. Not `wanted`: the features are frozen."""
     rows, centers = _rows(p), p.tokens.shape[0]
-    offsets, lengths = rows.taking.offsets, rows.taking.lengths
     none = p.tokens.new_empty(0)
     found = ChunksGradients(
         torch.zeros_like(rows.features) if wanted else rows.features.new_empty(0),
@@ -462,43 +543,53 @@ def chunks_backward(p: Chunks, grad: Summed, out: Clustered, wanted: bool) -> Ch
         none if rows.styles is None else torch.zeros_like(rows.styles),
         *(torch.zeros_like(getattr(p, name)) for name in ChunksGradients._fields[3:]),
     )
-    for group, tokens in zip(_groups(offsets, lengths), _groups(offsets, lengths, centers), strict=True):
-        n = group.places.shape[1]
-        inputs = [_tokens(p, rows, group).sets, *(tokens.rows(hidden) for hidden in out.hidden[: p.depth])]
-        dh = _shares_backward(p, rows, group, inputs[-1][:, :n], Summed(*(t[group.sets] for t in grad)), found)
+    for batch in _batches(rows.taking.offsets, rows.taking.lengths, centers):
+        first = _tokens(p, rows, batch)
+        made = _taken(out.hidden[-1], batch.hidden[batch.row_at]) if p.depth else _taken(first, batch.row_at)
+        dh = _shares_backward(p, rows, batch, made, grad, found)
         for block in reversed(range(p.depth)):
-            h, w, factor = inputs[block], _Weights.of(p, block), _factor(p, block, group)
-            made = _run_block(_Tokens.of(h).flat, w, p.heads, (*h.shape[:2], dh.shape[1]), factor).apart()
-            dh = _block_gradient(dh, h, made, w, _Weights.of(found, block), factor)
+            h = _taken(out.hidden[block - 1], batch.hidden) if block else first
+            w, factor, last = _Weights.of(p, block), _factor(p, block, batch), block == p.depth - 1
+            again = _run_block(h, w, p.heads, batch, last, factor)
+            dh = _block_gradient(dh, h, again, w, _Weights.of(found, block), batch, last, factor)
         if p.depth:
-            found.tokens.add_(dh[:, n:].sum(0))
-        width = dh.shape[-1] - p.table.shape[1]
-        codes = norm_codes(group.rows(rows.norms), p.edges).flatten()
-        found.table.add_(F.one_hot(codes, CODES).to(dh.dtype).mT @ dh[:, :n, width:].flatten(0, 1))
+            found.tokens.add_(dh[batch.center_at].unflatten(0, (-1, centers)).sum(0))
+        of_rows = dh[batch.row_at] if p.depth else dh[: len(batch.rows)]
+        width = dh.shape[1] - p.table.shape[1]
+        codes = norm_codes(rows.norms[batch.rows], p.edges)
+        found.table.add_(F.one_hot(codes, CODES).to(dh.dtype).mT @ of_rows[:, width:])
         if rows.styles is not None:
-            group.put(found.styles, dh[:, :n, :width])
+            found.styles[batch.rows] = of_rows[:, :width].to(found.styles.dtype)
     return found._replace(**_spread(p, found, rows.taking, p.features.shape[0], wanted))
 
 
 def _shares_backward(
-    p: Chunks, rows: _Rows, group: _Group, last: Tensor, grad: Summed, found: ChunksGradients
+    p: Chunks, rows: _Rows, batch: _Batch, last: Tensor, grad: Summed, found: ChunksGradients
 ) -> Tensor:
-    """From the sums' gradients to that of the last tokens (G, n, d); and all others on the way."""
+    """From the sums' gradients to that of the rows' last tokens, flat; and all others on the way."""
     x_hat, mean, rstd = _layer_norm(last)
-    a = linear(x_hat, p.weight, p.bias).softmax(-1)
-    x, norms, scale = (group.rows(t) for t in (rows.features, rows.norms, rows.scale))
-    x = x.to(a.dtype)
-    da, reach = _shares_gradient(grad, x, x_hat, scale)
+    a = F.linear(x_hat, p.weight, p.bias).softmax(-1)
+    scale, norms = rows.scale[batch.rows], rows.norms[batch.rows]
+    da, reach, dx_hat = torch.zeros_like(a), torch.zeros_like(a), torch.zeros_like(x_hat)
+    for part in batch.parts:
+        arriving = Summed(*(t[part.group.sets] for t in grad))
+        x = part.group.rows(rows.features).to(a.dtype)
+        each, reached = _shares_gradient(arriving, x, part.of_rows(x_hat), part.of_rows(scale))
+        part.of_rows(da).copy_(each)
+        part.of_rows(reach).copy_(reached)
+        part.of_rows(dx_hat).copy_(part.of_rows(a) @ arriving.key_sums)
     dz = _softmax_gradient(a, da)
-    found.weight.add_(dz.flatten(0, 1).mT @ x_hat.flatten(0, 1))
-    found.bias.add_(dz.sum((0, 1)))
-    dscale, denominator = (a * reach).sum(-1), norms + EPS_NORM
+    found.weight.add_(dz.mT @ x_hat)
+    found.bias.add_(dz.sum(0))
+    dscale, denominator = (a * reach).sum(-1)[: len(norms)], norms + EPS_NORM
     if p.quality is not None:
-        group.put(found.quality, dscale * EPS_NORM / denominator.square())
+        found.quality[batch.rows] = dscale * EPS_NORM / denominator.square()
     if found.features.numel():
-        dx = (a * scale[..., None]) @ grad.sums
-        if p.quality is None:
-            along = dscale / (denominator.square() * torch.where(norms > 0, norms, 1))
-            dx = dx - x * along[..., None]
-        group.put(found.features, dx)
-    return _layer_norm_gradient(dz @ p.weight + a @ grad.key_sums, last, mean, rstd)
+        along = dscale / (denominator.square() * torch.where(norms > 0, norms, 1))
+        scaled = _scale_rows(a, scale)
+        for part in batch.parts:
+            dx = part.of_rows(scaled) @ grad.sums[part.group.sets]
+            if p.quality is None:
+                dx = dx - part.group.rows(rows.features).to(a.dtype) * part.of_rows(along)[..., None]
+            part.group.put(found.features, dx)
+    return _layer_norm_gradient(dz @ p.weight + dx_hat, last, mean, rstd)
