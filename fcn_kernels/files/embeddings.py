@@ -103,6 +103,27 @@ def read(paths: Sequence[Path], keys: Keys, scratch: Scratch) -> Embeddings:
     return Embeddings(features, ids, quality, source, styles)
 
 
+def read_rows(path: Path, keys: Keys, scratch: Scratch) -> tuple[Tensor, Tensor | None]:
+    """Features (T, C), mapped, and quality (T,) or None, of one file: of named columns, or an .npy of features alone.
+
+    Raises:
+        InputError: as :func:`read`.
+        ImportError: a package that the format needs is not installed.
+    """
+    if suffix_of(path) == ".npy" and load_npy(path).dtype.names is None:
+        columns: Columns = {keys.features: partial(load_npy, path)}
+    else:
+        with reading(path):
+            columns = format_of(path).open(path, scratch)
+    features = _features(columns, keys.features, str(path), scratch)
+    if keys.quality is None and "quality" not in columns:
+        return features, None
+    quality = _quality(columns, keys.quality or "quality", str(path))
+    if len(quality) != len(features):
+        raise InputError(f"{path}: expected a quality for each of {len(features)} rows, got {len(quality)}")
+    return features, quality
+
+
 def _several(paths: Sequence[Path], keys: Keys) -> tuple[Columns, Keys]:
     """FEATURES.npy IDS.npy [QUALITY.npy], or FEATURES.npy TABLE.csv: their columns and what they are called."""
     features, *others = paths

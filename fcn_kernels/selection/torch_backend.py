@@ -181,7 +181,7 @@ class _Rows:
 
     def products(self, vectors: Tensor) -> Tensor:
         """x_n . v for each set's own v (G, C), (G, n). Equal rows give equal bits, wherever they lie."""
-        return _joined([_dot_products(rows, vectors) for _, rows in self.blocks()])
+        return _joined([row_products(rows, vectors) for _, rows in self.blocks()])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """sum_n weights(n) x_n, (G, n) -> (G, C)."""
@@ -192,20 +192,24 @@ class _Rows:
         return self.raw[self.each, places].to(self.dtype)
 
 
-def _dot_products(rows: Tensor, vectors: Tensor) -> Tensor:
-    """rows (G, n, C) . vectors (G, C) -> (G, n), each row by itself.
-
-    A matrix product adds up the last rows of a block otherwise than the rest. On a CPU an embedding bag's gradient of
-    its weights is such products, made in one read; the plain form reads and writes the rows once more.
-    """
+def row_products(rows: Tensor, vectors: Tensor) -> Tensor:
+    """rows (G, n, C) . vectors (G, C) -> (G, n), each row by itself."""
     if not rows.is_cpu or not rows.numel():
         return (rows * vectors[:, None]).sum(-1)
     number = torch.arange(len(rows) * rows.shape[1])
-    row_set = number // rows.shape[1]
+    return pair_products(rows.flatten(0, 1), vectors, number, number // rows.shape[1]).view(rows.shape[:2])
+
+
+def pair_products(rows: Tensor, vectors: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """rows_i . vectors_j of rows (n, C) and vectors (m, C) on a CPU, for places i, j (P,): each pair by itself.
+
+    A matrix product adds up the last rows of a block otherwise than the rest. An embedding bag's gradient of its
+    weights is such products, made in one read; the plain form reads and writes the rows once more.
+    """
     along: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        vectors, rows.flatten(0, 1), number, offsets=row_set[:0], offset2bag=row_set, mode=0
+        vectors, rows, i, offsets=j[:0], offset2bag=j, mode=0
     )
-    return along.view(rows.shape[:2])
+    return along
 
 
 def _joined(blocks: list[Tensor]) -> Tensor:
@@ -226,7 +230,7 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
         allowed &= (in_range & allowed.gather(1, first[:, None])[:, 0])[:, None]
     counts = allowed.sum(-1).clamp(max=p.k)
     open_to = allowed.clone() if p.distinct else allowed  # the rows that may be picked next
-    weight, exponent = _weights(p, quality, allowed)
+    weight, exponent = weights_of(p, quality, allowed)
     x = _Rows(group.raw, allowed)
 
     gap, logits, shift = None, quality, None
@@ -237,7 +241,7 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
         pick = _argmax(scores, open_to) if step or first is None else first
         picks.append(pick)
         rows.append(x.take(pick[:, None])[:, 0])
-        distances.append(_reported(logits.gather(1, pick[:, None]), shift) if step else norms.new_full((), math.inf))
+        distances.append(reported(logits.gather(1, pick[:, None]), shift) if step else norms.new_full((), math.inf))
         if out.kept:
             soft = _softmax(scores, shift, float(p.tau)) * (step < counts)[:, None]
             group.put(soft, out.kept[0][step])
@@ -269,7 +273,7 @@ def _given_start(p: Problem, group: _Group) -> tuple[Tensor, Tensor]:
     return torch.where(in_range, first, 0), in_range
 
 
-def _weights(p: Problem, quality: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor | None]:
+def weights_of(p: Problem, quality: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor | None]:
     """s q^gamma / 2^E (G, n), and E (G, 1) or None: E is 0 unless a set's weights leave 2^-64 to 2^64.
 
     Dividing a set's weights by one number changes no pick. With noise, which has a scale of its own, small weights are
@@ -328,7 +332,7 @@ def _shifted(values: Tensor, shift: Tensor | None) -> Tensor:
     return wide.nan_to_num(0.0, math.inf, -math.inf).clamp(max=largest).to(values.dtype)
 
 
-def _reported(distances: Tensor, shift: Tensor | None) -> Tensor:
+def reported(distances: Tensor, shift: Tensor | None) -> Tensor:
     """Distances in units of 1; 0 for those that are no normal number in units of 2^shift."""
     if shift is None:
         return distances
@@ -384,7 +388,7 @@ def _differentiate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Te
     if not p.normalized:
         units = units / pick_norms[..., None]
     shares = _shares(gaps)
-    weight, exponent = _weights(p, quality, allowed)
+    weight, exponent = weights_of(p, quality, allowed)
     weight = _shifted(weight, None if exponent is None else exponent.clamp(max=LARGEST_GRADIENT_EXPONENT))
     gamma = float(p.gamma)
     if not math.isfinite(gamma):

@@ -1,0 +1,165 @@
+"""`python -m fcn_kernels select`: the few rows of a file that are good and different, of a file of any size."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fcn_kernels.cli.arguments import EXIT_STATUS, add_max_unpacked, at_least_one, finite, run_to_status
+from fcn_kernels.extras import require
+from fcn_kernels.files.checkpoint import load_checkpoint
+from fcn_kernels.files.embeddings import Keys, read_rows
+from fcn_kernels.files.formats import EXTRA, InputError, Scratch, format_of, reading
+from fcn_kernels.files.output import check_output, replacing
+from fcn_kernels.selection.out_of_core import Known, Picker
+from fcn_kernels.sets import accumulator
+
+SAVE_SECONDS = 20.0  # between states
+ABOUT = f"""
+Picked is the row of best quality, then repeatedly the row n that is farthest from all picks:
+  distance  q_n^gamma (1 - cosine to the nearest pick)
+With gamma 0, the default, that is k-center-greedy (farthest-point) sampling on unit rows. Rows that are NaN, infinite
+or zero, or whose quality is not above 0, are never picked. The picks are those of coreset_select on the whole file.
+
+INPUT is an .npy of rows (T, C), or has a column of them: .npz, .pt, .safetensors, .parquet, as `aggregate` reads them.
+It may be larger than memory. It is read once in order, and then, for each pick, only those rows that could still win:
+a few more passes in all. In memory are 20 bytes a row. --labelled FILE has rows that are chosen already, in the same
+columns: distances begin as those to them, and the first pick is the farthest.
+
+OUTPUT has picks (K,), row numbers from 0; and distances (K,), how far each was when it was picked. Printed is the
+covering radius too: how far the farthest row is from all that are chosen. OUTPUT.state is there while the run is not
+finished, and --resume goes on from it, to the same picks. Both appear whole, or not at all.
+
+{EXIT_STATUS}
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = ABOUT
+    add = parser.add_argument
+    add("input", type=Path, metavar="INPUT", help="a file of rows")
+    add("--k", type=at_least_one, required=True, help="rows to pick")
+    add("--out", type=Path, required=True, metavar="OUTPUT", help=".npz, .npy, .pt, .safetensors or .parquet")
+    add("--overwrite", action="store_true", help="replace OUTPUT if it is there")
+    add("--resume", action="store_true", help="go on from OUTPUT.state")
+    add("--labelled", type=Path, metavar="FILE", help="rows that are chosen already")
+    add("--gamma", type=finite, default=0.0, help="exponent of the quality (default: %(default)s)")
+    add("--start", type=int, metavar="ROW", help="first pick (default: the row of best quality)")
+    add("--features", metavar="KEY", default=Keys().features, help="name of that column (default: %(default)s)")
+    add("--quality", metavar="KEY", help="name of that column (default: quality if there is one, else the norms)")
+    add_max_unpacked(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, pick, write; returns the exit status that the help promises."""
+    return run_to_status("select", partial(run_checked, args), f"--resume goes on from {state_path(args.out)}")
+
+
+def run_checked(args: argparse.Namespace) -> str:
+    """What :func:`run` does, with errors raised; returns a summary."""
+    write = format_of(args.out)
+    for package in (*write.packages, "numpy", "tqdm"):
+        require(package, EXTRA)
+    inputs = [path for path in (args.input, args.labelled) if path]
+    check_output(args.out, inputs, args.overwrite)
+    check_output(state_path(args.out), inputs, overwrite=True)
+    if state_path(args.out).exists() and not (args.resume or args.overwrite):
+        raise InputError(f"{state_path(args.out)}: is of an unfinished run; --resume goes on, --overwrite starts anew")
+    scratch, keys = Scratch(args.out.absolute().parent, args.max_unpacked), Keys(args.features, quality=args.quality)
+    rows, quality = read_rows(args.input, keys, scratch)
+    anchors = None if args.labelled is None else _anchors(args.labelled, keys, scratch, rows)
+    if not rows.is_floating_point():
+        raise InputError(f"{args.input}: expected floating-point rows, got {rows.dtype}")
+    if args.start is not None and not 0 <= args.start < len(rows):
+        raise InputError(f"--start {args.start}: expected a row of {args.input}, 0 to {len(rows) - 1}")
+    fixed = {
+        "rows": list(rows.shape),
+        "dtype": str(rows.dtype),
+        "size": args.input.stat().st_size,
+        "modified": args.input.stat().st_mtime_ns,
+        "labelled": 0 if anchors is None else float(anchors.double().sum()),
+        "gamma": args.gamma,
+        "start": args.start,
+        "quality": None if quality is None else float(quality.sum()),
+    }
+    known = _saved(args, fixed) if args.resume else None
+    picker, read = _pick(args, rows, quality, anchors, known, fixed)
+    if not len(picker.known.picks):
+        raise InputError(f"{args.input}: no row can be picked, or not the one that --start names")
+    arrays = {"picks": picker.known.picks.numpy(), "distances": picker.known.distances.numpy()}
+    with replacing(args.out, args.overwrite) as file:
+        write.write(file, arrays)
+    state_path(args.out).unlink(missing_ok=True)
+    return (
+        f"{args.out}: {len(picker.known.picks)} of {len(rows)} rows, covering radius {picker.radius():.6g}; "
+        f"read {read / len(rows):.2f} times"
+    )
+
+
+def _pick(
+    args: argparse.Namespace, rows: Tensor, quality: Tensor | None, anchors: Tensor | None, known: Known | None,
+    fixed: dict[str, Any],
+) -> tuple[Picker, int]:  # fmt: skip
+    """Make the picks, saving a state now and then; also how many rows were read."""
+    read, last = 0, time.monotonic()
+    done = 0 if known is None else len(known.picks)
+    with require("tqdm", EXTRA).tqdm(total=args.k, initial=done, desc="picking", unit="pick") as bar:
+
+        def progress(count: int) -> None:
+            nonlocal read
+            read += count
+            bar.set_postfix(read=f"{read / max(1, len(rows)):.2f}x", refresh=False)
+
+        picker = Picker(rows, quality, args.gamma, anchors, args.start, known, progress)
+        _save(args, picker, fixed)
+        while len(picker.known.picks) < args.k and picker.pick():
+            bar.update()
+            if time.monotonic() - last > SAVE_SECONDS:
+                _save(args, picker, fixed)
+                last = time.monotonic()
+    return picker, read
+
+
+def _anchors(path: Path, keys: Keys, scratch: Scratch, rows: Tensor) -> Tensor:
+    anchors, _ = read_rows(path, keys, scratch)
+    if anchors.shape[1] != rows.shape[1]:
+        raise InputError(f"{path}: expected rows of {rows.shape[1]} columns, as in the input, got {anchors.shape[1]}")
+    anchors = anchors.to(accumulator(rows.dtype))
+    norms = torch.linalg.vector_norm(anchors, dim=1)
+    bad = ~((norms > 0) & norms.isfinite())
+    if bad.any():
+        raise InputError(f"{path}: row {int(bad.int().argmax())}: is not finite, or zero")
+    return anchors
+
+
+def state_path(out: Path) -> Path:
+    """Where an unfinished run keeps what it goes on from."""
+    return out.with_name(out.name + ".state")
+
+
+def _save(args: argparse.Namespace, picker: Picker, fixed: dict[str, Any]) -> None:
+    with replacing(state_path(args.out), overwrite=True) as file:
+        torch.save(picker.known._asdict() | {"fixed": fixed}, file)
+
+
+def _saved(args: argparse.Namespace, fixed: dict[str, Any]) -> Known:
+    path = state_path(args.out)
+    if not path.exists():
+        raise InputError(f"{path}: is not there, so there is no run to go on with")
+    state = dict(load_checkpoint(path))
+    with reading(path):
+        differ = [name for name, value in fixed.items() if state["fixed"][name] != value]
+        known = Known(**{name: state[name] for name in Known._fields})
+    if differ:
+        raise InputError(f"{path}: is of a run with another {', '.join(differ)}")
+    if len(known.picks) > args.k:
+        raise InputError(f"{path}: has {len(known.picks)} picks already, more than --k {args.k}")
+    return known
