@@ -184,6 +184,21 @@ def test_layouts_and_batches_give_the_same_bits(chunk, raw):
         assert torch.equal(alone.weights, padded.weights[b, :n])
 
 
+def test_threads_do_not_change_a_set_of_a_batch():
+    """Of 24 channels, which no vector of 16 fits."""
+    head, state = make_head(), run(make_head().update, *rows(6, 9))
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append([run(head.finish, state), *(run(head.finish, state[b]) for b in range(6))])
+    finally:
+        torch.set_num_threads(threads)
+    for whole, *each in found:
+        assert same(whole[:5], found[0][0][:5])
+        assert all(same([t[b] for t in whole[:5]], [t[0] for t in one[:5]]) for b, one in enumerate(each))
+
+
 def test_pieces_differ_by_one_row_at_most_longer_first():
     head, (x, styles) = make_head(), rows(23)
     pieces = zip(x.split([6, 6, 6, 5]), styles.split([6, 6, 6, 5]), strict=True)

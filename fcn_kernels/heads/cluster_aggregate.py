@@ -436,7 +436,8 @@ class ClusterAggregate(nn.Module):
         t = torch.cat([self.centers.to(dtype).expand(means.shape[0], -1, -1), styles], -1)
         for mixer in self.mixers:
             t = mixer(t)
-        confidence = self.confidence(t).softmax(-2)
+        # over the last axis, where a softmax does not depend on how rows are given to threads
+        confidence = self.confidence(t).mT.softmax(-1).mT
         parts = (confidence * means).unbind(1)
         aggregate = parts[0]
         for part in parts[1:]:  # in a fixed order
