@@ -75,11 +75,11 @@ class Block(NamedTuple):
     rstd: Tensor  # (R,)
     qkv: Tensor  # (R, 3 d)
     attended: Tensor  # (R, d)
-    lse: Tensor  # (heads, R)
+    lse: Tensor | None  # (heads, R), for the backward pass
     middle: Tensor  # (R, d), after attention
     unit2: Tensor
     rstd2: Tensor
-    wide: Tensor  # (R, 4 d), before gelu
+    wide: Tensor | None  # (R, 4 d), before gelu, for the backward pass
     active: Tensor
 
 
@@ -225,24 +225,29 @@ def _run_small(p: Chunks, tokens: Tokens, keys: Tensor, kept: Tensor | None) -> 
         depth=p.depth,
         most=SMALL,
         BUILD=Constants.of(TILE, tile_f, tile_k, _power_of_two(dim), _power_of_two(width)),
-        **OPTIONS,
+        **OPTIONS | {"num_warps": _warps(width)},
     )
 
 
-def _run_block(p: Chunks, tokens: Tokens, hidden: Tensor, block: int, working: Tensor | None = None) -> Block:
-    """Tokens (R, d) through a block, but for its last layer: all of them, or those `working` (R,) of large chunks."""
+def _run_block(
+    p: Chunks, tokens: Tokens, hidden: Tensor, block: int, working: Tensor | None = None, again: bool = False
+) -> Block:
+    """Tokens (R, d) through a block, but for its last layer: all of them, or those `working` (R,) of large chunks.
+
+    `again`, in the backward pass, with what that takes.
+    """
     rows, dim = hidden.shape
     new = hidden.new_empty
     unit = torch.empty_like(hidden)
     rstd = _layer_norm(hidden, unit, working)
-    qkv, attended, lse = new(rows, 3 * dim), torch.zeros_like(hidden), new(p.heads, rows)
+    qkv, attended = new(rows, 3 * dim), torch.zeros_like(hidden)
+    lse, wide = (new(p.heads, rows), new(rows, 4 * dim)) if again else (None, None)
     _linear(unit, p.qkv_weight[block], p.qkv_bias[block], qkv, working=working)
     attend[(tokens.slots, p.heads)](
         qkv_ptr=qkv, attending_ptr=tokens.attending, starts_ptr=tokens.starts, sizes_ptr=tokens.sizes,
-        out_ptr=attended, lse_ptr=lse, fewest=0 if working is None else SMALL + 1, **_attention_sizes(p, tokens),
-        **OPTIONS,
+        out_ptr=attended, lse_ptr=lse, fewest=0 if working is None else SMALL + 1, **_attention(p, tokens),
     )  # fmt: skip
-    middle, wide, active = new(rows, dim), new(rows, 4 * dim), new(rows, 4 * dim)
+    middle, active = new(rows, dim), new(rows, 4 * dim)
     _linear(
         attended, p.proj_weight[block], p.proj_bias[block], middle, residual=hidden, working=working,
         **_factor(p, tokens, block, 0),
@@ -257,10 +262,10 @@ def _block_gradient(
     p: Chunks, tokens: Tokens, hidden: Tensor, grad: Tensor, block: int, found: ChunksGradients
 ) -> Tensor:
     """Gradient (R, d) of a block's tokens from that of its output; those of its weights go to `found`."""
-    made = _run_block(p, tokens, hidden, block)
+    made = _run_block(p, tokens, hidden, block, again=True)
     attention, mlp = _factor(p, tokens, block, 0), _factor(p, tokens, block, 1)
     new = hidden.new_empty
-    dwide, dunit2 = new(made.wide.shape), new(hidden.shape)
+    dwide, dunit2 = new(made.active.shape), new(hidden.shape)
     _linear_weights(grad, made.active, found.fc2_weight[block], found.fc2_bias[block], **mlp)
     _linear(grad, p.fc2_weight[block].T, None, dwide, after=GELU_GRADIENT, wide=made.wide, **mlp)
     _linear_weights(dwide, made.unit2, found.fc1_weight[block], found.fc1_bias[block])
@@ -272,8 +277,7 @@ def _block_gradient(
     for kernel in (attend_queries, attend_keys):
         kernel[(tokens.slots, p.heads)](
             qkv_ptr=made.qkv, attending_ptr=tokens.attending, starts_ptr=tokens.starts, sizes_ptr=tokens.sizes,
-            grad_ptr=dattended, out_ptr=made.attended, lse_ptr=made.lse, dqkv_ptr=dqkv, **_attention_sizes(p, tokens),
-            **OPTIONS,
+            grad_ptr=dattended, out_ptr=made.attended, lse_ptr=made.lse, dqkv_ptr=dqkv, **_attention(p, tokens),
         )  # fmt: skip
     _linear_weights(dqkv, made.unit, found.qkv_weight[block], found.qkv_bias[block])
     _linear(dqkv, p.qkv_weight[block].T, None, dunit)
@@ -300,16 +304,23 @@ def _factor(p: Chunks, tokens: Tokens, block: int, which: int) -> dict[str, Any]
     return {} if p.residual is None else {"factor": p.residual[block, which].contiguous(), "chunk": tokens.chunk}
 
 
-def _attention_sizes(p: Chunks, tokens: Tokens) -> dict[str, Any]:
+def _attention(p: Chunks, tokens: Tokens) -> dict[str, Any]:
     dim = p.tokens.shape[1]
-    return {
+    width = _power_of_two(dim // p.heads)
+    return OPTIONS | {
+        "num_warps": _warps(width),
         "tokens": tokens.hidden.shape[0],
         "D": dim,
         "width": dim // p.heads,
         "chunks": p.lengths.shape[0],
         "BLOCK_N": TILE,
-        "BLOCK_H": _power_of_two(dim // p.heads),
+        "BLOCK_H": width,
     }
+
+
+def _warps(width: int) -> int:
+    """For heads of so many channels. Built for sm_80 and sm_90, those of up to 64 spill no register, wider ones do."""
+    return 4 if width < 64 else 8
 
 
 def _power_of_two(size: int) -> int:
