@@ -64,7 +64,7 @@ Features are floating-point numbers or integers. --features 'f*' takes one colum
 numbers in their names. .npz that is not compressed, .npy, .pt and .safetensors are mapped, and read as they are needed;
 an .npz is read once before, for its checksums. .parquet, compressed .npz and separate columns are unpacked, a piece at
 a time, into an unnamed temporary file in OUTPUT's folder, as large as the features. In memory are one batch of rows,
-the ids, and OUTPUT.
+the ids, and OUTPUT; and states, with --state-in or --state-out: 20 kB a template at CAFace's sizes.
 
 OUTPUT has, for each template in the order of their ids: template_ids; descriptors (B, C); norms; counts, the picks
 that were made; picks (B, K), row numbers of INPUT from 0, -1 where there is none; left_out, rows that

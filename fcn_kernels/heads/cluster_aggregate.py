@@ -126,7 +126,8 @@ class ClusterAggregate(nn.Module):
         num_heads: of the attention; divides d.
         channelwise: a confidence for each channel, or one for a center.
         drop_path: probability in [0, 1).
-        style_channels: S of the statistics that ``head.style`` makes styles of; 0: the head has no such module.
+        style_channels: S of the statistics that ``head.style`` makes styles of; 0: the head has no such module, as
+            DistributedDataParallel wants it where styles come ready made.
 
     Raises:
         TypeError: a number is of the wrong type.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fcn_kernels.backends import without_autocast
 from fcn_kernels.clustering.norm_code import code_table, norm_edges
 from fcn_kernels.clustering.torch_backend import finite_rows, linear
 from fcn_kernels.selection import checks
@@ -129,7 +130,8 @@ class StyleInput(nn.Module):
         rows = finite if valid is None else finite & valid.reshape(-1)
         if self.norm.training:
             check_more_than_one(rows)
-        style = self._styles(z, rows)
+        with without_autocast(z.device.type):
+            style = self._styles(z, rows)
         return style.where(finite[:, None], torch.nan).view(*statistics.shape[:-2], style.shape[1])
 
     def _styles(self, z: Tensor, valid: Tensor) -> Tensor:
