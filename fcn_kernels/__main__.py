@@ -13,6 +13,7 @@ COMMANDS = {
     "train-demo": ("fcn_kernels.demos.train_demo", "train backbone and head end to end on the digits; ROC and picks"),
     "aggregate": ("fcn_kernels.cli.aggregate", "one descriptor a template, from a file of embeddings"),
     "select": ("fcn_kernels.cli.select", "rows that are good and different, from a file larger than memory"),
+    "merge": ("fcn_kernels.cli.merge", "one file of the parts that `aggregate --shard` wrote"),
     "faces": ("fcn_kernels.cli.faces", "from a video or folders of photos to picked faces and descriptors"),
     "evaluate": ("fcn_kernels.cli.evaluate", "TAR at FAR of pairs of templates, TPIR at FPIR of searches, ROC"),
     "align": ("fcn_kernels.cli.align", "scores corrected by how descriptors stand to a bank of other people"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from fcn_kernels.cli.arguments import (
     run_to_status,
 )
 from fcn_kernels.extras import require
-from fcn_kernels.files.aggregate import Pool, aggregate, mean_of_coreset
+from fcn_kernels.files.aggregate import Pool, Shard, aggregate, mean_of_coreset
 from fcn_kernels.files.checkpoint import load_checkpoint
 from fcn_kernels.files.cluster import Options, cluster_templates, read_states, state_columns
 from fcn_kernels.files.embeddings import Embeddings, Keys, read
@@ -71,6 +72,11 @@ that were made; picks (B, K), row numbers of INPUT from 0, -1 where there is non
 --skip-bad-rows left out. .npy has these as fields of one array. OUTPUT appears when it is whole, or not at
 all; a file that appeared there meanwhile is kept, and it is not written where a descriptor is not finite.
 
+Several processes or machines: each takes --shard I/N of the templates, by a hash of their ids, and `merge` makes one
+file of what they write. Under torchrun a process takes its own, and writes OUTPUT with I-of-N before the suffix:
+  torchrun --nproc-per-node 4 -m fcn_kernels aggregate INPUT --out parts.npz
+  python -m fcn_kernels merge parts.*-of-4.npz --out descriptors.npz
+
 {EXIT_STATUS}
 """
 
@@ -106,6 +112,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--state-in", type=Path, metavar="STATE", help="what --state-out kept: INPUT's rows join it")
     add("--state-out", type=Path, metavar="STATE", help="keep what is known of each template")
     add("--skip-bad-rows", action="store_true", help="leave out rows that are NaN, infinite or zero, and count them")
+    add(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="the I-th of N parts of the templates, from 0; `merge` puts them together",
+    )
     add("--device", default="cpu", help="where selection and head run (default: %(default)s)")
     add("--dtype", choices=dtypes, default="float32", help="of the rows there (default: %(default)s)")
     add(
@@ -124,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_checked(args: argparse.Namespace) -> str:
     """What :func:`run` does, with errors raised; returns a summary."""
+    _own_share(args)
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
     if checkpoint is not None and caface.recognizes(checkpoint):
         return _cluster(args, checkpoint)
@@ -146,9 +159,32 @@ def run_checked(args: argparse.Namespace) -> str:
         dtype=getattr(torch, args.dtype),
         batch_rows=args.batch_rows,
         skip_bad_rows=args.skip_bad_rows,
+        shard=args.shard,
     )
     _write(args.out, arrays, args.overwrite)
     return _summary(args, arrays, len(embeddings.ids))
+
+
+def _own_share(args: argparse.Namespace) -> None:
+    """Under torchrun, the process's shard, outputs and GPU."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.shard is not None or world < 2:
+        return
+    args.shard = Shard(int(os.environ["RANK"]), world)
+    for name in ("out", "state_out"):
+        path: Path | None = getattr(args, name)
+        if path is not None:
+            setattr(args, name, path.with_name(f"{path.stem}.{args.shard.number}-of-{world}{path.suffix}"))
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+
+
+def shard(text: str) -> Shard:
+    """I/N."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, got {text}")
+    return Shard(int(number), int(count))
 
 
 def _read(args: argparse.Namespace) -> Embeddings:
@@ -216,7 +252,7 @@ def _cluster(args: argparse.Namespace, checkpoint: Mapping[str, Any]) -> str:
     before = None
     if args.state_in:
         before = read_states(args.state_in, head, Scratch(args.out.absolute().parent, args.max_unpacked))
-    options = Options(args.chunk or CHUNK, args.device, dtype, args.batch_rows, args.skip_bad_rows)
+    options = Options(args.chunk or CHUNK, args.device, dtype, args.batch_rows, args.skip_bad_rows, args.shard)
     arrays, states = cluster_templates(embeddings, head, options, before, keep=args.state_out is not None)
     if states is not None:
         _write(args.state_out, state_columns(states, head), args.overwrite)

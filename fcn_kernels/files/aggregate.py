@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -50,8 +51,9 @@ def aggregate(
     dtype: torch.dtype = torch.float32,
     batch_rows: int = 16384,
     skip_bad_rows: bool = False,
+    shard: Shard | None = None,
 ) -> dict[str, Array]:
-    """Aggregate every template, a batch of whole templates at a time.
+    """Aggregate every template, or those of a shard, a batch of whole templates at a time.
 
     Returns:
         Arrays by name, a row for each template in the order of their ids: template_ids, descriptors (B, C), norms,
@@ -62,8 +64,9 @@ def aggregate(
             above 4096 and above the rows of the largest template.
         FloatingPointError: a descriptor is not finite.
     """
-    templates = Templates.of(embeddings)
-    count, most = len(templates.ids), int(templates.offsets.diff().max())
+    templates = Templates.of(embeddings, shard)
+    count = len(templates.ids)
+    most = int(templates.offsets.diff().max()) if count else 0
     if k > max(MOST_PICKS, most):
         raise InputError(f"--k {k}: expected at most {MOST_PICKS}, or the {most} rows of the largest template")
     out = {
@@ -87,6 +90,19 @@ def aggregate(
         for name, values in results.items():
             out[name][batch.templates] = values
     return {"template_ids": templates.ids, **{name: values.numpy() for name, values in out.items()}}
+
+
+class Shard(NamedTuple):
+    """Every template is in one of N shards, wherever and in whatever order it is asked."""
+
+    number: int
+    """0 to N - 1."""
+    shards: int
+    """N."""
+
+    def has(self, template: int | str) -> bool:
+        """Whether a template is in this shard."""
+        return zlib.crc32(str(template).encode()) % self.shards == self.number
 
 
 class Batch(NamedTuple):
@@ -116,12 +132,15 @@ class Templates(NamedTuple):
     """(B + 1,) where these begin in ``order``."""
 
     @classmethod
-    def of(cls, embeddings: Embeddings) -> Templates:
-        """Those of a file."""
+    def of(cls, embeddings: Embeddings, shard: Shard | None = None) -> Templates:
+        """Those of a file, or of one of its shards."""
         np = require("numpy", EXTRA)
         ids, template_of, sizes = np.unique(embeddings.ids, return_inverse=True, return_counts=True)
-        order = torch.from_numpy(np.argsort(template_of, kind="stable"))
-        return cls(ids, order, torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)])))
+        order = np.argsort(template_of, kind="stable")
+        if shard is not None:
+            mine = np.array([shard.has(one) for one in ids.tolist()], dtype=bool)
+            order, ids, sizes = order[np.repeat(mine, sizes)], ids[mine], sizes[mine]
+        return cls(ids, torch.from_numpy(order), torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)])))
 
     def batches(
         self, embeddings: Embeddings, device: str, dtype: torch.dtype, batch_rows: int, skip_bad_rows: bool

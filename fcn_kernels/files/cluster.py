@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fcn_kernels.extras import require
-from fcn_kernels.files.aggregate import Batch, Templates, check_finite, per_template
+from fcn_kernels.files.aggregate import Batch, Shard, Templates, check_finite, per_template
 from fcn_kernels.files.embeddings import Embeddings, column, ids_column
 from fcn_kernels.files.formats import EXTRA, InputError, Scratch, format_of, reading
 from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
@@ -32,6 +32,13 @@ class States(NamedTuple):
     state: ClusterState
     """Of B sets, on the CPU."""
 
+    def of(self, shard: Shard | None) -> States:
+        """Those of a shard's templates."""
+        if shard is None:
+            return self
+        mine = torch.tensor([shard.has(one) for one in self.ids.tolist()], dtype=torch.bool)
+        return States(self.ids[mine.numpy()], self.state[mine])
+
 
 class Options(NamedTuple):
     """How rows are taken."""
@@ -41,6 +48,7 @@ class Options(NamedTuple):
     dtype: torch.dtype
     batch_rows: int
     skip_bad_rows: bool
+    shard: Shard | None = None
 
 
 @torch.inference_mode()
@@ -63,11 +71,12 @@ def cluster_templates(
         FloatingPointError: a descriptor is not finite.
     """
     np = require("numpy", EXTRA)
-    templates = Templates.of(embeddings)
+    templates = Templates.of(embeddings, options.shard)
     ids, known = templates.ids, None
     if before is not None:
         if before.ids.dtype.kind != ids.dtype.kind and "U" in (before.ids.dtype.kind, ids.dtype.kind):
             raise InputError(f"{embeddings.source}: expected template ids as in the states, integers or strings")
+        before = before.of(options.shard)
         ids = np.union1d(before.ids, ids)
     if before is not None or keep:
         known = _empty(head, len(ids))
@@ -75,7 +84,7 @@ def cluster_templates(
         _put(known, torch.from_numpy(np.searchsorted(ids, before.ids)), before.state)
     place = torch.from_numpy(np.searchsorted(ids, templates.ids))
     out = _Output(ids, head, embeddings.source)
-    for batch in templates.batches(embeddings, *options[1:]):
+    for batch in templates.batches(embeddings, *options[1:5]):
         at = place[batch.templates]
         state, bad = _update(head, embeddings, batch, options)
         out.left_out[at] = per_template(bad, batch.starts)

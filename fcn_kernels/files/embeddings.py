@@ -169,7 +169,7 @@ def column(columns: Columns, name: str, source: str) -> Any:
         return columns[name]()
 
 
-def _one_a_row(columns: Columns, name: str, source: str) -> Array:
+def _one_a_row(columns: Columns, name: str, source: str, empty: bool = False) -> Array:
     """Numbers or strings (T,), from (T,) or (T, 1), in the machine's byte order."""
     found = column(columns, name, source)
     if isinstance(found, list) and len({type(value) for value in found}) > 1:
@@ -185,14 +185,14 @@ def _one_a_row(columns: Columns, name: str, source: str) -> Array:
         values = values[:, 0]
     if values.ndim != 1:
         raise InputError(f"{source}: expected {name!r} of shape (T,) or (T, 1), got {values.shape}")
-    if not len(values):
+    if not len(values) and not empty:
         raise InputError(f"{source}: expected at least one row, got none in {name!r}")
     return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
-def ids_column(columns: Columns, name: str, source: str) -> Array:
-    """Integers or strings (T,)."""
-    ids = _one_a_row(columns, name, source)
+def ids_column(columns: Columns, name: str, source: str, empty: bool = False) -> Array:
+    """Integers or strings (T,); ``empty``: there may be none."""
+    ids = _one_a_row(columns, name, source, empty)
     if ids.dtype.kind == "f":  # as pandas leaves integers that once had a gap among them
         with require("numpy", EXTRA).errstate(invalid="ignore"):
             whole = ids.astype("int64")

@@ -1,0 +1,119 @@
+"""Shards of `aggregate` and what `merge` makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fcn_kernels.__main__ import main
+from fcn_kernels.files.aggregate import Shard
+from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("tqdm")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 40, 300)
+    features = rng.standard_normal((300, 16)).astype("float32")
+    np.savez("in.npz", features=features, template_ids=ids)
+    np.savez("names.npz", features=features, template_ids=np.array([f"person {i}" for i in ids]))
+    torch.manual_seed(0)
+    head = ClusterAggregate(16, 2, 1, style_dim=0, norm_dim=16)
+    torch.save(head.state_dict(), "head.pt")
+
+
+def load(path: str) -> dict[str, Any]:
+    with np.load(path) as file:
+        return dict(file)
+
+
+def same(one: str, other: str) -> None:
+    a, b = load(one), load(other)
+    assert a.keys() == b.keys()
+    for name, values in a.items():
+        assert values.dtype == b[name].dtype
+        assert np.array_equal(values, b[name]), name
+
+
+@pytest.mark.parametrize("source", ["in.npz", "names.npz"])
+@pytest.mark.parametrize("head", [[], ["--checkpoint", "head.pt"]], ids=["coreset", "clusters"])
+def test_shards_merge_to_what_one_process_writes(source: str, head: list[str]) -> None:
+    assert main(["aggregate", source, *head, "--out", "whole.npz"]) == 0
+    parts = [f"part{i}.npz" for i in range(3)]
+    for i, part in enumerate(parts):
+        assert main(["aggregate", source, *head, "--out", part, "--shard", f"{i}/3"]) == 0
+        assert 0 < len(load(part)["template_ids"]) < 40
+    assert main(["merge", *reversed(parts), "--out", "merged.npz"]) == 0
+    same("merged.npz", "whole.npz")
+
+
+def test_states_merge_and_a_shard_takes_up_its_own() -> None:
+    shards = [f"{i}/2" for i in range(2)]
+    command = ["aggregate", "in.npz", "--checkpoint", "head.pt"]
+    for i, part in enumerate(shards):
+        files = ["--out", f"out{i}.npz", "--state-out", f"state{i}.npz"]
+        assert main([*command, "--shard", part, *files]) == 0
+    assert main(["merge", "state0.npz", "state1.npz", "--out", "state.npz"]) == 0
+    assert main([*command, "--out", "whole.npz", "--state-out", "whole-state.npz"]) == 0
+    same("state.npz", "whole-state.npz")
+    for i, part in enumerate(shards):
+        assert main([*command, "--shard", part, "--state-in", "state.npz", "--out", f"again{i}.npz"]) == 0
+    assert main(["merge", "again0.npz", "again1.npz", "--out", "again.npz"]) == 0
+    assert main([*command, "--state-in", "state.npz", "--out", "both.npz"]) == 0
+    same("again.npz", "both.npz")
+
+
+def test_under_torchrun_a_process_takes_and_names_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        assert main(["aggregate", "in.npz", "--out", "parts.npz"]) == 0
+    ids = [load(f"parts.{rank}-of-2.npz")["template_ids"] for rank in range(2)]
+    assert sorted(np.concatenate(ids).tolist()) == sorted({*load("in.npz")["template_ids"].tolist()})
+    assert all(Shard(rank, 2).has(one) for rank in range(2) for one in ids[rank].tolist())
+
+
+def test_a_shard_may_be_empty() -> None:
+    np.savez("one.npz", features=np.ones((3, 4), "float32"), template_ids=np.array([7, 7, 7]))
+    for i in range(2):
+        assert main(["aggregate", "one.npz", "--out", f"part{i}.npz", "--shard", f"{i}/2"]) == 0
+    assert sorted(len(load(f"part{i}.npz")["template_ids"]) for i in range(2)) == [0, 1]
+    assert main(["merge", "part0.npz", "part1.npz", "--out", "merged.npz"]) == 0
+    assert load("merged.npz")["template_ids"].tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["merge", "a.npz", "a2.npz", "--out", "o.npz"], "template 2 is in a.npz and a2.npz"),
+        (["merge", "a.npz", "wide.npz", "--out", "o.npz"], "wide.npz: expected the columns of a.npz"),
+        (["merge", "a.npz", "text.npz", "--out", "o.npz"], "expected template ids of one kind"),
+        (["merge", "short.npz", "--out", "o.npz"], "short.npz: expected 2 rows, as in 'template_ids', in 'norms'"),
+        (["merge", "a.npz", "none.npz", "--out", "o.npz"], "none.npz"),
+        (["merge", "a.npz", "--out", "a.npz", "--overwrite"], "is read from"),
+    ],
+)
+def test_parts_that_do_not_fit_are_told(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("a.npz", template_ids=[1, 2], norms=[1.0, 2.0])
+    np.savez("a2.npz", template_ids=[2, 3], norms=[1.0, 2.0])
+    np.savez("wide.npz", template_ids=[4], norms=[[1.0, 2.0]])
+    np.savez("text.npz", template_ids=["x"], norms=[1.0])
+    np.savez("short.npz", template_ids=[1, 2], norms=[1.0])
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("o.npz").exists()
+
+
+@pytest.mark.parametrize("text", ["2/2", "-1/2", "x/3", "1", "0/0"])
+def test_shards_that_are_none_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["aggregate", "in.npz", "--out", "o.npz", f"--shard={text}"])
+    assert stopped.value.code == 2
+    assert "expected I/N with 0 <= I < N" in capsys.readouterr().err
