@@ -144,6 +144,9 @@ def test_bad_calls_say_what_was_expected():
         cluster_sums(x, weight, bias, keys, ghosts=1.0)
     with pytest.raises(TypeError, match="values to be a Tensor"):
         cluster_sums([1.0], weight)
+    nested = torch.nested.nested_tensor([x[0], x[1, :3]], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"values that is not nested: give its values\(\)"):
+        cluster_sums(nested, weight)
     with pytest.raises(TypeError, match="keys of dtype"):
         cluster_sums(x, weight, keys=keys.long())
 

@@ -149,6 +149,8 @@ def row_layout(
     """
     if not isinstance(rows, Tensor):
         raise TypeError(f"expected {name} to be a Tensor, got {type(rows).__name__}")
+    if rows.is_nested:
+        raise TypeError(f"expected {name} that is not nested: give its values() with cu_seqlens = its offsets()")
     checks.check_features(rows, cu_seqlens)
     given = [n for n, v in (("mask", mask), ("lengths", lengths), ("cu_seqlens", cu_seqlens)) if v is not None]
     if len(given) > 1:
