@@ -14,9 +14,9 @@ from fcn_kernels.clustering.norm_code import norm_codes, norm_edges
 from fcn_kernels.clustering.problem import ChunksGradients, Summed, Sums, SumsGradients
 from fcn_kernels.sets import row_norms
 
-# Beside twice eager's loss: what float32 sums may lose where eager happens to lose nothing.
+# Beside twice eager's loss: what float32 sums, and a GPU's exp, may lose where eager happens to lose nothing.
 DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
-SLACK = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+SLACK = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
 def _sums(lengths, dim, every, dtype, device, *, key_dim=None, ghosts=0):
@@ -317,7 +317,7 @@ def test_chunks_error_is_within_twice_eagers(lengths, options, device):
         if not truth.numel():
             continue
         loss, allowed = (got - truth).abs().max(), 2 * (theirs - truth).abs().max()
-        assert loss <= allowed + slack.get(name, 2e-6) * truth.abs().max(), f"{name}: {loss:.2e} > {allowed:.2e}"
+        assert loss <= allowed + slack.get(name, 5e-6) * truth.abs().max(), f"{name}: {loss:.2e} > {allowed:.2e}"
 
 
 def test_a_chunk_gives_the_same_bits_alone_in_a_batch_packed_and_padded(device):
@@ -394,7 +394,8 @@ def test_codes_and_norms_are_the_same_on_every_backend(device):
     size = torch.tensor([1e-42, 1e-30, 1e-19, 1.0, 1e19, 1e30, 3e38], device=device)
     features = torch.tensor([[3.0, 4.0, 0.0]], device=device) * (size / 4)[:, None]
     tokens = _embedded(_chunks((7,), device, depth=0, width=3)._replace(features=features))
-    assert (tokens.norms[:6] / row_norms(features[:6]) - 1).abs().max() <= 2e-7
+    norms = row_norms(features)[:6]
+    assert ((tokens.norms[:6] - norms).abs() <= 2e-7 * norms + 3e-45).all()  # steps of numbers below the normal ones
     assert tokens.usable.tolist() == [True] * 6 + [False]  # whose norm is beyond float32
 
 
