@@ -87,6 +87,13 @@ def test_programs_fit_an_sm(builds):
         assert b["registers"] * b["warps"] * 32 * programs <= 65536, b
 
 
+def test_kernels_of_neighbors_build_without_spills_or_races():
+    labels = [f"{kind} neighbors (70, 1000, 512) K={k} ids" for kind in ("bfloat16", "float32") for k in (50, 0)]
+    built = _builds("--targets", *NVIDIA, "--only", *labels)
+    assert {(b["label"], b["target"]) for b in built} == {(label, target) for label in labels for target in NVIDIA}
+    assert [b for b in built if b["spills"] or b["races"]] == []
+
+
 def test_amd_builds():
     built = _builds("--targets", "gfx942", "--only", LAUNCHES[0], LAUNCHES[4], LAUNCHES[6])
     assert {b["kernel"] for b in built} == {k for i in (0, 4, 6) for k in _kernels(LAUNCHES[i])}

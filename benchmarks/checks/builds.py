@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -391,6 +392,31 @@ def chunks_specs() -> Iterator[Spec]:
         yield from {str(spec): spec for spec in (*made, *shares)}.values()  # a layer's launch comes several times
 
 
+def neighbors_specs(target: str) -> Iterator[Spec]:
+    """The bank walked by a filter and for moments, with and without identities."""
+    import torch
+
+    from fcn_kernels.device import gpu
+    from fcn_kernels.neighbors.kernels import launch
+    from fcn_kernels.neighbors.problem import Problem
+
+    original = gpu.INTERPRETER
+    gpu.INTERPRETER = gpu.Device(PROCESSORS[target], cooperative=target.startswith("sm"))
+    try:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for ids in (True, False):
+                for k in (50, 0):
+                    x, bank = torch.ones(70, 512, dtype=dtype), torch.ones(1000, 512, dtype=dtype)
+                    numbers = (torch.zeros(70).long(), torch.zeros(1000).long()) if ids else (None, None)
+                    problem = Problem(x, bank, *numbers, k=k)
+                    kind = str(dtype).removeprefix("torch.")
+                    label = f"{kind} neighbors (70, 1000, 512) K={k}{' ids' if ids else ''}"
+                    run = partial(launch.forward, problem)
+                    yield from record(label, launch, ("filter_scores", "sum_moments"), run)[:1]
+    finally:
+        gpu.INTERPRETER = original
+
+
 def build_all(jobs: list[tuple[Spec, str]], workers: int = 2) -> list[Build]:
     """Launches for targets, in processes of their own."""
     with ProcessPoolExecutor(workers) as pool:
@@ -407,7 +433,13 @@ def main() -> int:
     jobs = [
         (spec, target)
         for target in args.targets
-        for spec in (*selection_specs(target), *attention_specs(), *clustering_specs(), *chunks_specs())
+        for spec in (
+            *selection_specs(target),
+            *attention_specs(),
+            *clustering_specs(),
+            *chunks_specs(),
+            *neighbors_specs(target),
+        )
         if any(text in spec.label for text in args.only)
     ]
     builds = build_all(jobs)

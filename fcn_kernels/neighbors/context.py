@@ -60,15 +60,16 @@ def context_statistics(
         ids, bank_ids: (N,) and (M,) int32 or int64, both or neither: bank rows of a row's own identity are left out.
         normalized: rows are unit length already, and are taken as they are; the gradient is not projected.
         strict: raise if a row of x or bank is not usable, naming it. Waits for the device.
-        backend: "cpp" (CPUs; compiled on first use and cached), "torch" (any device), or None: C++ on CPUs where there
-            is a compiler, else torch.
+        backend: "triton" (CUDA devices, not for float64), "cpp" (CPUs; compiled on first use and cached), "torch" (any
+            device), or None: Triton on CUDA devices, C++ on CPUs where there is a compiler, else torch.
 
     A row is usable if it is finite and not 0 (its norm a normal number of the dtype of the sums). A row of x that is
     not has n = 0, and a bank row that is not is in no S_i; neither changes anything else or has a gradient.
 
     Returns:
         A :class:`Context` of mean, std, counts and indices. Fewer than k bank rows are no error: counts says so. What
-        a row gets depends on itself and the bank alone, to the bit; on the torch backend, for k=None up to rounding.
+        a row gets depends on itself and the bank alone, to the bit on a CPU and on Triton; on the torch backend for
+        k=None, and on other devices, up to rounding.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -120,12 +121,8 @@ def context_statistics(
 
 def neighbors_backend(backend: str | None, problem: Problem) -> str:
     """What a call runs on."""
-    found = resolve_backend(backend, problem.bank, lambda _: cpp.unavailable(op.cpp_dtype(problem)))
-    if found == "triton":
-        if backend:
-            raise RuntimeError('backend="triton" is unavailable: context_statistics has no kernels yet')
-        return "torch"
-    return found
+    kind = problem.bank[:0].to(op.cpp_dtype(problem))
+    return resolve_backend(backend, kind, lambda _: cpp.unavailable(op.cpp_dtype(problem)))
 
 
 def check_usable(name: str, rows: Tensor) -> None:

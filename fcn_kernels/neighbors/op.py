@@ -41,6 +41,10 @@ def context_statistics(problem: Problem, backend: str) -> Statistics:
 
 
 def _backend(name: str, p: Problem) -> ModuleType:
+    if name == "triton":
+        from fcn_kernels.neighbors.kernels import launch  # triton is imported only where it is used
+
+        return launch
     return cpp if runs_on(name, cpp_dtype(p), cpp.unavailable) == "cpp" else torch_backend
 
 

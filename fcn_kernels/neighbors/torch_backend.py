@@ -107,6 +107,11 @@ def _nearest(p: Problem) -> Statistics:
     for first, bank in _bank_tiles(p):
         for part, some in _row_tiles(rows):
             best[part], places[part] = _merge(p, Tile.of(some, bank), best[part], places[part], first)
+    return of_best(p, best, places)
+
+
+def of_best(p: Problem, best: Tensor, places: Tensor) -> Statistics:
+    """The statistics of the k best scores (N, k), -inf where there is none, and their bank rows."""
     there = best > -torch.inf
     counts = there.sum(-1)
     scores, size = best.double().where(there, 0), counts.clamp(min=1)
@@ -158,9 +163,13 @@ def _all_within(p: Problem) -> Statistics:
             squares[part] += spread + apart.square() * share * counts[part]
             mean[part] += apart * share
             counts[part] = total
+    return of_moments(p, counts, mean, squares)
+
+
+def of_moments(p: Problem, counts: Tensor, mean: Tensor, squares: Tensor) -> Statistics:
+    """The statistics of numbers (N,), means, and sums of squares about these."""
     std = (squares / counts.clamp(min=1)).sqrt()
-    indices = counts.new_empty(len(counts), 0)
-    return Statistics(mean.to(p.dtype), std.to(p.dtype), counts, indices)
+    return Statistics(mean.to(p.dtype), std.to(p.dtype), counts, counts.new_empty(len(counts), 0))
 
 
 def backward(p: Problem, grad: Arriving, found: Statistics, wanted: tuple[bool, bool]) -> Gradients:

@@ -1,0 +1,1 @@
+"""The statistics in Triton, for GPUs."""
