@@ -120,7 +120,7 @@ class ClusterState:
 
 def on_grid(values: Tensor, bits: int) -> Tensor:
     """Rounded to multiples of 2^-bits, in float64; the gradient passes as if it were not."""
-    rounded = (values.detach().double() * 2.0**bits).round() * 2.0**-bits
+    rounded = (values.detach().double() * 2.0**bits).round_().mul_(2.0**-bits)
     return rounded + (values - values.detach()) if values.requires_grad else rounded
 
 
