@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fcn_kernels.checks import DTYPES
 from fcn_kernels.cli.arguments import (
     EXIT_STATUS,
     add_max_unpacked,
@@ -29,7 +30,6 @@ from fcn_kernels.files.output import check_output, replacing
 from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
 from fcn_kernels.integrations import caface
 from fcn_kernels.integrations.facecoresetnet import build_head
-from fcn_kernels.selection.checks import DTYPES
 from fcn_kernels.sets import accumulator
 
 PICKS, CHUNK = 3, 512

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fcn_kernels import checks
 from fcn_kernels.backends import resolve_backend
 from fcn_kernels.clustering import op
 from fcn_kernels.clustering.problem import Sums
-from fcn_kernels.selection import checks
 from fcn_kernels.sets import RowSets, accumulator
 
 

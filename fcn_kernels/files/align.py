@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fcn_kernels.checks import DTYPES
 from fcn_kernels.extras import require
 from fcn_kernels.files.embeddings import Keys, read
 from fcn_kernels.files.formats import EXTRA, InputError, Scratch, load_npy, reading, suffix_of
 from fcn_kernels.neighbors.context import Context, context_statistics
-from fcn_kernels.selection.checks import DTYPES
 from fcn_kernels.sets import accumulator, row_norms, usable
 
 if TYPE_CHECKING:

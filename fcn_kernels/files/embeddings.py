@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fcn_kernels.checks import DTYPES
 from fcn_kernels.extras import require
 from fcn_kernels.files.formats import (
     EXTRA,
@@ -26,7 +27,6 @@ from fcn_kernels.files.formats import (
     stack,
     suffix_of,
 )
-from fcn_kernels.selection.checks import DTYPES
 
 if TYPE_CHECKING:
     from fcn_kernels.files.formats import Array

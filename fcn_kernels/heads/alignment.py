@@ -9,10 +9,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from fcn_kernels import checks
 from fcn_kernels.backends import check_backend
 from fcn_kernels.neighbors.context import Context, context_statistics
 from fcn_kernels.neighbors.scores import align_scores, check_method, unit_rows
-from fcn_kernels.selection import checks
 
 LEAST_STD = 1e-6  # of a context that a network learns: its logarithm is what is learned
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fcn_kernels import checks
 from fcn_kernels.backends import without_autocast
 from fcn_kernels.clustering import op
 from fcn_kernels.clustering.cut import Cut, cut, inside, owners, uncut
@@ -16,7 +17,6 @@ from fcn_kernels.clustering.sums import Layout, clustering_backend, row_layout
 from fcn_kernels.clustering.torch_backend import BATCHED_ROWS, linear, usable_rows
 from fcn_kernels.heads.cluster_state import STYLE_BITS, SUM_BITS, ClusterState, on_grid
 from fcn_kernels.heads.style import NormCode, StyleInput
-from fcn_kernels.selection import checks
 from fcn_kernels.sets import accumulator
 
 LEAST_MASS = 1e-6  # of a center, by which sums are divided

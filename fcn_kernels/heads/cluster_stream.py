@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fcn_kernels import checks
 from fcn_kernels.clustering.torch_backend import usable_rows
 from fcn_kernels.heads.cluster_aggregate import ClusterAggregate, Fused
 from fcn_kernels.heads.cluster_state import ClusterState
-from fcn_kernels.selection import checks
 from fcn_kernels.sets import accumulator
 
 

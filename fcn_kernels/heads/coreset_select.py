@@ -3,8 +3,8 @@
 import torch
 from torch import Generator, Tensor, nn
 
+from fcn_kernels import checks
 from fcn_kernels.backends import check_backend
-from fcn_kernels.selection import checks
 from fcn_kernels.selection.select import Coreset, coreset_select
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from fcn_kernels import checks
 from fcn_kernels.attention.encoding import Waves, sinusoid
 from fcn_kernels.attention.op import set_attention
 from fcn_kernels.backends import without_autocast
-from fcn_kernels.selection import checks
 from fcn_kernels.selection.select import Coreset, coreset_select
 from fcn_kernels.sets import RowSets, accumulator, unpack_nested
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor, nn
 
+from fcn_kernels import checks
 from fcn_kernels.neighbors.scores import unit_rows
-from fcn_kernels.selection import checks
 
 
 class HypersphereSampler(nn.Module):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fcn_kernels import checks
 from fcn_kernels.backends import without_autocast
 from fcn_kernels.clustering.norm_code import code_table, norm_edges
 from fcn_kernels.clustering.torch_backend import finite_rows, linear
-from fcn_kernels.selection import checks
 from fcn_kernels.sets import accumulator
 
 HALF = (torch.float16, torch.bfloat16)

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fcn_kernels import checks
 from fcn_kernels.backends import resolve_backend
 from fcn_kernels.neighbors import op
 from fcn_kernels.neighbors.cpp import launch as cpp
 from fcn_kernels.neighbors.problem import NO_CAP, Problem
-from fcn_kernels.selection import checks
 from fcn_kernels.sets import row_norms, usable
 
 

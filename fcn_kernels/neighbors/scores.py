@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fcn_kernels import checks
 from fcn_kernels.neighbors.context import Context
-from fcn_kernels.selection import checks
 from fcn_kernels.sets import accumulator, row_norms, usable
 
 METHODS = ("mean", "mean-std")

@@ -5,11 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from fcn_kernels import checks
 from fcn_kernels.backends import resolve_backend
 from fcn_kernels.noise import draw_seed
-from fcn_kernels.selection import checks, op
+from fcn_kernels.selection import op
 from fcn_kernels.selection.cpp import launch as cpp
 from fcn_kernels.selection.problem import Problem
+from fcn_kernels.selection.torch_backend import unpickable_row
 from fcn_kernels.sets import accumulator, unpack_nested
 
 
@@ -163,10 +165,17 @@ def coreset_select(
         distinct=distinct,
     )
     if strict:
-        checks.check_rows(problem)
+        _check_rows(problem)
     rows, distances, indices, counts = op.select(problem, resolve_backend(backend, features, cpp.unavailable))[:4]
     coreset = Coreset(rows, indices, counts, distances)
     return Coreset(*(t[0] for t in coreset)) if single else coreset
+
+
+def _check_rows(p: Problem) -> None:
+    """Every row that takes part can be picked."""
+    bad = unpickable_row(p)
+    if bad is not None:
+        raise ValueError(f"row {bad[1]} of set {bad[0]} cannot be picked: {bad[2]}")
 
 
 torch.serialization.add_safe_globals([Coreset])  # a saved one loads with weights_only

@@ -1,4 +1,4 @@
-"""What the arguments of a selection have to be. An error says what was expected and what came."""
+"""What arguments have to be, of all operations. An error says what was expected and what came."""
 
 import math
 import numbers
@@ -9,8 +9,6 @@ import torch
 from torch import Generator, Tensor
 
 from fcn_kernels.backends import is_plain_call, is_under_vmap
-from fcn_kernels.selection.problem import Problem
-from fcn_kernels.selection.torch_backend import unpickable_row
 from fcn_kernels.sets import accumulator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -237,10 +235,3 @@ def first_picks(
             b = int(outside[0])
             raise ValueError(f"expected start of set {b} in [0, {int(lengths[b])}), got {int(start[b])}")
     return start  # type: ignore[no-any-return]
-
-
-def check_rows(p: Problem) -> None:
-    """Every row that takes part can be picked."""
-    bad = unpickable_row(p)
-    if bad is not None:
-        raise ValueError(f"row {bad[1]} of set {bad[0]} cannot be picked: {bad[2]}")
