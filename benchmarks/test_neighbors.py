@@ -100,7 +100,7 @@ def ours(d: Drawn, k: int) -> tuple[Tensor, Tensor]:
 
 def whole(d: Drawn, k: int) -> tuple[Tensor, Tensor]:
     """All scores at once."""
-    scores = (d.x @ d.bank.T).masked_fill(d.ids[:, None] == d.bank_ids, -torch.inf).topk(k).values
+    scores = (d.x @ d.bank.T).masked_fill_(d.ids[:, None] == d.bank_ids, -torch.inf).topk(k).values
     return scores.mean(1), scores.std(1, correction=0)
 
 
