@@ -38,7 +38,6 @@ def test_imports_go_down_and_no_operation_imports_another() -> None:
     wrong = [
         f"{room} imports {target}"
         for room, target, of in found
-        if target not in public
-        and (FLOOR.get(of, 0) > FLOOR.get(room, 0) or (of != room and {of, room} <= OPERATIONS))
+        if target not in public and (FLOOR.get(of, 0) > FLOOR.get(room, 0) or (of != room and {of, room} <= OPERATIONS))
     ]
     assert not wrong
