@@ -102,8 +102,7 @@ def test_packed_sets_without_rows(ends: list[int], select: Select, device: torch
     assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("quality", ["random", "norms"])
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("k", "quality"), [(1, "random"), (3, "norms")])
 def test_given_starts(k: int, quality: str, where: str, select: Select, device: torch.device) -> None:
     """Sound ones in a set with a row that is not; and one that is not finite, is zero, masked, or of no quality."""
     case = random_case(6, 14, 7, k, quality=quality)
