@@ -6,7 +6,7 @@ backend that the caller named.
 
 from importlib import import_module
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,28 +15,18 @@ from torch.utils.flop_counter import register_flop_formula
 from fcn_kernels.backends import without_autocast
 from fcn_kernels.clustering import torch_backend
 from fcn_kernels.clustering.problem import Chunks, ChunksGradients, Clustered, Summed, Sums, SumsGradients
-
-_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt"}
-
-
-def _schema(fields: Any) -> str:
-    return ", ".join(f"{_KINDS[kind]} {name}" for name, kind in get_type_hints(fields).items())
-
-
-def _gradients(fields: Any) -> str:
-    return ", ".join(f"Tensor grad_{name}" for name in fields._fields)
-
+from fcn_kernels.schema import schema
 
 _library = torch.library.Library("fcn_kernels", "FRAGMENT")
-_library.define(f"cluster_sums({_schema(Sums)}, str backend) -> ({_schema(Summed)})")
+_library.define(f"cluster_sums({schema(Sums)}, str backend) -> ({schema(Summed)})")
 _library.define(
-    f"cluster_sums_backward({_schema(Sums)}, {_gradients(Summed)}, bool wanted, str backend) -> "
-    f"({_schema(SumsGradients)})"
+    f"cluster_sums_backward({schema(Sums)}, {schema(Summed, 'grad_')}, bool wanted, str backend) -> "
+    f"({schema(SumsGradients)})"
 )
-_library.define(f"cluster_chunks({_schema(Chunks)}, bool keep, str backend) -> ({_schema(Clustered)})")
+_library.define(f"cluster_chunks({schema(Chunks)}, bool keep, str backend) -> ({schema(Clustered)})")
 _library.define(
-    f"cluster_chunks_backward({_schema(Chunks)}, {_gradients(Summed)}, "
-    f"{_schema(Clustered).replace('Tensor ', 'Tensor out_')}, bool wanted, str backend) -> ({_schema(ChunksGradients)})"
+    f"cluster_chunks_backward({schema(Chunks)}, {schema(Summed, 'grad_')}, "
+    f"{schema(Clustered, 'out_')}, bool wanted, str backend) -> ({schema(ChunksGradients)})"
 )
 _SUMS, _CHUNKS, _ARRIVING = len(Sums._fields), len(Chunks._fields), len(Summed._fields)
 _ops = torch.ops.fcn_kernels

@@ -5,7 +5,7 @@ the backend that the public function named.
 """
 
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +15,16 @@ from fcn_kernels.backends import runs_on, without_autocast
 from fcn_kernels.neighbors import torch_backend
 from fcn_kernels.neighbors.cpp import launch as cpp
 from fcn_kernels.neighbors.problem import Arriving, Gradients, Problem, Statistics
-
-_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}
-
-
-def _schema(fields: Any, prefix: str = "") -> str:
-    return ", ".join(f"{_KINDS[kind]} {prefix}{name}" for name, kind in get_type_hints(fields).items())
-
+from fcn_kernels.schema import schema, tensors
 
 _library = torch.library.Library("fcn_kernels", "FRAGMENT")
-_library.define(f"context_statistics({_schema(Problem)}, str backend) -> ({_schema(Statistics)})")
+_library.define(f"context_statistics({schema(Problem)}, str backend) -> ({schema(Statistics)})")
 _library.define(
-    f"context_statistics_backward({_schema(Problem)}, {_schema(Arriving, 'grad_')}, {_schema(Statistics)}, "
-    f"bool rows_wanted, bool bank_wanted, str backend) -> ({_schema(Gradients)})"
+    f"context_statistics_backward({schema(Problem)}, {schema(Arriving, 'grad_')}, {schema(Statistics)}, "
+    f"bool rows_wanted, bool bank_wanted, str backend) -> ({schema(Gradients)})"
 )
 _FIELDS, _ARRIVING = len(Problem._fields), len(Arriving._fields)
-_TENSORS = sum(kind in (Tensor, Tensor | None) for kind in get_type_hints(Problem).values())  # they come first
+_TENSORS = tensors(Problem)
 _run = torch.ops.fcn_kernels.context_statistics.default
 _run_backward = torch.ops.fcn_kernels.context_statistics_backward.default
 

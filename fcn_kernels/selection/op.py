@@ -6,35 +6,29 @@ schemas are made from the fields of :class:`Problem`, :class:`Saved` and :class:
 """
 
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fcn_kernels.backends import has_tangent, is_plain_call, is_plain_tensor, runs_on
+from fcn_kernels.schema import schema, tensors
 from fcn_kernels.selection import torch_backend
 from fcn_kernels.selection.cpp import launch as cpp
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
 
-_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}
-
-
-def _schema(fields: Any) -> str:
-    return ", ".join(f"{_KINDS[kind]} {name}" for name, kind in get_type_hints(fields).items())
-
-
 _FIELDS = len(Problem._fields)
-_TENSORS = sum(kind in (Tensor, Tensor | None) for kind in get_type_hints(Problem).values())  # they come first
+_TENSORS = tensors(Problem)
 
 # A Library, not custom_op: the latter's wrappers cost more on the host than a call on small sets takes.
 _library = torch.library.Library("fcn_kernels", "DEF")
 _library.define(
-    f"select({_schema(Problem)}, bool keep, str backend) -> "
+    f"select({schema(Problem)}, bool keep, str backend) -> "
     "(Tensor features, Tensor distances, Tensor indices, Tensor counts, Tensor[] kept)"
 )
 _library.define(
-    f"select_backward({_schema(Problem)}, Tensor grad, {_schema(Saved)}, str backend) -> "
+    f"select_backward({schema(Problem)}, Tensor grad, {schema(Saved)}, str backend) -> "
     "(Tensor features, Tensor quality, Tensor gamma)"
 )
 _run, _run_backward = torch.ops.fcn_kernels.select.default, torch.ops.fcn_kernels.select_backward.default
