@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch.nn import Parameter
 BACKENDS = ("triton", "cpp", "torch")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+_PLAIN = (Tensor, Parameter)
 
 Unavailable = Callable[[torch.dtype], str]
 """Why an operation's C++ cannot run for rows of a dtype, or ""; may compile it."""
@@ -85,9 +87,9 @@ def is_under_vmap() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
-def is_plain_tensor(value: Any) -> bool:
-    """Whether a value is no tensor of a subclass, or without memory, that an operator would have to be told of."""
-    return not isinstance(value, Tensor) or (type(value) in (Tensor, Parameter) and not value.is_meta)
+def are_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether none is of a subclass, or without memory, that an operator would have to be told of."""
+    return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:

@@ -24,7 +24,7 @@ LIMITS = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in 
 def may_look(tensor: Tensor, strict: bool = False) -> bool:
     """Whether the values of a tensor may be looked at: they are on the host, one tensor's, and no compiler records the
     call."""
-    return strict or (tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_under_vmap())
+    return strict or (tensor.is_cpu and not torch.compiler.is_compiling() and not is_under_vmap())
 
 
 def check_features(features: Any, cu_seqlens: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fcn_kernels.backends import has_tangent, is_plain_call, is_plain_tensor, runs_on
+from fcn_kernels.backends import are_plain, has_tangent, is_plain_call, runs_on
 from fcn_kernels.schema import schema, tensors
 from fcn_kernels.selection import torch_backend
 from fcn_kernels.selection.cpp import launch as cpp
@@ -53,7 +53,7 @@ def _forward(*args: Any) -> tuple[Any, ...]:
     """The forward operator below autograd. Where nobody listens it is spared the dispatcher, a quarter of a tiny
     call."""
     *fields, keep, backend = args
-    if is_plain_call() and all(map(is_plain_tensor, fields)):
+    if is_plain_call() and are_plain(fields[:_TENSORS]):
         p = Problem(*fields)
         return _backend(backend, p.features).forward(p, keep)  # type: ignore[no-any-return]
     with _below_autograd():
@@ -62,7 +62,7 @@ def _forward(*args: Any) -> tuple[Any, ...]:
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     """As :func:`_forward`."""
-    if is_plain_call() and all(map(is_plain_tensor, args[:-1])):
+    if is_plain_call() and are_plain((*args[:_TENSORS], *args[_FIELDS:-1])):
         return _select_backward(*args)
     with _below_autograd():
         return _run_backward(*args)  # type: ignore[no-any-return]

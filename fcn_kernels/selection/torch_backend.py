@@ -257,9 +257,14 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
 
     made = torch.arange(most, device=counts.device) < counts[:, None]  # (G, up to K)
     reached = torch.cat([distance.expand(len(made), 1) for distance in distances], 1)
-    out.indices[group.at, :most] = torch.where(made, torch.stack(picks, 1), -1)
-    out.distances[group.at, :most] = torch.where(made & ~reached.isnan(), reached, 0)
-    out.features[group.at, :most] = _kept(made, torch.stack(rows, 1)).to(p.features.dtype)
+    indices, features = torch.stack(picks, 1), torch.stack(rows, 1)
+    reached = reached.nan_to_num(0.0, math.inf, -math.inf)
+    if not made.all():  # where no pick was made, the row in its place may not be finite
+        indices, reached = torch.where(made, indices, -1), torch.where(made, reached, 0)
+        features = torch.where(made[..., None], features, 0)
+    out.indices[group.at, :most] = indices
+    out.distances[group.at, :most] = reached
+    out.features[group.at, :most] = features.to(p.features.dtype)
     out.counts[group.at] = counts
     if out.kept:
         group.put(torch.where(allowed, norms, -1), out.kept[2])
@@ -339,11 +344,6 @@ def reported(distances: Tensor, shift: Tensor | None) -> Tensor:
     return _shifted(torch.where(distances >= torch.finfo(distances.dtype).tiny, distances, 0), shift)
 
 
-def _kept(made: Tensor, rows: Tensor) -> Tensor:
-    """Rows (G, K, C), 0 where no pick was made (G, K): there a row may not be finite."""
-    return rows if made.all() else torch.where(made[..., None], rows, 0)
-
-
 def _gaps(x: _Rows, norms: Tensor, row: Tensor, pick: Tensor, normalized: bool) -> Tensor:
     """1 - cos(x_n, row), (G, n); exactly 0 for the pick and its duplicates, whatever their cosine rounds to."""
     cosine = x.products(row if normalized else row / norms.gather(1, pick[:, None]))
@@ -381,9 +381,9 @@ def _differentiate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Te
     gaps, softmax = (torch.where(allowed, group.take(kept), 0) for kept in (saved.gaps, saved.softmax))
     made = saved.indices[group.at] >= 0  # (G, K)
     indices = saved.indices[group.at].clamp(min=0)
-    arriving = _kept(made, grad[group.at].to(norms.dtype, copy=True))  # c, (G, K, C)
+    arriving = torch.where(made[..., None], grad[group.at].to(norms.dtype), 0)  # c, (G, K, C)
     x = _Rows(group.raw, allowed)
-    units = _kept(made, x.take(indices))  # u_j, (G, K, C)
+    units = torch.where(made[..., None], x.take(indices), 0)  # u_j, (G, K, C)
     pick_norms = norms.gather(1, indices)
     if not p.normalized:
         units = units / pick_norms[..., None]
