@@ -25,9 +25,8 @@ from fcn_kernels.integrations.patching import (
     Patched,
     check_keys,
     check_shapes,
-    original,
     own_part,
-    patched_class,
+    replace,
     restore,
 )
 
@@ -206,14 +205,7 @@ def patch(model: Model) -> Model:
 
         model = caface.patch(model)  # of the authors, in training or not
     """
-    found = [module for module in model.modules() if all(hasattr(module, name) for name in _MARKS)]
-    if not found:
-        raise ValueError(f"expected a module with {', '.join(_MARKS)} in {type(model).__name__}, found none")
-    for module in found:
-        _check_layers(module)
-    for module in found:
-        module.__class__ = patched_class(_Patched, original(module))
-    return model
+    return replace(model, _MARKS, ", ".join(_MARKS), _check_layers, _Patched)
 
 
 def unpatch(model: Model) -> Model:

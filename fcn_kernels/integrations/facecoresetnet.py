@@ -28,9 +28,8 @@ from fcn_kernels.integrations.patching import (
     Patched,
     check_keys,
     check_shapes,
-    original,
     own_part,
-    patched_class,
+    replace,
     restore,
 )
 from fcn_kernels.selection.select import coreset_select
@@ -180,10 +179,8 @@ def patch(model: Model, *, attention: bool = False) -> Model:
 
         model = facecoresetnet.patch(model, attention=True)  # of the authors, in training or not
     """
-    found = [module for module in model.modules() if hasattr(module, _SELECT) and hasattr(module, "gamma")]
-    if not found:
-        raise ValueError(f"expected a module with {_SELECT} and gamma in {type(model).__name__}, found none")
-    for module in found:
+
+    def check(module: nn.Module) -> None:
         own = [name for name in (_SELECT, _AGGREGATE) if name in vars(module)]
         if own:
             raise ValueError(
@@ -191,9 +188,9 @@ def patch(model: Model, *, attention: bool = False) -> Model:
             )
         if attention:
             _check_layers(module)
-    for module in found:
-        module.__class__ = patched_class(_PatchedAttention if attention else _Patched, original(module))
-    return model
+
+    ours = _PatchedAttention if attention else _Patched
+    return replace(model, (_SELECT, "gamma"), f"{_SELECT} and gamma", check, ours)
 
 
 def unpatch(model: Model) -> Model:

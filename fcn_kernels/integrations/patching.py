@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -86,6 +86,24 @@ def original(module: Any) -> Any:
 def patched_class(ours: Any, theirs: Any) -> Any:
     """Their class with the methods of ours first."""
     return type(theirs.__name__, (ours, theirs), {"__module__": theirs.__module__, "__doc__": theirs.__doc__})
+
+
+def replace(model: Model, marks: Sequence[str], wanted: str, check: Callable[[nn.Module], None], ours: Any) -> Model:
+    """Put ours before the class of every module that has these attributes; in place, and returned.
+
+    Nothing is replaced if ``check`` raises for one of them.
+
+    Raises:
+        ValueError: no module has them all; ``wanted`` says them in words.
+    """
+    found = [module for module in model.modules() if all(hasattr(module, name) for name in marks)]
+    if not found:
+        raise ValueError(f"expected a module with {wanted} in {type(model).__name__}, found none")
+    for module in found:
+        check(module)
+    for module in found:
+        module.__class__ = patched_class(ours, original(module))
+    return model
 
 
 def restore(model: Model, ours: type[Patched]) -> Model:
