@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fcn_kernels.cli.arguments import EXIT_STATUS, add_max_unpacked, at_least_one, finite, run_to_status
 from fcn_kernels.extras import require
-from fcn_kernels.files.checkpoint import load_checkpoint
 from fcn_kernels.files.embeddings import Keys, read_rows
 from fcn_kernels.files.formats import EXTRA, InputError, Scratch, format_of, reading
 from fcn_kernels.files.output import check_output, replacing
+from fcn_kernels.files.resume import check_state, load_state, save_state, state_path
 from fcn_kernels.selection.out_of_core import Known, Picker
 from fcn_kernels.sets import accumulator
 
@@ -70,9 +70,7 @@ def run_checked(args: argparse.Namespace) -> str:
         require(package, EXTRA)
     inputs = [path for path in (args.input, args.labelled) if path]
     check_output(args.out, inputs, args.overwrite)
-    check_output(state_path(args.out), inputs, overwrite=True)
-    if state_path(args.out).exists() and not (args.resume or args.overwrite):
-        raise InputError(f"{state_path(args.out)}: is of an unfinished run; --resume goes on, --overwrite starts anew")
+    check_state(args.out, inputs, args.resume or args.overwrite)
     scratch, keys = Scratch(args.out.absolute().parent, args.max_unpacked), Keys(args.features, quality=args.quality)
     rows, quality = read_rows(args.input, keys, scratch)
     anchors = None if args.labelled is None else _anchors(args.labelled, keys, scratch, rows)
@@ -95,11 +93,12 @@ def run_checked(args: argparse.Namespace) -> str:
     if not len(picker.known.picks):
         raise InputError(f"{args.input}: no row can be picked, or not the one that --start names")
     arrays = {"picks": picker.known.picks.numpy(), "distances": picker.known.distances.numpy()}
+    radius = picker.radius()  # which reads rows
     with replacing(args.out, args.overwrite) as file:
         write.write(file, arrays)
     state_path(args.out).unlink(missing_ok=True)
     return (
-        f"{args.out}: {len(picker.known.picks)} of {len(rows)} rows, covering radius {picker.radius():.6g}; "
+        f"{args.out}: {len(picker.known.picks)} of {len(rows)} rows, covering radius {radius:.6g}; "
         f"read {read / len(rows):.2f} times"
     )
 
@@ -119,11 +118,11 @@ def _pick(
             bar.set_postfix(read=f"{read / max(1, len(rows)):.2f}x", refresh=False)
 
         picker = Picker(rows, quality, args.gamma, anchors, args.start, known, progress)
-        _save(args, picker, fixed)
+        save_state(args.out, picker.known._asdict(), fixed)
         while len(picker.known.picks) < args.k and picker.pick():
             bar.update()
             if time.monotonic() - last > SAVE_SECONDS:
-                _save(args, picker, fixed)
+                save_state(args.out, picker.known._asdict(), fixed)
                 last = time.monotonic()
     return picker, read
 
@@ -140,26 +139,10 @@ def _anchors(path: Path, keys: Keys, scratch: Scratch, rows: Tensor) -> Tensor:
     return anchors
 
 
-def state_path(out: Path) -> Path:
-    """Where an unfinished run keeps what it goes on from."""
-    return out.with_name(out.name + ".state")
-
-
-def _save(args: argparse.Namespace, picker: Picker, fixed: dict[str, Any]) -> None:
-    with replacing(state_path(args.out), overwrite=True) as file:
-        torch.save(picker.known._asdict() | {"fixed": fixed}, file)
-
-
 def _saved(args: argparse.Namespace, fixed: dict[str, Any]) -> Known:
-    path = state_path(args.out)
-    if not path.exists():
-        raise InputError(f"{path}: is not there, so there is no run to go on with")
-    state = dict(load_checkpoint(path))
+    path, state = state_path(args.out), load_state(args.out, fixed)
     with reading(path):
-        differ = [name for name, value in fixed.items() if state["fixed"][name] != value]
         known = Known(**{name: state[name] for name in Known._fields})
-    if differ:
-        raise InputError(f"{path}: is of a run with another {', '.join(differ)}")
     if len(known.picks) > args.k:
         raise InputError(f"{path}: has {len(known.picks)} picks already, more than --k {args.k}")
     return known

@@ -26,10 +26,10 @@ from fcn_kernels.cli.arguments import (
 from fcn_kernels.demos import repeatable
 from fcn_kernels.extras import require
 from fcn_kernels.files.aggregate import mean_of_coreset
-from fcn_kernels.files.checkpoint import load_checkpoint
 from fcn_kernels.files.embeddings import Embeddings, Keys, read
-from fcn_kernels.files.formats import InputError, Scratch, reading
+from fcn_kernels.files.formats import InputError, Scratch
 from fcn_kernels.files.output import check_output, replacing
+from fcn_kernels.files.resume import check_state, load_state, save_state, state_path
 from fcn_kernels.heads.adaface import AdaFace
 from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
 from fcn_kernels.heads.facecoresetnet import CoresetAggregator
@@ -137,11 +137,10 @@ def run_checked(args: argparse.Namespace) -> str:
         "rows": list(unit.shape),
         "sum": unit.double().sum().item(),
     }
-    state = _saved(args, fixed) if args.resume else None
+    state = load_state(args.out, fixed) if args.resume else None
 
     def save(state: dict[str, Any]) -> None:
-        with replacing(state_path(args.out), overwrite=True) as file:
-            torch.save(state | {"fixed": fixed}, file)
+        save_state(args.out, state, fixed)
 
     done = state["step"] if state else 0
     with require("tqdm", EXTRA).tqdm(total=args.steps, initial=done, desc="training", disable=not _first()) as bar:
@@ -273,11 +272,6 @@ def draw_curves(path: Path, state: dict[str, Any], untrained: float, far: float)
         page.savefig(file, format="png")
 
 
-def state_path(out: Path) -> Path:
-    """Where an unfinished run keeps what it goes on from."""
-    return out.with_name(out.name + ".state")
-
-
 def _summary(args: argparse.Namespace, state: dict[str, Any], untrained: float, data: str) -> str:
     losses, best = state["losses"], max(value for _, value in state["tars"])
     tenth = max(1, len(losses) // 10)
@@ -299,18 +293,6 @@ def _summary(args: argparse.Namespace, state: dict[str, Any], untrained: float, 
     )
 
 
-def _saved(args: argparse.Namespace, fixed: dict[str, Any]) -> dict[str, Any]:
-    path = state_path(args.out)
-    if not path.exists():
-        raise InputError(f"{path}: is not there, so there is no run to go on with")
-    state: dict[str, Any] = dict(load_checkpoint(path))
-    with reading(path):
-        differ = [name for name, value in fixed.items() if state["fixed"][name] != value]
-    if differ:
-        raise InputError(f"{path}: is of a run with another {', '.join(differ)}")
-    return state
-
-
 def _check_paths(args: argparse.Namespace) -> None:
     """Refuse before the work what could not be written after it, or would be lost."""
     out: Path = args.out
@@ -319,10 +301,8 @@ def _check_paths(args: argparse.Namespace) -> None:
     if out.suffix != ".pt":
         raise InputError(f"{out}: expected a file that ends in .pt")
     check_output(out, args.input, args.overwrite)
-    check_output(state_path(out), args.input, overwrite=True)
     check_device(args.device)
-    if state_path(out).exists() and not (args.resume or args.overwrite):
-        raise InputError(f"{state_path(out)}: is of an unfinished run; --resume goes on, --overwrite starts anew")
+    check_state(out, args.input, args.resume or args.overwrite)
 
 
 def _check_far(trial: Trial, far: float) -> None:
