@@ -12,8 +12,6 @@ import statistics
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from benchmarks.report.tables import table
 from fcn_kernels.cli.arguments import run_to_status
 from fcn_kernels.cli.train import add_arguments, labeled_rows, make_plan, make_training, split
@@ -41,7 +39,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     """TAR of each way for args.seed."""
     unit, quality, identity = labeled_rows(args)
     rest, test, _ = split(unit, quality, identity, args)
-    rows, validation, _ = split(rest.unit, rest.quality, _identity(rest), args)
+    rows, validation, _ = split(rest.unit, rest.quality, rest.identity, args)
     found = {}
     for name, way in UNTRAINED.items():
         found[name] = tar(lambda s, way=way: way(s.unit, s.quality, cu_seqlens=s.cu_seqlens)[0], test, args.far)
@@ -59,10 +57,6 @@ def _trained(args: argparse.Namespace, rows: Rows, validation: Trial, test: Tria
     state = train(training, rows, validation, make_plan(args), None, lambda _: None, lambda _: None)
     training.head.load_state_dict(state["best"])
     return tar(lambda s: describe(training.head.eval(), s)[0], test, args.far)
-
-
-def _identity(rows: Rows) -> torch.Tensor:
-    return torch.arange(len(rows.offsets) - 1).repeat_interleave(rows.offsets.diff())
 
 
 def run(args: argparse.Namespace) -> str:

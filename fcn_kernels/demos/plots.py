@@ -88,23 +88,31 @@ def contact_sheet(axis: Any, sheet: Sheet, colour: Any) -> None:
     """Lay a set out, best quality first; frame and number the picks in their order, fade the other images."""
     order = sheet.quality.argsort(descending=True)
     images, picked = sheet.images[order], [order.tolist().index(pick) for pick in sheet.picks.tolist()]
-    rectangle = require("matplotlib.patches", "demo").Rectangle
-    rows, side = -(-len(images) // COLUMNS), images.shape[-1] + GAP
-    ink = torch.full((rows * COLUMNS,), 0.35)
+    ink = torch.full((len(images), 1, 1), 0.35)
     ink[picked] = 1
-    tiles = torch.zeros(rows * COLUMNS, side, side)
-    tiles[: len(images), GAP:, GAP:] = images
-    mosaic = (tiles * ink[:, None, None]).view(rows, COLUMNS, side, side).transpose(1, 2)
-    mosaic = F.pad(mosaic.reshape(rows * side, COLUMNS * side), (0, GAP, 0, GAP))
-    axis.imshow(mosaic.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    corners = lay_out(axis, images * ink, dict.fromkeys(picked, colour))
     for number, place in enumerate(picked, start=1):
-        top, left = (side * x + GAP - 0.5 for x in divmod(place, COLUMNS))  # pixel 0 begins at -0.5
-        frame = rectangle((left, top), side - GAP, side - GAP, fill=False, edgecolor=colour, linewidth=2.2)
-        axis.add_patch(frame)
+        left, top = corners[place]
         axis.text(left + 0.4, top + 0.4, number, color="white", fontsize=6, va="top",
                   bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.2})  # fmt: skip
+
+
+def lay_out(axis: Any, images: Tensor, colours: Mapping[int, Any]) -> dict[int, tuple[float, float]]:
+    """Lay images (N, 8, 8) out in their order, and frame those that have a colour; left and top of these."""
+    rectangle = require("matplotlib.patches", "demo").Rectangle
+    rows, side = -(-len(images) // COLUMNS), images.shape[-1] + GAP
+    tiles = torch.zeros(rows * COLUMNS, side, side)
+    tiles[: len(images), GAP:, GAP:] = images
+    mosaic = tiles.view(rows, COLUMNS, side, side).transpose(1, 2).reshape(rows * side, COLUMNS * side)
+    axis.imshow(F.pad(mosaic, (0, GAP, 0, GAP)).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    corners = {}
+    for place, colour in colours.items():
+        top, left = (side * x + GAP - 0.5 for x in divmod(place, COLUMNS))  # pixel 0 begins at -0.5
+        axis.add_patch(rectangle((left, top), side - GAP, side - GAP, fill=False, edgecolor=colour, linewidth=2.2))
+        corners[place] = left, top
     axis.set_anchor("N")  # sets of different sizes begin at the same height
     axis.axis("off")
+    return corners
 
 
 def draw_trade_off(axis: Any, scores: Mapping[str, Score], colour: Mapping[str, Any]) -> None:
@@ -163,23 +171,11 @@ def draw_frames(path: Path, rows: Mapping[str, Sequence[Frames]]) -> None:
         for upper, lower, frames in zip(by_weight, by_center, sets, strict=False):
             order = frames.weights.argsort(descending=True)
             shares = frames.weights[order] / frames.weights.max()
-            tiled(upper, frames.images[order], [shade(0.15 + 0.85 * float(share)) for share in shares])
-            tiled(lower, frames.images[order], [CENTERS[m % len(CENTERS)] for m in frames.centers[order].tolist()])
+            dark = (shade(0.15 + 0.85 * float(share)) for share in shares)
+            lay_out(upper, frames.images[order], dict(enumerate(dark)))
+            centers = (CENTERS[m % len(CENTERS)] for m in frames.centers[order].tolist())
+            lay_out(lower, frames.images[order], dict(enumerate(centers)))
     page.savefig(path, format="png")
-
-
-def tiled(axis: Any, images: Tensor, colours: Sequence[Any]) -> None:
-    """Lay images (N, 8, 8) out in the order given, each in a frame of its colour."""
-    rectangle = require("matplotlib.patches", "demo").Rectangle
-    rows, side = -(-len(images) // COLUMNS), images.shape[-1] + GAP
-    tiles = torch.zeros(rows * COLUMNS, side, side)
-    tiles[: len(images), GAP:, GAP:] = images
-    mosaic = tiles.view(rows, COLUMNS, side, side).transpose(1, 2).reshape(rows * side, COLUMNS * side)
-    axis.imshow(F.pad(mosaic, (0, GAP, 0, GAP)).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-    for place, colour in enumerate(colours):
-        top, left = (side * x + GAP - 0.5 for x in divmod(place, COLUMNS))
-        axis.add_patch(rectangle((left, top), side - GAP, side - GAP, fill=False, edgecolor=colour, linewidth=2.2))
-    axis.set_anchor("N")
 
 
 def draw_rocs(path: Path, rocs: Mapping[str, Mapping[str, Roc]]) -> None:

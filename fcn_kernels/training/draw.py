@@ -20,6 +20,11 @@ class Rows(NamedTuple):
     offsets: Tensor
     """(N + 1,) int64: identity n has the rows offsets[n] to offsets[n + 1] - 1."""
 
+    @property
+    def identity(self) -> Tensor:
+        """(T,) int64, that of each row."""
+        return torch.arange(len(self.offsets) - 1).repeat_interleave(self.offsets.diff())
+
 
 class Sets(NamedTuple):
     """B sets of T rows in all, packed."""
