@@ -170,8 +170,8 @@ def test_values_that_a_compiled_call_does_not_check_stay_inside(changes: dict[st
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """As in a process that has compiled nothing, on a machine where nothing was compiled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (compiler.load, cpp.unavailable, cpp._function):
-        monkeypatch.setattr(cached.__module__ + "." + cached.__name__, functools.cache(cached.__wrapped__))
+    for module, name in ((compiler, "load"), (cpp, "unavailable"), (cpp, "_function")):
+        monkeypatch.setattr(module, name, functools.cache(getattr(module, name).__wrapped__))
     return monkeypatch
 
 

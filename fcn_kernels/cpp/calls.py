@@ -1,7 +1,10 @@
 """How compiled functions are found, given tensors and threads, and what their failures are in Python."""
 
+import ctypes
+import functools
 import os
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -47,6 +50,22 @@ def why_unavailable(source: Path, dtype: torch.dtype) -> str:
         warnings.warn(f"fcn_kernels runs on slower PyTorch operations: {error}", stacklevel=2)
         return str(error)
     return ""
+
+
+def functions(source: Path, addresses: Mapping[str, int]) -> Callable[[str, torch.dtype], Callable[..., int]]:
+    """The compiled functions of a source, by name and dtype of rows.
+
+    Each takes two packed structs and so many addresses, by its name, and returns a status.
+    """
+
+    @functools.cache
+    def function(name: str, dtype: torch.dtype) -> Callable[..., int]:
+        found: Callable[..., int] = getattr(compiler.load(source, *ROWS[dtype]), name)
+        found.restype = ctypes.c_int  # type: ignore[attr-defined]
+        found.argtypes = [ctypes.c_char_p] * 2 + [ctypes.c_void_p] * addresses[name]  # type: ignore[attr-defined]
+        return found
+
+    return function
 
 
 def threads() -> int:

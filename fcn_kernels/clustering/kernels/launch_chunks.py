@@ -28,6 +28,7 @@ from fcn_kernels.clustering.kernels.layers import (
 from fcn_kernels.clustering.kernels.resident import Constants, blocks_of_small_chunks
 from fcn_kernels.clustering.kernels.tokens import embed
 from fcn_kernels.clustering.problem import CODES, EPS_NORM, Chunks, ChunksGradients, Clustered, Summed, Sums
+from fcn_kernels.device.constants import constants
 from fcn_kernels.device.gpu import MOST_REGISTERS
 
 TILE = 32  # tokens of a chunk that a program has, and at a time
@@ -224,7 +225,14 @@ def _run_small(p: Chunks, tokens: Tokens, keys: Tensor, kept: Tensor | None) -> 
         width=width,
         depth=p.depth,
         most=SMALL,
-        BUILD=Constants.of(TILE, tile_f, tile_k, _power_of_two(dim), _power_of_two(width)),
+        BUILD=constants(
+            Constants,
+            BLOCK_N=TILE,
+            BLOCK_F=tile_f,
+            BLOCK_K=tile_k,
+            BLOCK_D=_power_of_two(dim),
+            BLOCK_H=_power_of_two(width),
+        ),
         **OPTIONS | {"num_warps": _warps(width)},
     )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from fcn_kernels.clustering.kernels.pieces import add_pieces
 from fcn_kernels.clustering.kernels.sums import Constants, share_backward, share_forward
 from fcn_kernels.clustering.problem import Summed, Sums, SumsGradients
+from fcn_kernels.device.constants import constants
 from fcn_kernels.device.gpu import MOST_REGISTERS
 
 ADD_WARPS = 4
@@ -41,8 +42,8 @@ class Plan(NamedTuple):
 
     def constants(self, check: bool) -> Constants:
         """What a kernel is built for."""
-        return Constants.of(
-            CHECK=check, BLOCK_N=self.block_n, BLOCK_M=self.block_m, BLOCK_C=self.block_c, PIECE=self.piece
+        return constants(  # type: ignore[no-any-return]
+            Constants, CHECK=check, BLOCK_N=self.block_n, BLOCK_M=self.block_m, BLOCK_C=self.block_c, PIECE=self.piece
         )
 
     @property

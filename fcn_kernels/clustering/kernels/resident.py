@@ -5,7 +5,6 @@ A chunk's hidden states, queries, keys and values stand in memory, in L1 while t
 barriers. Weights come from L2.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import triton
@@ -25,12 +24,6 @@ class Constants(NamedTuple):
     BLOCK_K: tl.constexpr
     BLOCK_D: tl.constexpr
     BLOCK_H: tl.constexpr
-
-    @classmethod
-    @cache
-    def of(cls, *sizes: int) -> "Constants":
-        """Each size as a constant of its own, as shapes are tuples of such."""
-        return cls(*(tl.constexpr(size) for size in sizes))
 
 
 class Weights(NamedTuple):

@@ -9,7 +9,6 @@ its peak and total, is kept up as in flash attention.
 Shapes in comments: n rows of a tile, c columns of a block, m centers of a block.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import triton
@@ -31,12 +30,6 @@ class Constants(NamedTuple):
     BLOCK_M: tl.constexpr  # centers at a time
     BLOCK_C: tl.constexpr  # columns at a time
     PIECE: tl.constexpr  # rows of a program
-
-    @classmethod
-    @cache
-    def of(cls, **values: int) -> "Constants":
-        """Each value as a constant of its own, as shapes are tuples of such."""
-        return cls(**{name: tl.constexpr(value) for name, value in values.items()})
 
 
 class Rows(NamedTuple):

@@ -1,21 +1,19 @@
 """The statistics in C++: the backend of CPUs that have a compiler. ``neighbors.cpp`` says how it works."""
 
-import ctypes
 import functools
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fcn_kernels import compiler
 from fcn_kernels.cpp import calls
 from fcn_kernels.neighbors import torch_backend
 from fcn_kernels.neighbors.problem import Arriving, Gradients, Problem, Statistics
 from fcn_kernels.neighbors.torch_backend import Rows
 
 _SOURCE = Path(__file__).with_name("neighbors.cpp")
+_function = calls.functions(_SOURCE, {"forward": 0, "backward": 2})
 # Call, Statistics and Arriving of forward.h and backward.h: addresses, 0 for what is not given; sizes; numbers
 _CALL, _FOUR = struct.Struct("5P7qd"), struct.Struct("4P")
 
@@ -72,11 +70,3 @@ def _run(name: str, p: Problem, rows: Rows, *arguments: Any) -> None:
     )
     status = _function(name, p.bank.dtype)(call, *arguments)
     calls.check_status(status, f"context_statistics' C++ ({name}) for {n} rows, {m} bank rows of {dim} and k = {p.k}")
-
-
-@functools.cache
-def _function(name: str, dtype: torch.dtype) -> Callable[..., Any]:
-    function = getattr(compiler.load(_SOURCE, *calls.ROWS[dtype]), name)
-    function.restype = ctypes.c_int
-    function.argtypes = [ctypes.c_char_p] * 2 + [ctypes.c_void_p] * (0 if name == "forward" else 2)
-    return function  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from fcn_kernels.device.constants import constants
 from fcn_kernels.device.gpu import MOST_REGISTERS, device_of
 from fcn_kernels.neighbors import torch_backend
 from fcn_kernels.neighbors.kernels.scores import Constants, filter_scores, sum_moments
@@ -204,7 +205,7 @@ def _launch(kernel: Any, p: Prepared, plan: Plan, **arguments: Any) -> None:
         stride_rows=p.rows.stride(0),
         stride_bank=p.bank.stride(0),
         tiles=plan.tiles,
-        BUILD=Constants.of(BLOCK_N=plan.block_n, BLOCK_M=plan.block_m, BLOCK_C=plan.block_c),
+        BUILD=constants(Constants, BLOCK_N=plan.block_n, BLOCK_M=plan.block_m, BLOCK_C=plan.block_c),
         num_warps=WARPS,
         **MOST_REGISTERS,
         **arguments,

@@ -4,7 +4,6 @@ Shapes in comments: n rows and m bank rows of a tile, c columns of a block. A sc
 columns, whatever tile it stands in, and so depends on its two rows alone.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import triton
@@ -19,12 +18,6 @@ class Constants(NamedTuple):
     BLOCK_N: tl.constexpr
     BLOCK_M: tl.constexpr
     BLOCK_C: tl.constexpr
-
-    @classmethod
-    @cache
-    def of(cls, **values: int) -> "Constants":
-        """Each value as a constant of its own, as shapes are tuples of such."""
-        return cls(**{name: tl.constexpr(value) for name, value in values.items()})
 
 
 class Side(NamedTuple):

@@ -3,22 +3,20 @@
 It saves what the torch backend saves, in the same form; ``select.cpp`` says how it works.
 """
 
-import ctypes
 import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fcn_kernels import compiler
 from fcn_kernels.cpp import calls
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
 from fcn_kernels.sets import accumulator
 
 _SOURCE = Path(__file__).with_name("select.cpp")
+_function = calls.functions(_SOURCE, {"forward": 0, "backward": 4})
 
 # Call and Selected of sets.h: addresses, 0 for what is not given; sizes; numbers. A quarter of the time that it would
 # take ctypes.Structure.
@@ -81,11 +79,3 @@ def _run(name: str, p: Problem, selected: Sequence[Tensor | None], *tensors: Ten
     status = function(call, _SELECTED.pack(*map(calls.address, selected)), *map(calls.address, tensors))
     sizes = f"{p.sets} sets, {p.rows} rows of {p.dim} and k = {p.k}"
     calls.check_status(status, f"coreset_select's C++ ({name}) for {sizes}")
-
-
-@functools.cache
-def _function(name: str, dtype: torch.dtype) -> Callable[..., Any]:
-    function = getattr(compiler.load(_SOURCE, *calls.ROWS[dtype]), name)
-    function.restype = ctypes.c_int
-    function.argtypes = [ctypes.c_char_p] * 2 + [ctypes.c_void_p] * (0 if name == "forward" else 4)
-    return function  # type: ignore[no-any-return]

@@ -5,7 +5,6 @@ loop* works on what is known of a row, a row to a thread: norm, quality, distanc
 for the other stands in memory, a number a row.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import triton
@@ -52,12 +51,6 @@ class Constants(NamedTuple):
     CHOSEN: tl.constexpr = tl.constexpr(False)  # the first pick was chosen by quality, not given
     FOLD: tl.constexpr = tl.constexpr(0)  # rows of a tile in different threads
     BLOCK_S: tl.constexpr = tl.constexpr(0)  # columns at a time where the parts' sums are added
-
-    @classmethod
-    @cache
-    def of(cls, **values: int) -> "Constants":
-        """Each value as a constant of its own, as shapes are tuples of such."""
-        return cls(**{name: tl.constexpr(value) for name, value in values.items()})
 
 
 class Rows(NamedTuple):

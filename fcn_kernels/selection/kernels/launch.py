@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fcn_kernels.device.constants import constants
 from fcn_kernels.device.gpu import Device, device_of, gamma_argument, has_no_room, seed_argument
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE
 from fcn_kernels.selection.kernels.backward import select_backward
@@ -64,7 +65,8 @@ class Plan(NamedTuple):
 
     def constants(self, p: Problem, **options: int) -> Constants:
         """What a kernel is built for."""
-        return Constants.of(
+        return constants(  # type: ignore[no-any-return]
+            Constants,
             SEEDED=p.seed is not None,
             NORMALIZED=p.normalized,
             SPLIT=self.split,
