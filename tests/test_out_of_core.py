@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from killed import kill_when
 from torch import Tensor
 
 from fcn_kernels import coreset_select
@@ -149,16 +147,11 @@ def test_a_killed_run_goes_on_to_the_same_picks(tmp_path: Path, capsys: pytest.C
     command = [sys.executable, "-c", slow, "select", str(rows), "--k", "120", "--out", str(out)]
     state = Path(f"{out}.state")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    try:
-        give_up = time.monotonic() + 120
-        while not (state.exists() and len(torch.load(state, weights_only=True)["picks"]) > 5):
-            assert process.poll() is None
-            assert time.monotonic() < give_up
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+
+    def some_picks() -> bool:
+        return state.exists() and len(torch.load(state, weights_only=True)["picks"]) > 5
+
+    kill_when(some_picks, command, environment)
     assert not out.exists()
     assert run(rows, "--k", 40, "--out", out) == 2
     assert "--resume goes on" in capsys.readouterr().err

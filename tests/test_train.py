@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killed import kill_when
 from torch.nn import functional as F
 
 from fcn_kernels.__main__ import main
@@ -134,16 +133,7 @@ def test_a_killed_run_goes_on_with_the_same_numbers(
     said = capsys.readouterr().out
     out, state = tmp_path / "killed.pt", tmp_path / "killed.pt.state"
     command = [sys.executable, "-m", "fcn_kernels", "train", str(source), "--ids", "digit", "--out", str(out)]
-    process = subprocess.Popen([*command, *SHORT, *plan], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    try:
-        give_up = time.monotonic() + 120
-        while not state.exists():
-            assert process.poll() is None
-            assert time.monotonic() < give_up
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    kill_when(state.exists, [*command, *SHORT, *plan], ENVIRONMENT)
     assert not out.exists()
     assert 0 < torch.load(state, weights_only=True)["step"] < 120
     assert train(source, out, *plan) == 2  # neither --resume nor --overwrite
