@@ -98,6 +98,7 @@ def test_a_shard_may_be_empty() -> None:
         (["merge", "short.npz", "--out", "o.npz"], "short.npz: expected 2 rows, as in 'template_ids', in 'norms'"),
         (["merge", "a.npz", "none.npz", "--out", "o.npz"], "none.npz"),
         (["merge", "a.npz", "--out", "a.npz", "--overwrite"], "is read from"),
+        (["merge", "text.npz", "--out", "o.safetensors"], "cannot hold template ids that are strings"),
     ],
 )
 def test_parts_that_do_not_fit_are_told(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,13 +20,12 @@ from fcn_kernels.cli.arguments import (
     finite,
     run_to_status,
 )
-from fcn_kernels.extras import require
 from fcn_kernels.files.aggregate import Pool, Shard, aggregate, mean_of_coreset
 from fcn_kernels.files.checkpoint import load_checkpoint
 from fcn_kernels.files.cluster import Options, cluster_templates, read_states, state_columns
 from fcn_kernels.files.embeddings import Embeddings, Keys, read
-from fcn_kernels.files.formats import EXTRA, InputError, Scratch, format_of, suffix_of
-from fcn_kernels.files.output import check_output, replacing
+from fcn_kernels.files.formats import InputError, Scratch
+from fcn_kernels.files.output import check_columns_output, check_ids, write_columns
 from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
 from fcn_kernels.integrations import caface
 from fcn_kernels.integrations.facecoresetnet import build_head
@@ -161,7 +160,7 @@ def run_checked(args: argparse.Namespace) -> str:
         skip_bad_rows=args.skip_bad_rows,
         shard=args.shard,
     )
-    _write(args.out, arrays, args.overwrite)
+    write_columns(args.out, arrays, args.overwrite)
     return _summary(args, arrays, len(embeddings.ids))
 
 
@@ -194,21 +193,13 @@ def _read(args: argparse.Namespace) -> Embeddings:
     if len(outputs) == 2 and outputs[0].absolute() == outputs[1].absolute():
         raise InputError(f"{args.out}: expected another file for --state-out")
     for path in outputs:
-        for package in format_of(path).packages:
-            require(package, EXTRA)
-        check_output(path, read_from, args.overwrite)
+        check_columns_output(path, read_from, args.overwrite)
     check_device(args.device)
     keys = Keys(args.features, args.ids, args.quality, args.styles)
     embeddings = read(args.input, keys, Scratch(args.out.absolute().parent, args.max_unpacked))
     for path in outputs:
-        if suffix_of(path) == ".safetensors" and embeddings.ids.dtype.kind == "U":
-            raise InputError(f"{path}: .safetensors cannot hold template ids that are strings: choose another format")
+        check_ids(path, embeddings.ids)
     return embeddings
-
-
-def _write(path: Path, arrays: Mapping[str, Any], overwrite: bool) -> None:
-    with replacing(path, overwrite) as file:
-        format_of(path).write(file, arrays)
 
 
 def _summary(args: argparse.Namespace, arrays: Mapping[str, Any], rows: int) -> str:
@@ -255,8 +246,8 @@ def _cluster(args: argparse.Namespace, checkpoint: Mapping[str, Any]) -> str:
     options = Options(args.chunk or CHUNK, args.device, dtype, args.batch_rows, args.skip_bad_rows, args.shard)
     arrays, states = cluster_templates(embeddings, head, options, before, keep=args.state_out is not None)
     if states is not None:
-        _write(args.state_out, state_columns(states, head), args.overwrite)
-    _write(args.out, arrays, args.overwrite)
+        write_columns(args.state_out, state_columns(states, head), args.overwrite)
+    write_columns(args.out, arrays, args.overwrite)
     return _summary(args, arrays, len(embeddings.ids))
 
 

@@ -16,8 +16,8 @@ from fcn_kernels.extras import require
 from fcn_kernels.files import tables
 from fcn_kernels.files.align import Bank, check_rows, contexts, read_bank, warnings_of
 from fcn_kernels.files.embeddings import Embeddings, Keys, read
-from fcn_kernels.files.formats import EXTRA, InputError, Scratch, format_of, suffix_of
-from fcn_kernels.files.output import check_output, replacing
+from fcn_kernels.files.formats import EXTRA, InputError, Scratch
+from fcn_kernels.files.output import check_columns_output, check_ids, write_columns
 from fcn_kernels.neighbors.context import Context
 from fcn_kernels.neighbors.scores import METHODS, align_scores, unit_rows
 
@@ -94,16 +94,15 @@ def run(args: argparse.Namespace) -> int:
 
 def run_checked(args: argparse.Namespace) -> str:
     """What :func:`run` does, with errors raised; returns a summary."""
-    k, write = neighbors_of(args), format_of(args.out)
-    for package in (*write.packages, "numpy", "tqdm", *(["pyarrow.csv"] if args.pairs else [])):
-        require(package, EXTRA)
+    k = neighbors_of(args)
     if args.bank_id_key and not args.id_key:
         raise InputError("--bank-id-key: expected --id-key with it")
-    check_output(args.out, [path for path in (args.input, args.bank, args.pairs) if path], args.overwrite)
+    read_from = [path for path in (args.input, args.bank, args.pairs) if path]
+    packages = ("numpy", "tqdm", *(["pyarrow.csv"] if args.pairs else []))
+    check_columns_output(args.out, read_from, args.overwrite, *packages)
     scratch = Scratch(args.out.absolute().parent, args.max_unpacked)
     embeddings, own = _input(args, scratch)
-    if suffix_of(args.out) == ".safetensors" and embeddings.ids.dtype.kind == "U":
-        raise InputError(f"{args.out}: .safetensors cannot hold template ids that are strings: choose another format")
+    check_ids(args.out, embeddings.ids)
     bank_keys = Keys(args.bank_features, args.bank_id_key or args.id_key or Keys().ids)
     bank = read_bank(args.bank, bank_keys, args.id_key is not None, scratch)
     _warn(args, bank, k)
@@ -113,8 +112,7 @@ def run_checked(args: argparse.Namespace) -> str:
     else:
         named = {"mean": context.mean, "std": context.std, "counts": context.counts}
         arrays = {"template_ids": embeddings.ids, **{name: column.numpy() for name, column in named.items()}}
-    with replacing(args.out, args.overwrite) as file:
-        write.write(file, arrays)
+    write_columns(args.out, arrays, args.overwrite)
     none, short = int((context.counts == 0).sum()), 0 if k is None else int((context.counts < k).sum())
     what = f"{len(arrays['raw'])} pairs of {len(embeddings.ids)}" if args.pairs else f"{len(embeddings.ids)}"
     summary = f"{args.out}: {what} templates against {len(bank.rows)} bank rows"

@@ -26,8 +26,8 @@ from fcn_kernels.faces.pictures import EXTRA, Picture, folders_of_photos, frames
 from fcn_kernels.faces.tracks import Tracker
 from fcn_kernels.files.aggregate import aggregate, mean_of_coreset
 from fcn_kernels.files.embeddings import Embeddings
-from fcn_kernels.files.formats import InputError, format_of
-from fcn_kernels.files.output import check_output, replacing
+from fcn_kernels.files.formats import InputError
+from fcn_kernels.files.output import check_output, replacing, write_columns
 
 if TYPE_CHECKING:
     from fcn_kernels.files.formats import Array
@@ -184,8 +184,7 @@ def run_checked(args: argparse.Namespace, load: Callable[[], Models]) -> tuple[s
         with work.timed("writing"):
             page = sheet.draw(_strips(work, columns["quality"], descriptors, args))
             for name, arrays in (("embeddings.npz", columns), ("descriptors.npz", descriptors)):
-                with replacing(outputs[name], args.overwrite) as file:
-                    format_of(outputs[name]).write(file, arrays)
+                write_columns(outputs[name], arrays, args.overwrite)
             with replacing(outputs["picks.csv"], args.overwrite) as file:
                 file.write(_table(work, columns["quality"], descriptors).encode())
             with replacing(outputs["sheet.png"], args.overwrite) as file:

@@ -11,7 +11,7 @@ from fcn_kernels.cli.arguments import EXIT_STATUS, add_max_unpacked, run_to_stat
 from fcn_kernels.extras import require
 from fcn_kernels.files.embeddings import column, ids_column
 from fcn_kernels.files.formats import EXTRA, InputError, Scratch, format_of, reading
-from fcn_kernels.files.output import check_output, replacing
+from fcn_kernels.files.output import check_columns_output, check_ids, write_columns
 
 if TYPE_CHECKING:
     from fcn_kernels.files.formats import Array
@@ -44,14 +44,11 @@ def run(args: argparse.Namespace) -> int:
 
 def run_checked(args: argparse.Namespace) -> str:
     """What :func:`run` does, with errors raised; returns a summary."""
-    write = format_of(args.out)
-    for package in (*write.packages, "numpy"):
-        require(package, EXTRA)
-    check_output(args.out, args.parts, args.overwrite)
+    check_columns_output(args.out, args.parts, args.overwrite, "numpy")
     scratch = Scratch(args.out.absolute().parent, args.max_unpacked)
     arrays = merged({str(path): _columns(path, scratch) for path in args.parts})
-    with replacing(args.out, args.overwrite) as file:
-        write.write(file, arrays)
+    check_ids(args.out, arrays[IDS])
+    write_columns(args.out, arrays, args.overwrite)
     return f"{args.out}: {len(arrays[IDS])} templates of {len(args.parts)} parts"
 
 

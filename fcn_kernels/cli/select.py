@@ -14,8 +14,8 @@ from torch import Tensor
 from fcn_kernels.cli.arguments import EXIT_STATUS, add_max_unpacked, at_least_one, finite, run_to_status
 from fcn_kernels.extras import require
 from fcn_kernels.files.embeddings import Keys, read_rows
-from fcn_kernels.files.formats import EXTRA, InputError, Scratch, format_of, reading
-from fcn_kernels.files.output import check_output, replacing
+from fcn_kernels.files.formats import EXTRA, InputError, Scratch, reading
+from fcn_kernels.files.output import check_columns_output, write_columns
 from fcn_kernels.files.resume import check_state, load_state, save_state, state_path
 from fcn_kernels.selection.out_of_core import Known, Picker
 from fcn_kernels.sets import accumulator
@@ -65,11 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
 def run_checked(args: argparse.Namespace) -> str:
     """What :func:`run` does, with errors raised; returns a summary."""
-    write = format_of(args.out)
-    for package in (*write.packages, "numpy", "tqdm"):
-        require(package, EXTRA)
     inputs = [path for path in (args.input, args.labelled) if path]
-    check_output(args.out, inputs, args.overwrite)
+    check_columns_output(args.out, inputs, args.overwrite, "numpy", "tqdm")
     check_state(args.out, inputs, args.resume or args.overwrite)
     scratch, keys = Scratch(args.out.absolute().parent, args.max_unpacked), Keys(args.features, quality=args.quality)
     rows, quality = read_rows(args.input, keys, scratch)
@@ -94,8 +91,7 @@ def run_checked(args: argparse.Namespace) -> str:
         raise InputError(f"{args.input}: no row can be picked, or not the one that --start names")
     arrays = {"picks": picker.known.picks.numpy(), "distances": picker.known.distances.numpy()}
     radius = picker.radius()  # which reads rows
-    with replacing(args.out, args.overwrite) as file:
-        write.write(file, arrays)
+    write_columns(args.out, arrays, args.overwrite)
     state_path(args.out).unlink(missing_ok=True)
     return (
         f"{args.out}: {len(picker.known.picks)} of {len(rows)} rows, covering radius {radius:.6g}; "

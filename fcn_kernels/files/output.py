@@ -6,12 +6,16 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from fcn_kernels.files.formats import InputError
+from fcn_kernels.extras import require
+from fcn_kernels.files.formats import EXTRA, InputError, format_of, suffix_of
+
+if TYPE_CHECKING:
+    from fcn_kernels.files.formats import Array
 
 
 def check_output(path: Path, read_from: Iterable[Path], overwrite: bool) -> None:
@@ -43,6 +47,30 @@ def check_output(path: Path, read_from: Iterable[Path], overwrite: bool) -> None
         raise InputError(f"{path}: is read from, and cannot be written too")
     if not overwrite:
         raise InputError(f"{path}: is there already; --overwrite replaces it")
+
+
+def check_columns_output(path: Path, read_from: Iterable[Path], overwrite: bool, *packages: str) -> None:
+    """As :func:`check_output`, for :func:`write_columns`.
+
+    Raises:
+        ImportError: what the format needs, or one of these packages, is not installed.
+        InputError: no format has the suffix; or as :func:`check_output`.
+    """
+    for package in (*format_of(path).packages, *packages):
+        require(package, EXTRA)
+    check_output(path, read_from, overwrite)
+
+
+def check_ids(path: Path, ids: Array) -> None:
+    """Raise InputError if a file of this suffix cannot hold ids of this kind."""
+    if suffix_of(path) == ".safetensors" and ids.dtype.kind == "U":
+        raise InputError(f"{path}: .safetensors cannot hold template ids that are strings: choose another format")
+
+
+def write_columns(path: Path, columns: Mapping[str, Array], overwrite: bool) -> None:
+    """Write arrays of one length by their names, in the format of the suffix."""
+    with replacing(path, overwrite) as file:
+        format_of(path).write(file, columns)
 
 
 @contextmanager
