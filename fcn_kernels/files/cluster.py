@@ -84,7 +84,8 @@ def cluster_templates(
         _put(known, torch.from_numpy(np.searchsorted(ids, before.ids)), before.state)
     place = torch.from_numpy(np.searchsorted(ids, templates.ids))
     out = _Output(ids, head, embeddings.source)
-    for batch in templates.batches(embeddings, *options[1:5]):
+    _, device, dtype, batch_rows, skip_bad_rows, _ = options
+    for batch in templates.batches(embeddings, device, dtype, batch_rows, skip_bad_rows):
         at = place[batch.templates]
         state, bad = _update(head, embeddings, batch, options)
         out.left_out[at] = per_template(bad, batch.starts)
