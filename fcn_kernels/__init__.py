@@ -19,7 +19,7 @@ from fcn_kernels.heads.hypersphere import HypersphereSampler
 from fcn_kernels.heads.style import StyleInput
 from fcn_kernels.neighbors.context import Context, context_statistics
 from fcn_kernels.neighbors.scores import align_scores, search_rows
-from fcn_kernels.selection.select import Coreset, coreset_select
+from fcn_kernels.selection.select import Coreset, CoresetState, coreset_select
 
 __all__ = [
     "ClusterAggregate",
@@ -30,6 +30,7 @@ __all__ = [
     "Coreset",
     "CoresetAggregator",
     "CoresetSelect",
+    "CoresetState",
     "DiscrepancyAlignment",
     "HypersphereSampler",
     "StyleInput",

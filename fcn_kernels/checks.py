@@ -96,6 +96,73 @@ def at_least_one(name: str, value: Any) -> Any:
     return number
 
 
+METRICS = ("cosine", "sqeuclidean")
+
+
+def check_metric(metric: Any, normalized: bool) -> None:
+    """The name of a metric, and one that knows of unit rows if they are said to be."""
+    if metric not in METRICS:
+        raise ValueError(f'expected metric "cosine" or "sqeuclidean", got {metric!r}')
+    if metric != "cosine" and normalized:
+        raise ValueError('expected normalized with metric "cosine" alone: squared distances need no norms')
+
+
+def picks_per_set(k: Any, sets: int, device: torch.device) -> tuple[Any, Tensor | None]:
+    """The most that a set may pick, and the picks of each set (B,), None if that is the same for all."""
+    if not isinstance(k, Tensor | list | tuple) or (isinstance(k, Tensor) and k.ndim == 0):
+        return at_least_one("k", k), None
+    if isinstance(k, Tensor):
+        if k.dtype not in INTEGERS:
+            raise TypeError(f"expected k of dtype int32 or int64, got {k.dtype}")
+        if tuple(k.shape) != (sets,):
+            raise ValueError(f"expected k of shape ({sets},), a number for each set, got {tuple(k.shape)}")
+        each = k.tolist()
+    else:
+        each = [operator.index(number) for number in k]
+        if len(each) != sets:
+            raise ValueError(f"expected k of {sets} numbers, one for each set, got {len(each)}")
+    for b, number in enumerate(each):
+        if not 0 <= number <= MOST_PICKS:
+            raise ValueError(f"expected k of each set from 0 to 2^31 - 1, got {number} for set {b}")
+    return max(1, max(each, default=1)), torch.tensor(each, dtype=torch.int64, device=device)
+
+
+def known_distances(values: Any, features: Tensor, shape: tuple[int, ...], look: bool) -> Tensor:
+    """Distances (R,) of the dtype in which rows are summed, at least 0, or -inf for rows never to be picked."""
+    check_tensor("min_distances", values, features, shape, DTYPES)
+    sound: Tensor = (values >= 0) | (values == -math.inf)
+    if not look:
+        values = torch.where(sound, values, -math.inf)
+    elif not sound.all():
+        at = tuple((~sound).nonzero()[0].tolist())
+        wanted = "expected min_distances of at least 0, or -inf for rows never to be picked"
+        raise ValueError(f"{wanted}, got {float(values[at])} at {at}")
+    return values.detach().to(accumulator(features.dtype)).reshape(-1)  # type: ignore[no-any-return]
+
+
+def anchor_rows(anchors: Any, features: Tensor, sets: int) -> tuple[Tensor, Tensor | None]:
+    """Anchors (A, C), (B, A, C), or of a jagged nested tensor (T, C) with their offsets (B + 1,)."""
+    wanted = f"expected anchors of shape (A, {features.shape[-1]}), or ({sets}, A, {features.shape[-1]})"
+    offsets = None
+    if isinstance(anchors, Tensor) and anchors.is_nested:
+        if anchors.layout != torch.jagged or anchors.ndim != 3 or anchors.lengths() is not None:  # type: ignore[attr-defined]
+            raise ValueError("expected nested anchors (B, A of each set, C) of layout torch.jagged without gaps")
+        anchors, offsets = anchors.values(), anchors.offsets()
+        if offsets.shape[0] != sets + 1:
+            raise ValueError(f"expected nested anchors of {sets} sets, got {offsets.shape[0] - 1}")
+    if not isinstance(anchors, Tensor):
+        raise TypeError(f"expected anchors to be a Tensor, got {type(anchors).__name__}")
+    if anchors.dtype not in DTYPES:
+        raise TypeError(f"expected anchors of dtype float32, bfloat16, float16 or float64, got {anchors.dtype}")
+    if anchors.ndim not in (2, 3) or anchors.shape[-1] != features.shape[-1]:
+        raise ValueError(f"{wanted}, got {tuple(anchors.shape)}")
+    if anchors.ndim == 3 and anchors.shape[0] != sets:
+        raise ValueError(f"{wanted}, got {tuple(anchors.shape)}")
+    if anchors.device != features.device:
+        raise ValueError(f"expected anchors on the features' device {features.device}, got {anchors.device}")
+    return anchors.detach(), offsets
+
+
 def scale(name: str, value: Any, dtype: torch.dtype) -> Any:
     """A number above 0 that is a normal one in the dtype in which rows are summed."""
     wanted = "finite and above 0"

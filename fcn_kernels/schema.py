@@ -4,7 +4,7 @@ from typing import Any, get_type_hints
 
 from torch import Tensor
 
-_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}
+_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool", str: "str"}
 
 
 def schema(fields: Any, prefix: str = "") -> str:

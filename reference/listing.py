@@ -16,6 +16,8 @@ class Selection(NamedTuple):
     features: Tensor  # (B, K, C)
     indices: Tensor  # (B, K) int64
     distances: Tensor  # (B, K)
+    min_distances: Tensor | None = None  # (B, N), to all picks, if asked for
+    nearest: Tensor | None = None  # (B, N) int64, the pick that is so near; -1 where none is nearer than what was given
 
 
 def straight_through(logits: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -38,19 +40,26 @@ def coreset_listing(
     normalized: bool = False,
     distinct: bool = False,
     start: Tensor | None = None,
+    metric: str = "cosine",
+    min_distances: Tensor | None = None,
+    return_min_distances: bool = False,
 ) -> Selection:
-    """K rows of each set, best quality first, then farthest from the picks in quality-weighted cosine distance.
+    """K rows of each set, best quality first, then farthest from the picks in quality-weighted distance.
 
     ``features`` (B, N, C) with 1 <= k <= N, ``quality`` (B, N) > 0, ``noise`` (K, B, N) Gumbel samples or None for
     argmax, ``start`` (B,) fixes the first pick. ``distance_scale`` is 1 in the paper, 1/2 in the authors' code;
-    ``normalized`` says that rows are unit length, as the paper assumes. Any float dtype, float64 included.
+    ``normalized`` says that rows are unit length, as the paper assumes. ``metric`` is "cosine", the paper's, or
+    "sqeuclidean". ``min_distances`` (B, N) are distances to what was picked before: then the farthest comes first.
+    ``return_min_distances`` asks for those to what was picked now, too. Any float dtype, float64 included.
     """
-    unit = features if normalized else features / features.norm(dim=-1, keepdim=True)
+    euclidean = metric == "sqeuclidean"
+    unit = features if normalized or euclidean else features / features.norm(dim=-1, keepdim=True)
     weight = quality**gamma
-    logits = quality
+    logits = quality if min_distances is None else min_distances.detach()
     taken = torch.zeros_like(quality, dtype=torch.bool)
     rows, indices, distances = [], [], []
-    nearest = None
+    nearest = None if min_distances is None else min_distances.detach()
+    owner = torch.full_like(quality, -1, dtype=torch.int64)
     for step in range(k):
         perturbed = logits if noise is None else logits + noise[step]
         if distinct:
@@ -63,13 +72,18 @@ def coreset_listing(
         rows.append(row)
         indices.append(index)
         first = torch.full_like(index, torch.inf, dtype=quality.dtype)
-        distances.append(first if step == 0 else logits.detach().gather(-1, index[:, None])[:, 0])
+        distances.append(first if nearest is None else logits.detach().gather(-1, index[:, None])[:, 0])
         taken = taken.scatter(-1, index[:, None], 1)
-        if step + 1 == k:
+        if step + 1 == k and not return_min_distances:
             break
-        direction = row if normalized else row / row.norm(dim=-1, keepdim=True)
-        cosine = (unit @ direction[:, :, None])[..., 0]  # (B, N)
-        distance = distance_scale * weight * (1 - cosine)
+        if euclidean:
+            gap = (features - row[:, None]).square().sum(-1)  # (B, N)
+        else:
+            direction = row if normalized else row / row.norm(dim=-1, keepdim=True)
+            gap = 1 - (unit @ direction[:, :, None])[..., 0]
+        distance = distance_scale * weight * gap
+        owner = torch.where(distance < (torch.inf if nearest is None else nearest), step, owner)
         nearest = distance if nearest is None else torch.minimum(nearest, distance)
         logits = nearest
-    return Selection(torch.stack(rows, 1), torch.stack(indices, 1), torch.stack(distances, 1))
+    picked = torch.stack(rows, 1), torch.stack(indices, 1), torch.stack(distances, 1)
+    return Selection(*picked, logits.detach(), owner) if return_min_distances else Selection(*picked)

@@ -19,6 +19,10 @@ from hypothesis import settings  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from everywhere import select, where  # noqa: E402
+
+__all__ = ["select", "where"]
+
 settings.register_profile("fcn_kernels", deadline=None, derandomize=True)
 settings.load_profile("fcn_kernels")
 

@@ -48,9 +48,31 @@ def select_on(backend: str | None) -> Select:
     return call
 
 
-def can_be_picked(rows: Tensor, quality: Tensor) -> Tensor:
-    """(n,) bool: finite rows with a direction, of finite positive quality."""
-    return rows.isfinite().all(-1) & (rows != 0).any(-1) & quality.isfinite() & (quality > 0)
+def can_be_picked(case: Case, members: Tensor) -> Tensor:
+    """Of rows ``members`` those that are finite, have a direction if that is needed, and a finite positive quality."""
+    rows, quality = flat_rows(case)[members], quality_of(case, members)
+    good = rows.isfinite().all(-1) & quality.isfinite() & (quality > 0)
+    if not is_euclidean(case):
+        good &= (rows != 0).any(-1)
+    if (given := case.options.get("min_distances")) is not None:
+        good &= given.reshape(-1)[members] > -torch.inf
+    return members[good]
+
+
+def is_euclidean(case: Case) -> bool:
+    return bool(case.options.get("metric") == "sqeuclidean")
+
+
+def flat_rows(case: Case) -> Tensor:
+    return case.features.reshape(-1, case.features.shape[-1])
+
+
+def quality_of(case: Case, members: Tensor) -> Tensor:
+    """Of rows ``members``, given or not."""
+    if case.quality is not None:
+        return case.quality.reshape(-1)[members]
+    rows = flat_rows(case)[members]
+    return torch.ones_like(rows[:, 0]) if is_euclidean(case) else rows.norm(dim=-1)
 
 
 def listing(
@@ -62,18 +84,14 @@ def listing(
     """
     case = Case(features, k, quality, torch.as_tensor(gamma), options)
     dim, device = features.shape[-1], features.device
-    rows = features.reshape(-1, dim)
-    values = None if quality is None else quality.reshape(-1)
-    noise, start = options.get("noise"), options.get("start")
-    passed = {name: options[name] for name in ("tau", "distance_scale", "normalized", "distinct") if name in options}
-
-    def quality_of(members: Tensor) -> Tensor:
-        return values[members] if values is not None else rows[members].norm(dim=-1)
+    rows = flat_rows(case)
+    noise, start, given = options.get("noise"), options.get("start"), options.get("min_distances")
+    names = ("tau", "distance_scale", "normalized", "distinct", "metric")
+    passed = {name: options[name] for name in names if name in options}
 
     results = []
     for b, (first, inside) in enumerate(positions(case)):
-        inside = inside.to(device)
-        members = inside[can_be_picked(rows[inside], quality_of(inside))]
+        members = can_be_picked(case, inside.to(device))
         begin = None
         if start is not None:
             begin = (members == first + int(start if isinstance(start, int) else start[b])).nonzero()[:, 0]
@@ -85,11 +103,12 @@ def listing(
         if count:
             found = coreset_listing(
                 rows[members][None],
-                quality_of(members)[None],
+                quality_of(case, members)[None],
                 count,
                 gamma,
                 noise=None if noise is None else noise.reshape(k, -1)[:count, None, members],
                 start=begin,
+                min_distances=None if given is None else given.reshape(-1)[None, members],
                 **passed,
             )
             picked = torch.cat([found.features[0], picked[count:]])
@@ -107,16 +126,17 @@ def decided(case: Case, expected: Coreset) -> Tensor:
     """
     case = case.cast(torch.float64).to(torch.device("cpu"))
     normalized, scale = case.options.get("normalized", False), case.options.get("distance_scale", 1.0)
-    rows = case.features.reshape(-1, case.features.shape[-1])
-    quality = rows.norm(dim=-1) if case.quality is None else case.quality.reshape(-1)
-    noise = case.options.get("noise")
+    rows = flat_rows(case)
+    noise, given = case.options.get("noise"), case.options.get("min_distances")
     sure = []
     for b, (first, inside) in enumerate(positions(case)):
-        members = inside[can_be_picked(rows[inside], quality[inside])]
+        members = can_be_picked(case, inside)
         unit = rows[members] if normalized else torch.nn.functional.normalize(rows[members], dim=-1)
-        logits = quality[members]
+        logits = quality_of(case, members)
         weight = scale * logits**case.gamma
         lead, nearest = torch.inf, torch.tensor(torch.inf)
+        if given is not None:
+            logits = nearest = given.reshape(-1)[members].double()
         taken = torch.zeros(len(members), dtype=torch.bool)
         for step in range(int(expected.counts[b])):
             noisy = logits if noise is None else logits + noise.reshape(case.k, -1)[step, members]
@@ -127,7 +147,8 @@ def decided(case: Case, expected: Coreset) -> Tensor:
             if len(best) == 2 and not (step == 0 and "start" in case.options):
                 lead = min(lead, float((best[0] - best[1]) / (1 + best[0].abs())))
             taken[at] = True
-            logits = nearest = torch.minimum(weight * (1 - unit @ unit[at]), nearest)
+            gap = (rows[members] - rows[members[at]]).square().sum(-1) if is_euclidean(case) else 1 - unit @ unit[at]
+            logits = nearest = torch.minimum(weight * gap, nearest)
         sure.append(lead > 2.0**-16)
     return torch.tensor(sure)
 
@@ -189,7 +210,8 @@ def assert_as_accurate_as_eager(case: Case, backend: str | None = None) -> int:
     # A distance is a cosine, 2 s q^gamma at most, summed over C columns in float32.
     quality = pickable_quality(exact_case)
     largest_quality = largest(quality)
-    reach = 2 * case.options.get("distance_scale", 1.0) * largest(quality**exact_case.gamma)
+    widest = 4 * largest(flat_rows(exact_case).nan_to_num(0, 0, 0).square().sum(-1)) if is_euclidean(case) else 2
+    reach = widest * case.options.get("distance_scale", 1.0) * largest(quality**exact_case.gamma)
     torch.testing.assert_close(
         got.distances[sure].double(), expected.distances[sure], rtol=0, atol=16 * EPS * max(reach, 1.0)
     )
@@ -217,9 +239,7 @@ def listing_of(case: Case) -> Coreset:
 
 def pickable_quality(case: Case) -> Tensor:
     """The qualities of the rows that can be picked."""
-    rows = case.features.reshape(-1, case.features.shape[-1])
-    quality = rows.norm(dim=-1) if case.quality is None else case.quality.reshape(-1)
-    return quality[can_be_picked(rows, quality)]
+    return quality_of(case, can_be_picked(case, torch.arange(len(flat_rows(case)))))
 
 
 # Options under which the picks' gradient is checked against finite differences.
@@ -229,6 +249,8 @@ SMOOTH: list[dict[str, Any]] = [
     {"gamma": -0.7, "tau": 0.4, "distance_scale": 0.5},
     {"quality": "norms", "gamma": 1.6},
     {"unit": True},
+    {"metric": "sqeuclidean"},
+    {"metric": "sqeuclidean", "quality": "norms", "gamma": -0.7, "tau": 0.4},
 ]
 
 
@@ -242,8 +264,10 @@ def smooth_counterpart(case: Case) -> tuple[Callable[..., Tensor], tuple[Tensor,
     noise, tau = case.options.get("noise"), case.options.get("tau", 1.0)
     normalized, scale = case.options.get("normalized", False), case.options.get("distance_scale", 1.0)
 
+    euclidean = is_euclidean(case)
+
     def core(features: Tensor, gamma: Tensor, quality: Tensor | None = None) -> Tensor:
-        logits = features.norm(dim=-1) if quality is None else quality
+        logits = quality if quality is not None else torch.ones(len(features)) if euclidean else features.norm(dim=-1)
         weight = scale * logits**gamma
         unit = features if normalized else features / features.norm(dim=-1, keepdim=True)
         rows: list[Tensor] = []
@@ -259,7 +283,8 @@ def smooth_counterpart(case: Case) -> tuple[Callable[..., Tensor], tuple[Tensor,
             at, soft0, rows0 = frozen[step]
             rows.append(features[at] + (soft - soft0) @ rows0)
             direction = rows[-1] if normalized else rows[-1] / rows[-1].norm()
-            logits = nearest = torch.minimum(weight * (1 - unit @ direction), nearest)
+            gap = (features - rows[-1]).square().sum(-1) if euclidean else 1 - unit @ direction
+            logits = nearest = torch.minimum(weight * gap, nearest)
         return torch.stack(rows)
 
     leaves = [case.features[0], case.gamma] + ([] if case.quality is None else [case.quality[0]])

@@ -11,6 +11,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fcn_kernels.sets import accumulator
+
 
 @dataclass(frozen=True)
 class Case:
@@ -27,8 +29,8 @@ class Case:
 
     def cast(self, dtype: torch.dtype) -> Case:
         """The same call in another precision; nothing is lost on the way to a finer one."""
-        noise = self.options.get("noise")
-        case = self if noise is None else self.with_options(noise=noise.to(dtype))
+        given = {name: self.options.get(name) for name in ("noise", "min_distances")}
+        case = self.with_options(**{name: value.to(dtype) for name, value in given.items() if value is not None})
         quality = None if self.quality is None else self.quality.to(dtype)
         return replace(case, features=self.features.to(dtype), quality=quality, gamma=self.gamma.to(dtype))
 
@@ -99,6 +101,15 @@ def spoil(case: Case, seed: int = 0, share: float = 0.4) -> Case:
     return replace(case, features=features, quality=quality)
 
 
+def earlier_distances(case: Case, generator: torch.Generator) -> Tensor:
+    """Distances to earlier picks, and rows that are never to be picked. Infinite ones have no softmax to compare."""
+    shape = case.features.shape[:2]
+    values = 2 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    kind = torch.randint(8, shape, generator=generator)
+    values[kind == 0] = -torch.inf  # not 0: the listing rounds a copy's distance to a pick, and ties would be none
+    return values.to(accumulator(case.features.dtype))
+
+
 def pack(case: Case, lengths: Tensor) -> Case:
     """The same sets, packed: the leading ``lengths`` (B,) rows of each."""
     inside = torch.arange(case.features.shape[1]) < lengths[:, None]
@@ -106,6 +117,8 @@ def pack(case: Case, lengths: Tensor) -> Case:
     if "noise" in options:
         options["noise"] = options["noise"][:, inside]
     options["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+    if "min_distances" in options:
+        options["min_distances"] = options["min_distances"][inside]
     quality = None if case.quality is None else case.quality[inside]
     return replace(case, features=case.features[inside], quality=quality, options=options)
 
@@ -154,7 +167,11 @@ def cases(draw: st.DrawFn, dtype: torch.dtype, max_rows: int = 20, max_dim: int 
         distance_scale=draw(st.sampled_from((1.0, 0.5))),
         distinct=draw(st.booleans()),
     )
+    if not case.options.get("normalized") and draw(st.booleans()):
+        case = case.with_options(metric="sqeuclidean")
     generator = torch.Generator().manual_seed(seed + 1)
+    if draw(st.booleans()):
+        case = case.with_options(min_distances=earlier_distances(case, generator))
     if draw(st.booleans()):
         case = spoil(case, seed)
     lengths = torch.randint(0, rows + 1, (sets,), generator=generator)

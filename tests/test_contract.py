@@ -2,49 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from oracle import Outcome, assert_as_accurate_as_eager, outcome, select_on, weights_for
-from poison import poisoned
+from everywhere import WHERE
+from oracle import Outcome, Select, assert_as_accurate_as_eager, outcome, weights_for
 from problems import STRIDED, Case, pack, random_case, spoil
 from torch import Tensor
 
 from fcn_kernels import Coreset
-from fcn_kernels.backends import HAS_TRITON
-from fcn_kernels.selection.cpp import launch as cpp
 
-if HAS_TRITON:
-    from tiers import TIERS, forced
-else:
-    TIERS = ()
-
-WHERE = ("torch", "cpp", *(f"triton, {tier}" for tier in TIERS))
 NAN, INF = torch.nan, torch.inf
-Select = Callable[..., Coreset]
-
-
-@pytest.fixture(params=WHERE)
-def where(request: pytest.FixtureRequest, device: torch.device) -> str:
-    name: str = request.param
-    if name == "cpp" and (reason := cpp.unavailable(torch.float32)):
-        pytest.skip(reason)
-    if not name.startswith("triton") and device.type != "cpu":
-        pytest.skip("the test of a CPU's backend")
-    return name
-
-
-@pytest.fixture
-def select(where: str) -> Iterator[Select]:
-    """``coreset_select`` there, on memory that is full of NaN."""
-    backend, _, tier = where.partition(", ")
-    there: AbstractContextManager[None] = forced(tier) if tier else nullcontext()
-    with there, poisoned():
-        yield select_on(backend)
 
 
 def run(select: Select, case: Case, device: torch.device) -> Outcome:

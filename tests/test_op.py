@@ -31,6 +31,15 @@ CASES = {
     "packed, start": lambda x, q, g: _problem(
         x.flatten(0, 1), q, g, cu_seqlens=torch.tensor([0, 5, 14]), start=torch.tensor([1, 2])
     ),
+    "squared, with state": lambda x, q, g: _problem(
+        x,
+        q,
+        g,
+        metric="sqeuclidean",
+        min_distances=torch.linspace(0.1, 2, 14),
+        limits=torch.tensor([2, 3]),
+        return_state=True,
+    ),
 }
 
 

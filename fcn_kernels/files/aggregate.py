@@ -15,7 +15,7 @@ from fcn_kernels.extras import require
 from fcn_kernels.files.embeddings import Embeddings
 from fcn_kernels.files.formats import EXTRA, InputError
 from fcn_kernels.heads.facecoresetnet import Aggregate
-from fcn_kernels.selection.select import coreset_select
+from fcn_kernels.selection.select import Coreset, coreset_select
 from fcn_kernels.sets import RowSets, accumulator
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def mean_of_coreset(unit: Tensor, quality: Tensor, cu_seqlens: Tensor, *, k: int
         k, gamma: as in :func:`coreset_select`.
     """
     coreset = coreset_select(unit, k, quality, gamma, normalized=True, cu_seqlens=cu_seqlens)
+    assert isinstance(coreset, Coreset)
     scale = RowSets.packed(cu_seqlens, unit.device).take(quality, coreset.indices)
     mean = (coreset.features * scale[..., None]).sum(1) / coreset.counts.clamp(min=1)[:, None]
     return Aggregate(F.normalize(mean, dim=-1), torch.linalg.vector_norm(mean, dim=-1), coreset)

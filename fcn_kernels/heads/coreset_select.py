@@ -5,7 +5,7 @@ from torch import Generator, Tensor, nn
 
 from fcn_kernels import checks
 from fcn_kernels.backends import check_backend
-from fcn_kernels.selection.select import Coreset, coreset_select
+from fcn_kernels.selection.select import Coreset, CoresetState, coreset_select
 
 
 class CoresetSelect(nn.Module):
@@ -14,7 +14,7 @@ class CoresetSelect(nn.Module):
     Args:
         k: picks a set.
         gamma: initial value of the learned exponent of the quality.
-        tau, distance_scale, normalized, distinct, backend: as in :func:`coreset_select`.
+        tau, distance_scale, normalized, distinct, metric, backend: as in :func:`coreset_select`.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or has no meaning; when the module is built.
@@ -34,11 +34,13 @@ class CoresetSelect(nn.Module):
         distance_scale: float = 1.0,
         normalized: bool = False,
         distinct: bool = False,
+        metric: str = "cosine",
         backend: str | None = None,
     ) -> None:
         super().__init__()
         check_backend(backend)
         checks.check_flags(normalized=normalized, distinct=distinct)
+        checks.check_metric(metric, normalized)
         checks.scale("distance_scale", distance_scale, torch.float32)
         if not isinstance(tau, Tensor):
             checks.scale("tau", tau, torch.float32)
@@ -49,6 +51,7 @@ class CoresetSelect(nn.Module):
         self.distance_scale = distance_scale
         self.normalized = normalized
         self.distinct = distinct
+        self.metric = metric
         self.backend = backend
 
     def forward(
@@ -59,11 +62,15 @@ class CoresetSelect(nn.Module):
         noise: Tensor | None = None,
         generator: Generator | None = None,
         start: int | Tensor | None = None,
+        anchors: Tensor | None = None,
+        min_distances: Tensor | None = None,
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         strict: bool = False,
-    ) -> Coreset:
+        return_min_distances: bool = False,
+        return_nearest: bool = False,
+    ) -> Coreset | CoresetState:
         """Select from ``features``; shapes, errors and result as in :func:`coreset_select`."""
         return coreset_select(
             features,
@@ -77,14 +84,19 @@ class CoresetSelect(nn.Module):
             distance_scale=self.distance_scale,
             normalized=self.normalized,
             distinct=self.distinct,
+            metric=self.metric,
             start=start,
+            anchors=anchors,
+            min_distances=min_distances,
             mask=mask,
             lengths=lengths,
             cu_seqlens=cu_seqlens,
             strict=strict,
+            return_min_distances=return_min_distances,
+            return_nearest=return_nearest,
             backend=self.backend,
         )
 
     def extra_repr(self) -> str:
         options = f"tau={self.tau}, distance_scale={self.distance_scale}, normalized={self.normalized}"
-        return f"k={self.k}, {options}, distinct={self.distinct}, backend={self.backend}"
+        return f"k={self.k}, {options}, distinct={self.distinct}, metric={self.metric}, backend={self.backend}"

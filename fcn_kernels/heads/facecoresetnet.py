@@ -199,8 +199,11 @@ def select_scaled(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (features, quality, gamma) if isinstance(t, Tensor)):
         # A row that is not finite is left as it is: the gradient of its product would be 0 times NaN.
         scale = scale.where(_finite(features.detach()) & scale.detach().isfinite(), 1)
-        return coreset_select(features * scale[..., None], k, quality, gamma, **options)
+        coreset = coreset_select(features * scale[..., None], k, quality, gamma, **options)
+        assert isinstance(coreset, Coreset)
+        return coreset
     coreset = coreset_select(features, k, quality, gamma, **options)
+    assert isinstance(coreset, Coreset)
     if cu_seqlens is not None:
         scale = RowSets.packed(cu_seqlens, features.device).take(scale, coreset.indices)
     else:

@@ -5,6 +5,7 @@ under vmap, in forward mode and in a second derivative. What runs is the backend
 schemas are made from the fields of :class:`Problem`, :class:`Saved` and :class:`Gradients`.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch.utils.flop_counter import register_flop_formula
 from fcn_kernels.backends import are_plain, has_tangent, is_plain_call, runs_on
 from fcn_kernels.schema import schema, tensors
 from fcn_kernels.selection import torch_backend
+from fcn_kernels.selection.anchors import anchor_distances
 from fcn_kernels.selection.cpp import launch as cpp
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
+from fcn_kernels.sets import accumulator
 
 _FIELDS = len(Problem._fields)
 _TENSORS = tensors(Problem)
@@ -25,12 +28,13 @@ _TENSORS = tensors(Problem)
 _library = torch.library.Library("fcn_kernels", "DEF")
 _library.define(
     f"select({schema(Problem)}, bool keep, str backend) -> "
-    "(Tensor features, Tensor distances, Tensor indices, Tensor counts, Tensor[] kept)"
+    "(Tensor features, Tensor distances, Tensor indices, Tensor counts, Tensor[] state, Tensor[] kept)"
 )
 _library.define(
     f"select_backward({schema(Problem)}, Tensor grad, {schema(Saved)}, str backend) -> "
     "(Tensor features, Tensor quality, Tensor gamma)"
 )
+_library.define(f"anchor_distances({schema(Problem)}, Tensor anchors, Tensor? offsets) -> Tensor")
 _run, _run_backward = torch.ops.fcn_kernels.select.default, torch.ops.fcn_kernels.select_backward.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -49,13 +53,18 @@ def select(problem: Problem, backend: str) -> tuple[Any, ...]:
     return _forward(*problem, False, backend)
 
 
+def state_of(out: tuple[Any, ...]) -> Sequence[Tensor]:
+    """Least distances and nearest picks among what :func:`select` gave, if the problem asked for them."""
+    return out[4:6] if isinstance(out[4], Tensor) else out[4]
+
+
 def _forward(*args: Any) -> tuple[Any, ...]:
     """The forward operator below autograd. Where nobody listens it is spared the dispatcher, a quarter of a tiny
     call."""
     *fields, keep, backend = args
     if is_plain_call() and are_plain(fields[:_TENSORS]):
         p = Problem(*fields)
-        return _backend(backend, p.features).forward(p, keep)  # type: ignore[no-any-return]
+        return _backend(backend, p).forward(p, keep)  # type: ignore[no-any-return]
     with _below_autograd():
         return _run(*args)  # type: ignore[no-any-return]
 
@@ -74,24 +83,26 @@ def _asks_for_gradient(features: Tensor, quality: Tensor | None, gamma: Tensor) 
     )
 
 
-def _backend(name: str, features: Tensor) -> ModuleType:
+def _backend(name: str, p: Problem) -> ModuleType:
+    if p.euclidean or p.limits is not None or p.min_distances is not None or p.return_state:
+        return torch_backend
     if name == "triton":
         from fcn_kernels.selection.kernels import launch  # triton is imported only where it is used
 
         return launch
-    return cpp if runs_on(name, features.dtype, cpp.unavailable) == "cpp" else torch_backend
+    return cpp if runs_on(name, p.features.dtype, cpp.unavailable) == "cpp" else torch_backend
 
 
 def _select(*args: Any) -> Selected:
     *fields, keep, backend = args
     p = Problem(*fields)
-    return _backend(backend, p.features).forward(p, keep)  # type: ignore[no-any-return]
+    return _backend(backend, p).forward(p, keep)  # type: ignore[no-any-return]
 
 
 def _select_backward(*args: Any) -> Gradients:
     p = Problem(*args[:_FIELDS])
     grad, *saved, backend = args[_FIELDS:]
-    return _backend(backend, p.features).backward(p, grad, Saved(*saved))  # type: ignore[no-any-return]
+    return _backend(backend, p).backward(p, grad, Saved(*saved))  # type: ignore[no-any-return]
 
 
 _library.impl("select", _select, "CompositeExplicitAutograd")
@@ -111,6 +122,26 @@ def _select_backward_fake(*args: Any) -> Gradients:
     return Gradients(p.features.new_empty(p.features.shape), saved.norms.new_empty(p.rows), saved.norms.new_empty(()))
 
 
+@torch.library.register_fake("fcn_kernels::anchor_distances", lib=_library)
+def _anchor_distances_fake(*args: Any) -> Tensor:
+    p = Problem(*args[:_FIELDS])
+    return p.features.new_empty(p.rows, dtype=accumulator(p.features.dtype))
+
+
+def _anchor_distances(*args: Any) -> Tensor:
+    *fields, anchors, offsets = args
+    return anchor_distances(Problem(*fields), anchors, offsets)
+
+
+_library.impl("anchor_distances", _anchor_distances, "CompositeExplicitAutograd")
+_library.impl("anchor_distances", torch.library.fallthrough_kernel, "Autograd")
+
+
+def least_distances(problem: Problem, anchors: Tensor, offsets: Tensor | None) -> Tensor:
+    """Run the operator that makes distances to anchors, (R,)."""
+    return torch.ops.fcn_kernels.anchor_distances.default(*problem, anchors, offsets)  # type: ignore[no-any-return]
+
+
 class _Select(torch.autograd.Function):
     """The operator with its gradient. torch.library.register_autograd does the same and looks the schema's arguments
     up one by one, which costs each call more than a hundred microseconds."""
@@ -118,12 +149,12 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def forward(backend: str, *fields: Any) -> tuple[Tensor, ...]:
         out = Selected(*_forward(*fields, True, backend))
-        return (*out[:4], *out.kept)
+        return (*out[:4], *out.state, *out.kept)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         backend, *fields = inputs
-        _, _, *saved = output
+        saved = output[2:4] + output[4 + 2 * Problem(*fields).return_state :]
         ctx.save_for_backward(*fields[:_TENSORS], *saved)
         ctx.constants = fields[_TENSORS:], backend
         ctx.mark_non_differentiable(*output[1:])
@@ -159,7 +190,8 @@ class _Select(torch.autograd.Function):
         if folded is None:
             return _one_by_one(_Select, info.batch_size, in_dims, args)
         out = _Select.apply(args[0], *folded)
-        along = [0] * 4 + [1 if kept.ndim == 2 else 0 for kept in out[4:]]  # (K, R); or sets first
+        # (R,); (K, R); or sets first
+        along = [0] * 4 + [1 if found.ndim == 2 else 0 for found in out[4:]]
         return tuple(t.unflatten(dim, (info.batch_size, -1)) for t, dim in zip(out, along, strict=True)), tuple(along)
 
 
@@ -187,6 +219,8 @@ def _folded(count: int, dims: Problem, p: Problem) -> Problem | None:
         start=fold("start"),
         mask=fold("mask"),
         lengths=fold("lengths"),
+        limits=fold("limits"),
+        min_distances=fold("min_distances"),
     )
 
 
@@ -228,7 +262,8 @@ class _SelectBackward(torch.autograd.Function):
 def _select_autograd(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
     *fields, _keep, backend = args
     if _asks_for_gradient(*fields[:3]):
-        return *_Select.apply(backend, *fields)[:4], []
+        out = _Select.apply(backend, *fields)
+        return *out[:4], list(out[4 : 4 + 2 * Problem(*fields).return_state]), []
     return _forward(*args)
 
 

@@ -27,10 +27,24 @@ class Problem(NamedTuple):
     mask: Tensor | None = None  # (R,) bool
     lengths: Tensor | None = None  # (B,) int32 or int64
     cu_seqlens: Tensor | None = None  # (B + 1,) int32 or int64; the features are packed
+    limits: Tensor | None = None  # (B,) int64, at most k: picks of each set
+    min_distances: Tensor | None = None  # (R,) of quality's dtype, to what was picked before; -inf: never to be picked
     k: int = 1
     distance_scale: float = 1.0
     normalized: bool = False
     distinct: bool = False
+    metric: str = "cosine"
+    return_state: bool = False
+
+    @property
+    def euclidean(self) -> bool:
+        """Whether distances are squared Euclidean ones; the quality is given then."""
+        return self.metric == "sqeuclidean"
+
+    @property
+    def by_quality(self) -> bool:
+        """Whether the first pick is the row of best quality; not so if it is given, or others were picked before."""
+        return self.start is None and self.min_distances is None
 
     @property
     def sets(self) -> int:
@@ -56,10 +70,10 @@ class Saved(NamedTuple):
     softmax: (
         Tensor  # triton: (B, K, 3) best score, sum_n exp((z - best) / tau), unit's exponent; others: (K, R) softmaxes
     )
-    # (K - 1, R). triton: 1 - max cosine to the picks so far; sign bit: this step tied with those before it.
-    # others: 1 - cosine to this step's pick
+    # (K - 1, R) distances without their weights: 1 - cosine, or |x_n - x_i|^2. triton: the least of the picks so far;
+    # sign bit: this step tied with those before it. others: this step's pick's
     gaps: Tensor
-    norms: Tensor  # (R,), the rows' norms and the marks above
+    norms: Tensor  # (R,), the rows' norms and the marks above; of the Euclidean metric 1 instead of a norm
 
 
 class Selected(NamedTuple):
@@ -69,6 +83,7 @@ class Selected(NamedTuple):
     distances: Tensor  # (B, K)
     indices: Tensor
     counts: Tensor
+    state: Sequence[Tensor]  # (R,) least distances and (R,) int64 picks that are so near, or nothing
     kept: Sequence[Tensor]  # softmax, gaps and norms of Saved, or nothing if that was not asked for
 
     @property
@@ -89,6 +104,7 @@ class Selected(NamedTuple):
             new(sets, k, dtype=dtype),
             new(sets, k, dtype=torch.int64),
             new(sets, dtype=torch.int64),
+            [new(p.rows, dtype=dtype), new(p.rows, dtype=torch.int64)] if p.return_state else [],
             kept,
         )
 

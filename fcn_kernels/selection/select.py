@@ -1,5 +1,6 @@
 """The public function: it checks a call, makes a :class:`Problem` of it, and hands that to the operator."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,13 +26,29 @@ class Coreset(NamedTuple):
     counts: Tensor
     """(B,) int64, picks made: min(k, number of rows that can be picked)."""
     distances: Tensor
-    """(B, k) float32, quality-weighted cosine distance of the pick to the picks before it; inf for the first, 0 where
-    there is no pick. Not differentiable."""
+    """(B, k) float32, quality-weighted distance of the pick to the picks before it; inf for the first where nothing was
+    picked before, 0 where there is no pick. Not differentiable."""
+
+
+class CoresetState(NamedTuple):
+    """A :class:`Coreset` and what another selection may go on from. One set alone has no leading B."""
+
+    features: Tensor
+    """As in :class:`Coreset`, as are the next three."""
+    indices: Tensor
+    counts: Tensor
+    distances: Tensor
+    min_distances: Tensor
+    """(B, N), (N,) or (T,) float32, quality-weighted distance of each row to the nearest of all picks and anchors; -inf
+    for rows picked with ``distinct``, 0 for those that cannot be picked. Not differentiable."""
+    nearest: Tensor
+    """As min_distances, int64: the number of the pick that is nearest (the first of equals); -1 for rows that an anchor
+    is as near to, and for those that cannot be picked."""
 
 
 def coreset_select(
     features: Tensor,
-    k: int,
+    k: int | Sequence[int] | Tensor,
     quality: Tensor | None = None,
     gamma: float | Tensor = 0.0,
     *,
@@ -42,20 +59,25 @@ def coreset_select(
     distance_scale: float = 1.0,
     normalized: bool = False,
     distinct: bool = False,
+    metric: str = "cosine",
     start: int | Tensor | None = None,
+    anchors: Tensor | None = None,
+    min_distances: Tensor | None = None,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     strict: bool = False,
+    return_min_distances: bool = False,
+    return_nearest: bool = False,
     backend: str | None = None,
-) -> Coreset:
+) -> Coreset | CoresetState:
     r"""Pick ``k`` rows of each set that are both good and different, differentiably.
 
-    It takes the row of highest quality, then repeatedly the row farthest from everything picked so far (cosine distance
-    weighted by quality)::
+    It takes the row of highest quality, then repeatedly the row farthest from everything picked so far (cosine or
+    squared Euclidean distance, weighted by quality)::
 
         l_0(n) = q_n
-        d_k(n) = distance_scale * q_n^gamma * (1 - cos(x_n, x_{i_k}))
+        d_k(n) = distance_scale * q_n^gamma * (1 - cos(x_n, x_{i_k}))     (metric="sqeuclidean": |x_n - x_{i_k}|^2)
         l_{k+1}(n) = min(l_k(n), d_k(n))          (l_0 takes no part in the minimum)
         i_k = argmax_n l_k(n) + g_k(n)            (lowest index on ties; g_k: Gumbel noise if sampling, else 0)
 
@@ -66,8 +88,10 @@ def coreset_select(
         features: ``(B, N, C)`` sets of rows, ``(N, C)`` one set, or ``(T, C)`` packed sets with ``cu_seqlens``.
             float32, bfloat16 or float16, summed in float32; float64, but not on the Triton backend. A nested tensor of
             layout torch.jagged is packed sets.
-        k: rows to pick per set, at least 1. A set with fewer rows to pick gives those, and ``counts`` says so.
-        quality: ``(B, N)``, ``(N,)`` or ``(T,)``, above 0. None: the rows' own norms, with their gradient.
+        k: rows to pick per set, at least 1. A set with fewer rows to pick gives those, and ``counts`` says so. A list
+            or an integer tensor ``(B,)`` has a number of at least 0 for each set; results are padded to the largest.
+        quality: ``(B, N)``, ``(N,)`` or ``(T,)``, above 0. None: the rows' own norms, with their gradient; with
+            ``metric="sqeuclidean"`` 1, so that the first row that can be picked comes first.
         gamma: exponent of the quality in the distance, a number or a 0-d tensor (which may be learned). 0 makes it
             plain farthest-point selection after the first pick. Only the ratios of q^gamma within a set matter for the
             picks; those below 2^-126 of a set's largest count as 0. Distances end at the dtype's largest number.
@@ -82,13 +106,23 @@ def coreset_select(
         distance_scale: 1 in the paper's listing, 1/2 in its authors' code. A constant to compilers.
         normalized: rows are unit length already; no norms are computed and the gradient is not projected.
         distinct: never pick a row twice (possible only under noise or among coinciding rows).
+        metric: "cosine", or "sqeuclidean": squared Euclidean distances, made of differences, so that duplicates are 0
+            apart and rows far from the origin lose nothing. Rows of zeros can be picked then.
         start: fixes the first pick, an int or ``(B,)`` integers. A set in which that row cannot be picked gives none;
             for a set without rows any value will do.
+        anchors: ``(A, C)`` or ``(B, A, C)``, rows that were picked before, of these sets or from elsewhere (labelled
+            ones); a jagged nested tensor where sets have different numbers. The first pick is then the row farthest
+            from them. Those that are not finite are passed by (as are zeros, for cosines); a set whose anchors are all
+            passed by starts at its first row. Without any (A = 0) all is as if none were given.
+        min_distances: shaped as quality, distances to what was picked before, at least 0 (they include q^gamma); -inf
+            takes a row out. What ``return_min_distances`` gave goes on where that call stopped. No gradient goes
+            through these or through distances to anchors.
         mask: ``(B, N)`` or ``(N,)``, True (or the integer 1) for the rows that take part.
         lengths: ``(B,)`` int32 or int64, the number of leading rows of each padded set that take part.
         cu_seqlens: ``(B + 1,)`` int32 or int64, offsets of packed sets, from 0 to T. At most one of mask, lengths and
             cu_seqlens is given. On a CUDA device the values of these, and of ``start``, are read by the kernels
             alone, which stay inside the tensors whatever they say; ``strict=True`` checks them first.
+        return_min_distances, return_nearest: either asks for a :class:`CoresetState`, at the price of one more pass.
         strict: raise if a row that takes part cannot be picked, naming set and row. Waits for the device.
         backend: "triton" (CUDA devices), "cpp" (CPUs; compiled on first use and cached), "torch" (PyTorch's operations,
             any device), or None: Triton on CUDA devices, C++ on CPUs where there is a compiler, else torch.
@@ -98,7 +132,8 @@ def coreset_select(
     which rows are summed: 1.2e-38 to 3.4e38 for all but float64.)
 
     Returns:
-        A :class:`Coreset` of ``features``, ``indices``, ``counts``, ``distances``.
+        A :class:`Coreset` of ``features``, ``indices``, ``counts``, ``distances``, or a :class:`CoresetState`, which
+        has ``min_distances`` and ``nearest`` too.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -116,27 +151,45 @@ def coreset_select(
         >>> coreset = coreset_select(photos, 3, sharpness, gamma=0.5)
         >>> coreset.features.shape, coreset.indices.shape
         (torch.Size([2, 3, 512]), torch.Size([2, 3]))
+        >>> points = torch.rand(1000, 3)  # farthest-point sampling, and more of it later
+        >>> sample = coreset_select(points, 100, metric="sqeuclidean", return_min_distances=True)
+        >>> more = coreset_select(points, 50, metric="sqeuclidean", min_distances=sample.min_distances)
+        >>> whole = coreset_select(points, 150, metric="sqeuclidean")
+        >>> torch.equal(torch.cat([sample.indices, more.indices]), whole.indices)
+        True
     """
     features, quality, cu_seqlens = unpack_nested(features, quality, mask, lengths, cu_seqlens)
     checks.check_features(features, cu_seqlens)
-    checks.check_flags(sample=sample, normalized=normalized, distinct=distinct, strict=strict)
+    checks.check_flags(
+        sample=sample, normalized=normalized, distinct=distinct, strict=strict,
+        return_min_distances=return_min_distances, return_nearest=return_nearest,
+    )  # fmt: skip
+    checks.check_metric(metric, normalized)
     checks.check_generator(generator)
     single = features.ndim == 2 and cu_seqlens is None
     shape = tuple(features.shape[:-1])
     accumulate = accumulator(features.dtype)
     look = checks.may_look(features, strict)
-    k = checks.at_least_one("k", k)
+    sets = 1 if single else features.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    most, limits = checks.picks_per_set(k, sets, features.device)
     given = [n for n, v in (("mask", mask), ("lengths", lengths), ("cu_seqlens", cu_seqlens)) if v is not None]
     if len(given) > 1:
         raise ValueError(f"expected at most one of mask, lengths and cu_seqlens, got {' and '.join(given)}")
     if noise is not None:
         if generator is not None:
             raise ValueError("expected noise or generator, got both")
-        noise = checks.given_noise(noise, features, (k, *shape), look)
+        noise = checks.given_noise(noise, features, (most, *shape), look)
     if quality is not None:
         checks.check_tensor("quality", quality, features, shape, checks.DTYPES)
         quality = quality.reshape(-1)
         quality = quality if quality.dtype == accumulate else quality.to(accumulate)
+    elif metric == "sqeuclidean":
+        quality = features.new_ones(shape, dtype=accumulate).reshape(-1)
+    if min_distances is not None:
+        min_distances = checks.known_distances(min_distances, features, shape, look)
+    offsets = None
+    if anchors is not None:
+        anchors, offsets = checks.anchor_rows(anchors, features, sets)
     if mask is not None:
         mask = checks.row_mask(mask, features, shape, look)
     if single:
@@ -145,7 +198,6 @@ def coreset_select(
         lengths = checks.set_lengths(lengths, features, single, look)
     if cu_seqlens is not None and look:
         checks.check_offsets(cu_seqlens, features.shape[0])
-    sets = features.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if start is not None:
         start = checks.first_picks(start, features, sets, lengths, cu_seqlens, single, look)
     problem = Problem(
@@ -159,16 +211,28 @@ def coreset_select(
         mask=mask,
         lengths=lengths,
         cu_seqlens=cu_seqlens,
-        k=k,
+        limits=limits,
+        min_distances=min_distances,
+        k=most,
         distance_scale=float(checks.scale("distance_scale", distance_scale, accumulate)),
         normalized=normalized,
         distinct=distinct,
+        metric=metric,
+        return_state=return_min_distances or return_nearest,
     )
     if strict:
         _check_rows(problem)
-    rows, distances, indices, counts = op.select(problem, resolve_backend(backend, features, cpp.unavailable))[:4]
+    backend = resolve_backend(backend, features, cpp.unavailable)
+    if anchors is not None and anchors.shape[-2]:
+        near = op.least_distances(problem, anchors, offsets)
+        problem = problem._replace(min_distances=near if min_distances is None else torch.minimum(near, min_distances))
+    rows, distances, indices, counts, *_ = out = op.select(problem, backend)
     coreset = Coreset(rows, indices, counts, distances)
-    return Coreset(*(t[0] for t in coreset)) if single else coreset
+    if single:
+        coreset = Coreset(*(t[0] for t in coreset))
+    if not problem.return_state:
+        return coreset
+    return CoresetState(*coreset, *(t.view(shape) for t in op.state_of(out)))
 
 
 def _check_rows(p: Problem) -> None:
@@ -178,4 +242,4 @@ def _check_rows(p: Problem) -> None:
         raise ValueError(f"row {bad[1]} of set {bad[0]} cannot be picked: {bad[2]}")
 
 
-torch.serialization.add_safe_globals([Coreset])  # a saved one loads with weights_only
+torch.serialization.add_safe_globals([Coreset, CoresetState])  # a saved one loads with weights_only

@@ -28,9 +28,9 @@ SMALL_NORM = 1e-15
 def forward(p: Problem, keep: bool) -> Selected:
     """Select; with ``keep``, also keep what :func:`backward` reads."""
     out = Selected.empty(p, keep, normalizers=False)
-    for tensor in (*out[:4], *out.kept):
+    for tensor in (*out[:4], *out.state, *out.kept):
         tensor.zero_()
-    for tensor in (out.indices, *out.kept[2:]):  # no pick; and of a row that its norm is not wanted
+    for tensor in (out.indices, *out.state[1:], *out.kept[2:]):  # no pick; and of a row that its norm is not wanted
         tensor.fill_(-1)
     with without_autocast(p.features.device.type):
         for group in _groups(p):
@@ -54,7 +54,7 @@ def unpickable_row(p: Problem) -> tuple[int, int, str] | None:
     """The first row that takes part and cannot be picked: its set, its number and the reason."""
     found: list[tuple[int, int, str]] = []
     for group in _groups(p):
-        norms = _Rows(group.raw).norms()
+        norms = _norms(p, group)
         quality = norms if p.quality is None else group.take(p.quality)
         bad = _takes_part(p, group) & ~usable(norms, quality)
         if bad.any():
@@ -63,7 +63,7 @@ def unpickable_row(p: Problem) -> tuple[int, int, str] | None:
             q, norm, raw = float(quality[*at]), float(norms[*at]), group.raw[*at]
             if not raw.isfinite().all():
                 reason = "its features are not finite"
-            elif not raw.any():
+            elif not raw.any() and not p.euclidean:
                 reason = "its features are all zero"
             elif not usable(norms[*at], norms[*at]):
                 reason = f"its norm is {norm:g}, expected a normal number of {accumulator(raw.dtype)}"
@@ -160,10 +160,13 @@ def _takes_part(p: Problem, group: _Group) -> Tensor:
 
 
 class _Rows:
-    """A group's rows, a block at a time that fits the cache, in the dtype in which they are summed."""
+    """A group's rows, a block at a time that fits the cache, in the dtype in which they are summed.
 
-    def __init__(self, raw: Tensor, allowed: Tensor | None = None) -> None:
-        self.raw, self.dtype = raw, accumulator(raw.dtype)
+    They are taken from an ``origin`` (G, C) of each set, where one is given.
+    """
+
+    def __init__(self, raw: Tensor, allowed: Tensor | None = None, origin: Tensor | None = None) -> None:
+        self.raw, self.dtype, self.origin = raw, accumulator(raw.dtype), origin
         self.block = max(1, GROUP_BYTES // max(1, raw.shape[0] * raw.shape[2] * self.dtype.itemsize))
         self.allowed = None if allowed is None or bool(allowed.all()) else allowed[..., None]
         self.each = torch.arange(len(raw), device=raw.device)[:, None]
@@ -172,12 +175,23 @@ class _Rows:
         """Places and rows (G, m, C). Rows that are not allowed are zero, as 0 * NaN would be NaN."""
         for first in range(0, self.raw.shape[1], self.block):
             at = slice(first, first + self.block)
-            rows = self.raw[:, at].to(self.dtype)
+            rows = self._from_origin(self.raw[:, at].to(self.dtype))
             yield at, rows if self.allowed is None else torch.where(self.allowed[:, at], rows, 0)
+
+    def _from_origin(self, rows: Tensor) -> Tensor:
+        return rows if self.origin is None else rows - self.origin[:, None]
 
     def norms(self) -> Tensor:
         """|x_n|, (G, n)."""
         return _joined([row_norms(rows) for _, rows in self.blocks()])
+
+    def are_finite(self) -> Tensor:
+        """1 for rows of finite numbers, NaN for others, (G, n)."""
+        return _joined([rows.mul(0).sum(-1).add(1) for _, rows in self.blocks()])
+
+    def squared_distances(self, vectors: Tensor) -> Tensor:
+        """|x_n - v|^2 for each set's own v (G, C), (G, n): of differences, which rows far from the origin have, too."""
+        return _joined([(rows - vectors[:, None]).square_().sum(-1) for _, rows in self.blocks()])
 
     def products(self, vectors: Tensor) -> Tensor:
         """x_n . v for each set's own v (G, C), (G, n). Equal rows give equal bits, wherever they lie."""
@@ -189,7 +203,7 @@ class _Rows:
 
     def take(self, places: Tensor) -> Tensor:
         """Rows (G, k, C) by their numbers (G, k) within the set."""
-        return self.raw[self.each, places].to(self.dtype)
+        return self._from_origin(self.raw[self.each, places].to(self.dtype))
 
 
 def row_products(rows: Tensor, vectors: Tensor) -> Tensor:
@@ -216,24 +230,38 @@ def _joined(blocks: list[Tensor]) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
 
+def _norms(p: Problem, group: _Group) -> Tensor:
+    """|x_n| (G, n); of the Euclidean metric, which has no use for them, 1 for rows that are finite, else NaN."""
+    x = _Rows(group.raw)
+    return x.are_finite() if p.euclidean else x.norms()
+
+
 # --- the steps ----------------------------------------------------------------------------------------------------
 
 
 def _select(p: Problem, group: _Group, out: Selected) -> None:
     """The K steps of a group, written to its places in ``out``."""
-    norms = _Rows(group.raw).norms()
+    norms = _norms(p, group)
     quality = norms if p.quality is None else group.take(p.quality)
     allowed = _takes_part(p, group) & usable(norms, quality)  # (G, n)
+    before = None  # distances to what was picked earlier
+    if p.min_distances is not None:
+        before = group.take(p.min_distances)
+        allowed &= before >= 0
     first = None
     if p.start is not None:
         first, in_range = _given_start(p, group)
         allowed &= (in_range & allowed.gather(1, first[:, None])[:, 0])[:, None]
-    counts = allowed.sum(-1).clamp(max=p.k)
+    counts = allowed.sum(-1).clamp(max=p.k if p.limits is None else p.limits[group.at])
     open_to = allowed.clone() if p.distinct else allowed  # the rows that may be picked next
     weight, exponent = weights_of(p, quality, allowed)
     x = _Rows(group.raw, allowed)
 
     gap, logits, shift = None, quality, None
+    if before is not None:
+        shift = exponent
+        logits = before = before if shift is None else before * torch.exp2(-shift).to(before.dtype)
+    nearest = torch.full_like(quality, -1, dtype=torch.int64)
     picks, rows, distances = [], [], []
     most = min(p.k, norms.shape[1])
     for step, noise in zip(range(most), _noise(p, group), strict=False):
@@ -241,19 +269,25 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
         pick = _argmax(scores, open_to) if step or first is None else first
         picks.append(pick)
         rows.append(x.take(pick[:, None])[:, 0])
-        distances.append(reported(logits.gather(1, pick[:, None]), shift) if step else norms.new_full((), math.inf))
+        known = step > 0 or before is not None
+        distances.append(reported(logits.gather(1, pick[:, None]), shift) if known else norms.new_full((), math.inf))
+        made = (step < counts)[:, None]
         if out.kept:
-            soft = _softmax(scores, shift, float(p.tau)) * (step < counts)[:, None]
-            group.put(soft, out.kept[0][step])
-        if step + 1 == most:
+            group.put(_softmax(scores, shift, float(p.tau)) * made, out.kept[0][step])
+        if step + 1 == most and not out.state:
             break
         if p.distinct:
             open_to.scatter_(1, pick[:, None], False)
-        fresh = _gaps(x, norms, rows[step], pick, p.normalized)
+        fresh = _gaps(p, x, norms, rows[step], pick)
+        if out.kept and step + 1 < p.k:
+            group.put(torch.where(allowed & made, fresh, 0), out.kept[1][step])
+        if out.state:
+            fresh = torch.where(made, fresh, math.inf)
+            nearest = torch.where(fresh * weight < (logits if known else math.inf), step, nearest)
         gap = fresh if gap is None else torch.minimum(gap, fresh)
-        if out.kept:
-            group.put(torch.where(allowed & (step < counts)[:, None], fresh, 0), out.kept[1][step])
         logits, shift = gap * weight, exponent
+        if before is not None:
+            logits = torch.minimum(logits, before)
 
     made = torch.arange(most, device=counts.device) < counts[:, None]  # (G, up to K)
     reached = torch.cat([distance.expand(len(made), 1) for distance in distances], 1)
@@ -268,6 +302,21 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
     out.counts[group.at] = counts
     if out.kept:
         group.put(torch.where(allowed, norms, -1), out.kept[2])
+    if out.state:
+        _put_state(p, group, out, allowed, reported(logits if picks else quality, shift), nearest)
+
+
+def _put_state(p: Problem, group: _Group, out: Selected, allowed: Tensor, least: Tensor, nearest: Tensor) -> None:
+    """Write the running minima (G, n), -inf for rows that are not to be picked again, and the picks so near."""
+    least = torch.where(allowed, least, 0)
+    if p.min_distances is not None:
+        least = torch.where(group.take(p.min_distances) == -math.inf, -math.inf, least)
+    if p.distinct:
+        indices = out.indices[group.at]
+        picked = torch.zeros_like(allowed).scatter_add(1, indices.clamp(min=0), indices >= 0)
+        least = torch.where(picked, -math.inf, least)
+    group.put(least, out.state[0])
+    group.put(torch.where(allowed, nearest, -1), out.state[1])
 
 
 def _given_start(p: Problem, group: _Group) -> tuple[Tensor, Tensor]:
@@ -344,10 +393,15 @@ def reported(distances: Tensor, shift: Tensor | None) -> Tensor:
     return _shifted(torch.where(distances >= torch.finfo(distances.dtype).tiny, distances, 0), shift)
 
 
-def _gaps(x: _Rows, norms: Tensor, row: Tensor, pick: Tensor, normalized: bool) -> Tensor:
-    """1 - cos(x_n, row), (G, n); exactly 0 for the pick and its duplicates, whatever their cosine rounds to."""
-    cosine = x.products(row if normalized else row / norms.gather(1, pick[:, None]))
-    if not normalized:
+def _gaps(p: Problem, x: _Rows, norms: Tensor, row: Tensor, pick: Tensor) -> Tensor:
+    """Distances to a picked row (G, C) without their weights, (G, n): 1 - cos(x_n, row), or |x_n - row|^2.
+
+    Exactly 0 for the pick and its duplicates, whatever their cosine rounds to.
+    """
+    if p.euclidean:
+        return x.squared_distances(row)
+    cosine = x.products(row if p.normalized else row / norms.gather(1, pick[:, None]))
+    if not p.normalized:
         cosine = cosine / norms
     return torch.where(cosine == cosine.gather(1, pick[:, None]), 0, 1 - cosine).clamp_(min=0)
 
@@ -382,18 +436,28 @@ def _differentiate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Te
     made = saved.indices[group.at] >= 0  # (G, K)
     indices = saved.indices[group.at].clamp(min=0)
     arriving = torch.where(made[..., None], grad[group.at].to(norms.dtype), 0)  # c, (G, K, C)
-    x = _Rows(group.raw, allowed)
+    origin = None
+    if p.euclidean:  # differences are the same from any origin, and small from a near one
+        origin = torch.where(made[:, :1], _Rows(group.raw).take(indices[:, :1])[:, 0], 0)
+    x = _Rows(group.raw, allowed, origin)
     units = torch.where(made[..., None], x.take(indices), 0)  # u_j, (G, K, C)
     pick_norms = norms.gather(1, indices)
-    if not p.normalized:
+    projected = not (p.normalized or p.euclidean)
+    if projected:
         units = units / pick_norms[..., None]
-    shares = _shares(gaps)
     weight, exponent = weights_of(p, quality, allowed)
+    shares = _shares(gaps)
+    if p.min_distances is not None:
+        before = group.take(p.min_distances)
+        distances = gaps * weight
+        before = before if exponent is None else before * torch.exp2(-exponent).to(before.dtype)
+        shares = torch.where(distances < before, shares, torch.where(distances == before, shares.clamp(max=0.5), 0))
     weight = _shifted(weight, None if exponent is None else exponent.clamp(max=LARGEST_GRADIENT_EXPONENT))
     gamma = float(p.gamma)
     if not math.isfinite(gamma):
         gamma, weight = 0.0, torch.zeros_like(weight)
 
+    # Of cosines; where distances are squared, twice their gradients: dx_n = sum_j dcos_j(n) (x_j - x_n).
     dcos = torch.zeros_like(gaps)  # (K - 1, G, n)
     weight_term = torch.zeros_like(norms)  # w dw
     chain = torch.zeros_like(norms)  # the gradient of the running minimum
@@ -405,18 +469,22 @@ def _differentiate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Te
         if not p.normalized:  # a pick is 0 away from itself, wherever it moves
             ddistance = ddistance.scatter(1, indices[:, pick, None], 0)
         weight_term += ddistance * gaps[pick] * weight
-        dcos[pick] = -weight * ddistance
-        pull = x.weighted_sum(dcos[pick] if p.normalized else dcos[pick] / norms)
-        if not p.normalized:
+        dcos[pick] = (-2 if p.euclidean else -1) * weight * ddistance
+        pull = x.weighted_sum(dcos[pick] / norms if projected else dcos[pick])
+        if p.euclidean:
+            pull = pull - dcos[pick].sum(-1, keepdim=True) * units[:, pick]
+        elif projected:
             along = (pull * units[:, pick]).sum(-1, keepdim=True)
             pull = (pull - along * units[:, pick]) / pick_norms[:, pick, None]
         arriving[:, pick] += pull
 
     dquality = gamma * weight_term / quality
-    if p.start is None:  # a given first pick was not chosen: no softmax
+    if p.by_quality:  # else the first pick's softmax is none of the quality
         dquality += _softmax_gradient(p, x, arriving[:, 0], softmax[0], indices[:, 0])
     radial = torch.zeros_like(norms)  # dx_n has radial(n) u_n
-    if not p.normalized:
+    if p.euclidean:
+        radial = -dcos.sum(0)
+    elif projected:
         radial = -(dcos * (1 - gaps)).sum(0) / norms
     if p.quality is None:
         radial += dquality

@@ -1,0 +1,73 @@
+"""Distances to anchors: rows that were picked before, inside the sets or elsewhere. No gradient goes through them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fcn_kernels.backends import without_autocast
+from fcn_kernels.selection.problem import Problem
+from fcn_kernels.selection.torch_backend import pair_products
+from fcn_kernels.sets import GROUP_BYTES, accumulator, row_norms, usable
+
+
+def anchor_distances(p: Problem, anchors: Tensor, offsets: Tensor | None) -> Tensor:
+    """min_a s q_n^gamma (1 - cos(x_n, a)) of each row (R,), or with |x_n - a|^2; inf where a set has no anchor.
+
+    ``anchors`` are (A, C), of all sets, (B, A, C), or (T, C) with ``offsets`` (B + 1,). Anchors that are not finite, or
+    without a direction where cosines are asked for, are passed by.
+    """
+    rows, dtype = p.features.reshape(-1, p.dim), accumulator(p.features.dtype)
+    out = torch.full((p.rows,), math.inf, dtype=dtype, device=rows.device)
+    gamma = p.gamma.to(rows.device, dtype)
+    with without_autocast(rows.device.type), torch.no_grad():
+        for first, last, low, high in _pairs(p, anchors, offsets):
+            chosen = anchors.reshape(-1, p.dim)[low:high].to(dtype)
+            norms = row_norms(chosen)
+            good = chosen.isfinite().all(-1) if p.euclidean else usable(norms, norms)
+            chosen, norms = chosen[good], norms[good]
+            step = max(1, GROUP_BYTES // (dtype.itemsize * max(p.dim, len(chosen))))
+            for begin in range(first, last if len(chosen) else first, step):
+                at = slice(begin, min(begin + step, last))
+                x = rows[at].to(dtype)
+                quality = row_norms(x) if p.quality is None else p.quality[at]
+                gaps = _squared_distances(x, chosen) if p.euclidean else _cosine_gaps(p, x, chosen, norms)
+                out[at] = p.distance_scale * quality**gamma * gaps
+    return out.nan_to_num_(math.inf, math.inf)  # rows that are not finite cannot be picked
+
+
+def _pairs(p: Problem, anchors: Tensor, offsets: Tensor | None) -> list[tuple[int, int, int, int]]:
+    """Rows [first, last) and the anchors [low, high) that are theirs, both flat."""
+    if offsets is None and anchors.ndim == 2:
+        return [(0, p.rows, 0, len(anchors))]
+    if p.cu_seqlens is None:
+        bounds = [i * p.features.shape[1] for i in range(p.sets + 1)]
+    else:
+        bounds = p.cu_seqlens.clamp(0, p.rows).tolist()
+    theirs = [i * anchors.shape[1] for i in range(p.sets + 1)] if offsets is None else offsets.tolist()
+    return list(zip(bounds[:-1], bounds[1:], theirs[:-1], theirs[1:], strict=True))
+
+
+def _cosine_gaps(p: Problem, x: Tensor, anchors: Tensor, norms: Tensor) -> Tensor:
+    """1 - max_a cos(x_n, a): a matrix product finds the nearest, and a product of the two alone says how near it is, so
+    that a copy of an anchor is exactly 0 away."""
+    units = anchors if p.normalized else anchors / norms[:, None]
+    nearest = (x @ units.T).argmax(-1)
+    each = torch.arange(len(anchors), device=x.device)
+    own, along = _products(anchors, units, each), _products(x, units, nearest)
+    if not p.normalized:
+        own, along = own / norms, along / row_norms(x)
+    return torch.where(along == own[nearest], 0, 1 - along).clamp_(min=0)
+
+
+def _products(rows: Tensor, vectors: Tensor, at: Tensor) -> Tensor:
+    """x_n . v_at(n), (n,)."""
+    if not rows.is_cpu:
+        return (rows * vectors[at]).sum(-1)
+    return pair_products(rows, vectors, torch.arange(len(rows)), at)
+
+
+def _squared_distances(x: Tensor, anchors: Tensor) -> Tensor:
+    """min_a |x_n - a|^2, of differences: norms and products would lose what is small beside the norms."""
+    nearest = torch.cdist(x, anchors, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
+    return (x - anchors[nearest]).square_().sum(-1)

@@ -1,0 +1,243 @@
+"""Squared Euclidean distances, picks that go on from others, and a number of picks for each set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import Select
+from problems import random_case, spoil
+from torch import Tensor
+
+from fcn_kernels import CoresetState, coreset_select
+from reference.listing import coreset_listing
+
+METRICS = ("cosine", "sqeuclidean")
+F64 = torch.float64
+
+
+def state(select: Select, *args: Any, **options: Any) -> CoresetState:
+    found = select(*args, return_min_distances=True, **options)
+    assert isinstance(found, CoresetState)
+    return found
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("noise", [None, 1.0])
+def test_the_state_is_the_references(metric: str, noise: float | None, select: Select) -> None:
+    case = random_case(3, 23, 6, 5, noise=noise, duplicates=True)
+    case = case.with_options(min_distances=torch.rand(3, 23, generator=torch.Generator().manual_seed(1)) * 2)
+    exact = case.cast(F64)
+    for options in ({}, {"min_distances": case.options["min_distances"]}):
+        given = {**options, "noise": case.options.get("noise"), "metric": metric}
+        got = state(select, case.features, 5, case.quality, 0.5, **given)
+        wide = {name: value.to(F64) if isinstance(value, Tensor) else value for name, value in given.items()}
+        want = coreset_listing(exact.features, exact.quality, 5, 0.5, return_min_distances=True, **wide)
+        assert torch.equal(got.indices, want.indices)
+        torch.testing.assert_close(got.min_distances.double(), want.min_distances, rtol=1e-4, atol=1e-5)
+        assert torch.equal(got.nearest, first_of_equals(want.nearest, case.features, want.indices))
+
+
+def first_of_equals(nearest: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
+    """The reference rounds duplicates apart: of picks that are copies the first is meant."""
+    for b, picks in enumerate(indices.tolist()):
+        for j, pick in enumerate(picks):
+            for i in range(j):
+                if torch.equal(rows[b, picks[i]], rows[b, pick]):
+                    nearest[b][nearest[b] == j] = i
+    return nearest
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("distinct", [False, True])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_selection_goes_on_where_it_stopped(metric: str, distinct: bool, noisy: bool, select: Select) -> None:
+    """k picks and then k' more are k + k' picks of one call, bit for bit, also among duplicates."""
+    case = random_case(2, 40, 6, 12, noise=0.5 if noisy else None, duplicates=True)
+    noise = case.options.get("noise")
+    options = {"metric": metric, "distinct": distinct}
+    whole = state(select, case.features, 12, case.quality, 0.5, noise=noise, **options)
+    first = state(select, case.features, 7, case.quality, 0.5, noise=None if noise is None else noise[:7], **options)
+    more = state(
+        select, case.features, 5, case.quality, 0.5, noise=None if noise is None else noise[7:],
+        min_distances=first.min_distances, **options,
+    )  # fmt: skip
+    assert torch.equal(torch.cat([first.indices, more.indices], 1), whole.indices)
+    assert torch.equal(torch.cat([first.distances, more.distances], 1), whole.distances)
+    assert torch.equal(more.min_distances, whole.min_distances)
+    assert torch.equal(torch.where(more.nearest < 0, first.nearest, more.nearest + 7), whole.nearest)
+    if distinct:
+        assert (whole.min_distances == -torch.inf).sum() == 24
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_number_for_each_set_is_a_call_for_each(metric: str, select: Select) -> None:
+    case = random_case(4, 17, 5, 6, noise=0.5)
+    each = [3, 6, 0, 1]
+    got = state(select, case.features, each, case.quality, 0.5, noise=case.options["noise"], metric=metric)
+    assert got.counts.tolist() == each
+    for b, k in enumerate(each):
+        assert (got.indices[b, k:] == -1).all()
+        assert not got.features[b, k:].any()
+        assert not got.distances[b, k:].any()
+        if k:
+            noise = case.options["noise"][:k, b]
+            alone = state(select, case.features[b], k, case.quality[b], 0.5, noise=noise, metric=metric)
+            for mine, theirs in zip(got, alone, strict=True):
+                assert torch.equal(mine[b][:k] if mine[b].ndim and len(mine[b]) == 6 else mine[b], theirs)
+    assert (got.min_distances[2] == torch.inf).all()
+    assert (got.nearest[2] == -1).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_gradients_of_sets_with_numbers_of_their_own(metric: str, select: Select) -> None:
+    case = random_case(3, 17, 5, 4, noise=0.5)
+    features = case.features.requires_grad_()
+    options = {"metric": metric, "noise": case.options["noise"]}
+    found = select(features, [2, 4, 1], case.quality, 0.5, **options)
+    (got,) = torch.autograd.grad(found.features.sum(), features)
+    for b, k in enumerate((2, 4, 1)):
+        alone = select(features[b], k, case.quality[b], 0.5, metric=metric, noise=options["noise"][:k, b])
+        (want,) = torch.autograd.grad(alone.features.sum(), features)
+        torch.testing.assert_close(got[b], want[b], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_that_cannot_be_picked_have_no_distance(metric: str, select: Select) -> None:
+    case = spoil(random_case(2, 14, 5, 3), seed=3)
+    got = state(select, case.features, 3, case.quality, 0.5, metric=metric)
+    bad = ~case.features.isfinite().all(-1) | ~((case.quality > 0) & case.quality.isfinite())
+    if metric == "cosine":
+        bad |= ~case.features.any(-1)
+    assert bad.any()
+    assert (got.min_distances[bad] == 0).all()
+    assert (got.nearest[bad] == -1).all()
+    assert (got.nearest[~bad] >= 0).all()
+
+
+def test_squared_distances_far_from_the_origin(select: Select) -> None:
+    """float32 picks are those of float64: distances are made of differences, duplicates are 0 apart, zeros are rows."""
+    generator = torch.Generator().manual_seed(0)
+    for dim in (1, 3, 8, 33):
+        for offset in (0.0, 10.0, 1e3, 1e5):
+            rows = torch.rand(200, dim, generator=generator) + offset
+            rows[100:150] = rows[:50]
+            rows[7] = 0
+            got = state(select, rows[None], 40, metric="sqeuclidean")
+            want = coreset_listing(
+                rows[None].double(), torch.ones(1, 200, dtype=F64), 40, metric="sqeuclidean", return_min_distances=True
+            )
+            assert torch.equal(got.indices, want.indices)
+            torch.testing.assert_close(got.min_distances.double(), want.min_distances, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_gradients_far_from_the_origin(offset: float, select: Select) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(2, 60, 3, generator=generator) + offset
+    grad = torch.randn(2, 5, 3, generator=generator)
+    quality = torch.rand(2, 60, generator=generator) + 0.5
+    found = []
+    for dtype in (torch.float32, F64):
+        leaves = [rows.to(dtype).requires_grad_(), quality.to(dtype).requires_grad_()]
+        if dtype == F64:
+            picked = coreset_listing(*leaves, 5, 0.5, metric="sqeuclidean").features
+        else:
+            picked = select(leaves[0], 5, leaves[1], 0.5, metric="sqeuclidean").features
+        found.append(torch.autograd.grad((picked * grad).sum(), leaves))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+def test_no_quality_starts_at_the_first_row_that_can_be_picked(select: Select) -> None:
+    rows = torch.tensor([[torch.nan, 0.0], [0.0, 0.0], [3.0, 4.0], [torch.inf, 1.0]])
+    got = select(rows, 4, metric="sqeuclidean")
+    assert got.indices.tolist() == [1, 2, -1, -1]
+    assert got.distances.tolist() == [torch.inf, 25.0, 0.0, 0.0]
+
+
+def test_earlier_distances_of_inf_leave_the_lowest_row_first(select: Select) -> None:
+    rows = torch.randn(1, 9, 4, generator=torch.Generator().manual_seed(0))
+    known = torch.full((1, 9), torch.inf)
+    known[0, 0] = -torch.inf
+    got = select(rows, 2, torch.rand(1, 9) + 0.1, min_distances=known)
+    assert int(got.indices[0, 0]) == 1
+    assert got.distances[0, 0] == torch.inf
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_anchors_are_picks_made_before(metric: str, select: Select) -> None:
+    """In the set or elsewhere, the same for all sets, one batch a set, or different numbers of them."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, 30, 6, generator=generator)
+    quality = torch.rand(3, 30, generator=generator) + 0.5
+    anchors = torch.randn(3, 4, 6, generator=generator)
+    anchors[1, 2] = rows[1, 11]
+    anchors[2, 0] = torch.nan  # passed by
+    together = state(select, rows, 4, quality, 0.5, metric=metric, anchors=anchors)
+    assert together.min_distances[1, 11] == 0
+    counts = [4, 4, 3]
+    nested = torch.nested.nested_tensor([anchors[0], anchors[1], anchors[2, 1:]], layout=torch.jagged)
+    ragged = state(select, rows, 4, quality, 0.5, metric=metric, anchors=nested)
+    for b in range(3):
+        good = anchors[b, 4 - counts[b] :]
+        if metric == "cosine":
+            cosine = torch.nn.functional.cosine_similarity(rows[b].double()[:, None], good.double(), dim=-1)
+            gap = (1 - cosine).clamp(min=0)
+        else:
+            gap = (rows[b].double()[:, None] - good.double()).square().sum(-1)
+        known = gap.amin(-1) * quality[b].double() ** 0.5
+        alone = state(select, rows[b], 4, quality[b], 0.5, metric=metric, anchors=good)
+        want = state(select, rows[b], 4, quality[b], 0.5, metric=metric, min_distances=known.float())
+        for one in (together, ragged):
+            for mine, theirs in zip(one, alone, strict=True):
+                assert torch.equal(mine[b], theirs)
+        assert torch.equal(alone.indices, want.indices)
+        torch.testing.assert_close(alone.distances, want.distances, rtol=1e-4, atol=1e-5)
+        assert float(alone.distances[0]) == pytest.approx(float(known.max()), rel=1e-4)
+
+
+def test_no_anchors_are_none(select: Select) -> None:
+    rows = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
+    for mine, theirs in zip(select(rows, 3, anchors=rows[0, :0]), select(rows, 3), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+ROWS = torch.ones(2, 5, 3)
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"metric": "l2"}, ValueError, 'expected metric "cosine" or "sqeuclidean"'),
+    ({"metric": "sqeuclidean", "normalized": True}, ValueError, "expected normalized with metric"),
+    ({"anchors": torch.ones(4, 2)}, ValueError, r"expected anchors of shape \(A, 3\), or \(2, A, 3\)"),
+    ({"anchors": torch.ones(3, 4, 3)}, ValueError, "expected anchors of shape"),
+    ({"anchors": [1.0]}, TypeError, "expected anchors to be a Tensor"),
+    ({"anchors": torch.ones(4, 3, dtype=torch.int64)}, TypeError, "expected anchors of dtype"),
+    ({"anchors": torch.ones(4, 3, device="meta")}, ValueError, "expected anchors on the features' device"),
+    ({"min_distances": torch.ones(2, 4)}, ValueError, "expected min_distances of shape"),
+    ({"min_distances": -torch.ones(2, 5)}, ValueError, "expected min_distances of at least 0"),
+    ({"min_distances": torch.full((2, 5), torch.nan)}, ValueError, "expected min_distances of at least 0"),
+    ({"k": [1, 2, 3]}, ValueError, "expected k of 2 numbers"),
+    ({"k": torch.tensor([1, -1])}, ValueError, "expected k of each set from 0"),
+    ({"k": torch.tensor([1.0, 2.0])}, TypeError, "expected k of dtype int32 or int64"),
+    ({"k": torch.tensor([1])}, ValueError, r"expected k of shape \(2,\)"),
+    ({"return_nearest": 1}, TypeError, "expected return_nearest to be a bool"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), BAD)
+def test_what_is_refused(options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        coreset_select(ROWS, **{"k": 2, **options})
+
+
+def test_one_call_in_a_compiled_graph() -> None:
+    """State, anchors and numbers of their own are part of the graph."""
+    rows = torch.randn(2, 20, 4, generator=torch.Generator().manual_seed(0))
+
+    def picks(rows: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:
+        found = coreset_select(rows, [3, 2], metric="sqeuclidean", anchors=anchors, return_min_distances=True)
+        return tuple(found)
+
+    compiled = torch.compile(picks, fullgraph=True, backend="aot_eager")
+    for mine, theirs in zip(compiled(rows, rows[0, :3]), picks(rows, rows[0, :3]), strict=True):
+        assert torch.equal(mine, theirs)
