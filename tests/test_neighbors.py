@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_alignment_reference import problem
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.test_neighbors import peak_resident
@@ -36,9 +38,13 @@ def _there(name: str) -> str:
     return name
 
 
-@pytest.fixture(params=["torch", "cpp", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return _there(request.param)
+@pytest.fixture(params=["torch", "cpp", "cpp, filtered", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small problems have no filter of integers unless it is asked for."""
+    name, _, filtered = request.param.partition(", ")
+    if filtered:
+        monkeypatch.setattr(launch, "FILTER", 2)
+    return _there(name)
 
 
 @pytest.fixture(params=["torch", "cpp"])
@@ -222,6 +228,64 @@ def test_a_bank_of_one_row_over_and_over_gives_the_first_of_them(k: int, backend
     assert (got.std < 1e-7).all()
 
 
+@needs_compiler
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("k", [1, 30])
+def test_the_filter_loses_nothing_within_its_error(
+    k: int, normalized: bool, monkeypatch: pytest.MonkeyPatch, threads: Any
+) -> None:
+    """The k-th and its rivals are closer than integers can tell, whose own k best are others."""
+    centers, dim = F.normalize(draw(40, 72), dim=1), 72
+    near = centers.repeat(12, 1) + 1e-5 * draw(480, dim, seed=1)
+    bank = torch.cat([draw(700, dim, seed=2), near, near[:40], draw(700, dim, seed=3)])
+    bank = F.normalize(bank, dim=1) if normalized else bank * torch.linspace(0.1, 9, len(bank))[:, None]
+    x = F.normalize(centers + 0.3 * draw(40, dim, seed=4), dim=1)
+    monkeypatch.setattr(launch, "FILTER", 0)
+    expected = context_statistics(x, bank, k, normalized=normalized, backend="cpp")
+    integers = [(32000 * F.normalize(t, dim=1)).round() for t in (x, bank)]
+    by_integers = (integers[0] @ integers[1].T).topk(k).indices
+    assert any(set(a) != set(b) for a, b in zip(by_integers.tolist(), expected.indices.tolist(), strict=True))
+    monkeypatch.setattr(launch, "FILTER", 2)
+    for count in (1, 3):
+        threads(count)
+        assert same_bits(context_statistics(x, bank, k, normalized=normalized, backend="cpp"), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("spoil", ["alike", "rows that are not unit", "a bank that is not unit", "extreme", "all own"])
+def test_the_filter_gives_way_where_it_cannot_help(spoil: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, bank, normalized, ids = draw(50, 64), draw(1500, 64, seed=1), "unit" in spoil, {}
+    if spoil == "alike":
+        bank = bank[:2].repeat(750, 1)
+    if normalized:
+        x, bank = F.normalize(x, dim=1), F.normalize(bank, dim=1)
+        (x if "rows" in spoil else bank)[40:42] *= 3
+    if spoil == "extreme":
+        bank[::3] *= 1e30
+        bank[1::3] *= 1e-30
+        bank[700:710] = torch.inf
+    if spoil == "all own":
+        ids = {"ids": torch.zeros(50).long(), "bank_ids": torch.zeros(1500).long()}
+    found = []
+    for filtered in (0, 2):
+        monkeypatch.setattr(launch, "FILTER", filtered)
+        found.append(context_statistics(x, bank, 20, normalized=normalized, backend="cpp", **ids))
+    assert same_bits(*found)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [48, 101])
+def test_where_the_filter_pays_it_is_used_and_changes_nothing(
+    dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, bank = draw(30, dim, dtype=dtype), draw(3000, dim, seed=1, dtype=dtype)
+    ids = {"ids": torch.arange(30), "bank_ids": torch.arange(3000) % 60}
+    plain = context_statistics(x, bank, 20, min_cosine=0.1, **ids, backend="cpp")
+    monkeypatch.setattr(launch, "FILTER", 0)
+    assert same_bits(context_statistics(x, bank, 20, min_cosine=0.1, **ids, backend="cpp"), plain)
+
+
 def test_a_bank_in_rising_order(backend: str) -> None:
     """The worst for a threshold: every bank row is better than those before it."""
     angle = torch.linspace(3, 0.01, 900, dtype=F64)
@@ -283,7 +347,19 @@ def test_gradients_are_the_same_on_any_number_of_threads_and_as_on_the_torch_bac
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_compiles_without_a_warning(dtype: torch.dtype) -> None:
-    flags = [*compiler._FLAGS, "-march=native", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    _compile(dtype, "native")
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86")
+@pytest.mark.parametrize("processor", ["x86-64", "haswell"])
+def test_compiles_for_processors_that_are_not_here(processor: str) -> None:
+    """Vectors of 16 and 32 bytes."""
+    _compile(torch.float32, processor)
+
+
+def _compile(dtype: torch.dtype, processor: str) -> None:
+    flags = [*compiler._FLAGS, f"-march={processor}", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
     defined = [f"-D{d}" for d in calls.ROWS[dtype]]
     subprocess.run([*compiler._compiler(), *flags, *defined, str(launch._SOURCE)], check=True)
 

@@ -16,7 +16,7 @@ OUT_OF_MEMORY = 1
 """A status of the compiled functions; see calls.h."""
 ROWS = {
     torch.float32: ("ROW=float",),
-    torch.float64: ("ROW=double",),
+    torch.float64: ("ROW=double", "FLOAT64"),
     torch.bfloat16: ("ROW=bfloat16", "BFLOAT16"),
     torch.float16: ("ROW=_Float16", "FLOAT16"),
 }

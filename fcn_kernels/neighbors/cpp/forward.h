@@ -8,7 +8,9 @@
 #include <memory>
 #include <vector>
 
+#include "call.h"
 #include "calls.h"
+#include "filter.h"
 #include "support.h"
 
 namespace fcn_kernels {
@@ -17,17 +19,8 @@ constexpr int64_t BLOCK_BYTES = 256 << 10;  // of packed bank rows, which stay i
 constexpr int64_t WALK_BYTES = 8 << 20;     // of a walk's packed rows, and of its entries
 constexpr int64_t MOST_ROWS = 1024;         // of a walk: the bank is packed once for them
 constexpr int64_t LEAST_SHARE = 128;        // rows of a walk below which packing the bank costs more than they do
+constexpr int64_t FEW = TILE_ROWS / 3;      // rows for which packing the bank costs more than it saves
 constexpr int64_t SEGMENT = 4096;           // bank rows whose moments are summed by themselves; parts are whole ones
-
-// Pointers are null for what is not given; see problem.py.
-struct Call {
-    const Acc* rows;   // (N, C), unit
-    const Acc* norms;  // (N,)
-    const Row* bank;   // (M, C), as given
-    const int64_t *ids, *bank_ids;
-    int64_t n, m, dim, stride, k, normalized, threads;
-    double least;
-};
 
 struct Statistics {
     Acc *mean, *std;
@@ -45,22 +38,9 @@ class Walk {
     }
 
     void run() {
-        const int64_t panels = (rows + TILE_ROWS - 1) / TILE_ROWS, size = TILE_BANK * call.dim;
-        const int64_t block = std::max<int64_t>(1, BLOCK_BYTES / int64_t(size * sizeof(Acc)));
-        const Aligned packed(panels * TILE_ROWS * call.dim), columns(block * size);
-        std::vector<Panel> bank(block);
-        for (int64_t t = 0; t < block; ++t) bank[t].columns = columns + t * size;
-        pack_rows(call.rows + first * call.dim, rows, call.dim, packed);
-        for (int64_t at = begin; at < end; at += block * TILE_BANK) {
-            const int64_t tiles = std::min(block, (end - at + TILE_BANK - 1) / TILE_BANK);
-            for (int64_t t = 0; t < tiles; ++t) {
-                const int64_t j = at + t * TILE_BANK;
-                bank[t].pack(call.bank + j * call.stride, call.stride, end - j, call.dim, call.normalized);
-            }
-            for (int64_t p = 0; p < panels; ++p)
-                for (int64_t t = 0; t < tiles; ++t)
-                    tile(p * TILE_ROWS, packed + p * TILE_ROWS * call.dim, at + t * TILE_BANK, bank[t]);
-        }
+        int64_t at = begin;
+        if (Filter::suits(call)) at = Filter(call, first, rows, begin, end, *nearest).run();
+        if (at < end) run_exactly(at);
     }
 
     std::unique_ptr<Nearest> nearest;
@@ -72,17 +52,53 @@ class Walk {
     const int64_t first, rows, begin, end;
 
   private:
+    // From a bank row on.
+    void run_exactly(int64_t from) {
+        const int64_t panels = (rows + TILE_ROWS - 1) / TILE_ROWS, size = TILE_BANK * call.dim;
+        const int64_t block = std::max<int64_t>(1, BLOCK_BYTES / int64_t(size * sizeof(Acc)));
+        const Aligned packed(panels * TILE_ROWS * call.dim), columns(block * size);
+        std::vector<Panel> bank(block);
+        for (int64_t t = 0; t < block; ++t) bank[t].columns = columns + t * size;
+        pack_rows(call.rows + first * call.dim, rows, call.dim, packed);
+        if (rows <= FEW) return run_few(from, packed, bank[0]);
+        for (int64_t at = from; at < end; at += block * TILE_BANK) {
+            const int64_t tiles = std::min(block, (end - at + TILE_BANK - 1) / TILE_BANK);
+            for (int64_t t = 0; t < tiles; ++t) {
+                const int64_t j = at + t * TILE_BANK;
+                bank[t].pack(call.bank + j * call.stride, call.stride, end - j, call.dim, call.normalized);
+            }
+            for (int64_t p = 0; p < panels; ++p)
+                for (int64_t t = 0; t < tiles; ++t)
+                    tile(p * TILE_ROWS, packed + p * TILE_ROWS * call.dim, at + t * TILE_BANK, bank[t]);
+        }
+    }
+
+    void run_few(int64_t from, const Acc* packed, Panel& bank) {
+        alignas(BYTES) Acc scores[TILE_ROWS * TILE_BANK];
+        const auto direct = rows == 1 ? multiply_few<1> : multiply_few<FEW>;
+        for (int64_t at = from; at < end; at += TILE_BANK) {
+            const Row* row = call.bank + at * call.stride;
+            if (!direct(packed, bank, row, call.stride, end - at, call.dim, call.normalized, scores)) {
+                bank.pack(row, call.stride, end - at, call.dim, call.normalized);
+                multiply(rows, packed, bank, call.dim, scores);
+            }
+            for (int64_t r = 0; r < rows; ++r) keep(r, scores + r * TILE_BANK, at, bank.usable);
+        }
+    }
+
     void tile(int64_t row, const Acc* packed, int64_t column, const Panel& bank) {
         alignas(BYTES) Acc scores[TILE_ROWS * TILE_BANK];
         const int64_t used = std::min(TILE_ROWS, rows - row);
         multiply(used, packed, bank, call.dim, scores);
-        for (int64_t r = 0; r < used; ++r) {
-            if (!is_usable(call.norms[first + row + r])) continue;
-            if (call.k)
-                keep_best(row + r, scores + r * TILE_BANK, column, bank.usable);
-            else
-                keep_moments(row + r, scores + r * TILE_BANK, column, bank.usable);
-        }
+        for (int64_t r = 0; r < used; ++r) keep(row + r, scores + r * TILE_BANK, column, bank.usable);
+    }
+
+    void keep(int64_t row, const Acc* scores, int64_t column, const bool* usable) {
+        if (!is_usable(call.norms[first + row])) return;
+        if (call.k)
+            keep_best(row, scores, column, usable);
+        else
+            keep_moments(row, scores, column, usable);
     }
 
     bool takes_part(int64_t row, int64_t column, bool usable) const {
@@ -116,7 +132,8 @@ struct Plan {
 
     explicit Plan(const Call& call) {
         const int64_t row_bytes = call.dim * int64_t(sizeof(Acc));
-        const int64_t entry_bytes = call.k ? Nearest::room_for(call.k, call.m) * int64_t(sizeof(Entry)) : 1;
+        const int64_t room = Filter::suits(call) ? Filter::room_for(call.k) : Nearest::room_for(call.k, call.m);
+        const int64_t entry_bytes = call.k ? room * int64_t(sizeof(Entry)) : 1;
         const int64_t most = std::clamp(WALK_BYTES / std::max(row_bytes, entry_bytes), TILE_ROWS, MOST_ROWS);
         chunks = std::max((call.n + most - 1) / most, std::min(call.threads, call.n / LEAST_SHARE));
         chunks = std::max<int64_t>(1, chunks);

@@ -12,10 +12,12 @@ from fcn_kernels.neighbors import torch_backend
 from fcn_kernels.neighbors.problem import Arriving, Gradients, Problem, Statistics
 from fcn_kernels.neighbors.torch_backend import Rows
 
+FILTER = 1
+"""Integers say which scores can matter: 0 nowhere, 1 where it pays, 2 wherever they can. The bits are the same."""
 _SOURCE = Path(__file__).with_name("neighbors.cpp")
 _function = calls.functions(_SOURCE, {"forward": 0, "backward": 2})
 # Call, Statistics and Arriving of forward.h and backward.h: addresses, 0 for what is not given; sizes; numbers
-_CALL, _FOUR = struct.Struct("5P7qd"), struct.Struct("4P")
+_CALL, _FOUR = struct.Struct("5P8qd"), struct.Struct("4P")
 
 
 @functools.cache
@@ -65,6 +67,7 @@ def _run(name: str, p: Problem, rows: Rows, *arguments: Any) -> None:
         p.bank.stride(0),
         p.k,
         p.normalized,
+        FILTER,
         calls.threads(),
         p.min_cosine,
     )

@@ -2,7 +2,8 @@
 //
 // A thread takes some rows past the bank. Bank rows are made unit and packed into panels that stay in L2; of each tile
 // of scores only those that beat their row's threshold leave the registers' neighborhood, L1. The product is our own:
-// a library's gives a score other last bits in another batch, so that equal bank rows would not tie.
+// a library's gives a score other last bits in another batch, so that equal bank rows would not tie. Where integers are
+// faster they say first which scores can matter: filter.h.
 
 #include "backward.h"
 #include "forward.h"

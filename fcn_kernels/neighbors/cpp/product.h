@@ -98,47 +98,72 @@ struct Panel {
 
     // `n` rows, or TILE_BANK if there are more.
     void pack(const Row* rows, int64_t stride, int64_t n, int64_t dim, bool normalized) {
-        std::fill_n(usable, TILE_BANK, false);
-        std::fill_n(factors, TILE_BANK, Acc(1));
-        for (int64_t j = 0; j < std::min(TILE_BANK, n); j += LANES)
-            pack_lanes(j, rows + j * stride, stride, std::min<int64_t>(LANES, n - j), dim, normalized);
+        const Row *these[TILE_BANK], *next[TILE_BANK];
+        for (int64_t j = 0; j < TILE_BANK; ++j) {
+            these[j] = rows + j * stride;
+            next[j] = rows + (j + TILE_BANK) * stride;
+        }
+        pack(these, next, std::min(TILE_BANK, n), dim, normalized);
     }
 
-  private:
-    // Read once, as memory is what a few rows' search waits for. What is not usable touches no other column.
-    void pack_lanes(int64_t at, const Row* rows, int64_t stride, int64_t n, int64_t dim, bool normalized) {
-        const Row* from[LANES];
-        for (int64_t j = 0; j < LANES; ++j) from[j] = rows + std::min(j, n - 1) * stride;
+    // These `n` rows; the next ones are asked for.
+    void pack(const Row* const* rows, const Row* const* next, int64_t n, int64_t dim, bool normalized) {
+        clear();
+        for (int64_t j = 0; j < n; j += LANES) {
+            const int64_t count = std::min<int64_t>(LANES, n - j);
+            const bool plain = measure(j, rows + j, next + j, count, dim, normalized,
+                                       [&](int64_t c, Vec x) { store_work(columns + c * TILE_BANK + j, x); });
+            for (int64_t i = j; !plain && i < j + count; ++i)
+                if (!usable[i]) repack(i, rows[i], dim, normalized);
+        }
+    }
+
+    void clear() {
+        std::fill_n(usable, TILE_BANK, false);
+        std::fill_n(factors, TILE_BANK, Acc(1));
+    }
+
+    // use(column, its elements of LANES rows) column by column, then the rows' factors; whether all squares are within
+    // the type's range: a row is called usable if its own is. Rows are read once, as memory is what a few rows' search
+    // waits for. What is not usable touches no other lane.
+    template <class Use>
+    bool measure(int64_t at, const Row* const* rows, const Row* const* next, int64_t n, int64_t dim, bool normalized,
+                 Use use) {
+        const Row *from[LANES], *ask[LANES];
+        for (int64_t j = 0; j < LANES; ++j) {
+            from[j] = rows[std::min(j, n - 1)];
+            ask[j] = next[std::min(j, n - 1)];
+        }
         Vec squares[UNROLLED] = {};
         int64_t c = 0;
-        const auto pack = [&](int64_t count, auto load_lanes) {
+        const auto add = [&](int64_t count, auto load_lanes) {
             Vec lanes[LANES];
 #pragma GCC unroll 16
             for (int j = 0; j < LANES; ++j) {
                 lanes[j] = load_lanes(from[j] + c);
-                __builtin_prefetch(from[j] + LANES * stride + c);  // the next rows
+                __builtin_prefetch(ask[j] + c, 0, 2);  // into L2, which waits for more lines at once than L1
             }
             transpose(lanes);
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; ++i) {
                 if (i >= count) continue;
                 squares[i % UNROLLED] += lanes[i] * lanes[i];
-                store_work(columns + (c + i) * TILE_BANK + at, lanes[i]);
+                use(c + i, lanes[i]);
             }
         };
-        for (; c + LANES <= dim; c += LANES) pack(LANES, [](const Row* row) { return load(row); });
-        if (c < dim) pack(dim - c, [&](const Row* row) { return load_part(row, dim - c); });
+        for (; c + LANES <= dim; c += LANES) add(LANES, [](const Row* row) { return load(row); });
+        if (c < dim) add(dim - c, [&](const Row* row) { return load_part(row, dim - c); });
         const Vec square = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+        bool plain = true;
         for (int64_t j = 0; j < n; ++j) {
-            usable[at + j] = true;
-            if (square[j] > LEAST_SQUARE && square[j] < 1 / LEAST_SQUARE) {
-                if (!normalized) factors[at + j] = 1 / std::sqrt(square[j]);
-            } else {
-                repack(at + j, from[j], dim, normalized);
-            }
+            usable[at + j] = square[j] > LEAST_SQUARE && square[j] < 1 / LEAST_SQUARE;
+            plain &= usable[at + j];
+            if (usable[at + j] && !normalized) factors[at + j] = 1 / std::sqrt(square[j]);
         }
+        return plain;
     }
 
+  private:
     // A row whose square leaves the type's range.
     void repack(int64_t j, const Row* row, int64_t dim, bool normalized) {
         const Acc norm = norm_of(row, dim);
@@ -150,8 +175,8 @@ struct Panel {
     }
 };
 
-// scores[row][j] of the first USED rows of a panel of rows.
-template <int USED>
+// scores[row][j] of the first USED rows of a panel of STRIDE rows.
+template <int USED, int STRIDE = TILE_ROWS>
 inline void multiply(const Acc* rows, const Panel& bank, int64_t dim, Acc* scores) {
     Vec sums[USED][VECTORS] = {};
     for (int64_t c = 0; c < dim; ++c) {
@@ -159,7 +184,7 @@ inline void multiply(const Acc* rows, const Panel& bank, int64_t dim, Acc* score
         const Vec second = load_work(bank.columns + c * TILE_BANK + LANES);
 #pragma GCC unroll 12
         for (int r = 0; r < USED; ++r) {
-            const Acc x = rows[c * TILE_ROWS + r];
+            const Acc x = rows[c * STRIDE + r];
             sums[r][0] += x * first;
             sums[r][1] += x * second;
         }
@@ -179,6 +204,30 @@ inline void multiply(int64_t used, const Acc* rows, const Panel& bank, int64_t d
         multiply<TILE_ROWS>(rows, bank, dim, scores);
 }
 
+// The same of USED rows and the bank rows themselves, which are not written to memory anew. False where a bank row's
+// square leaves the type's range: then there are no scores.
+template <int USED>
+inline bool multiply_few(const Acc* rows, Panel& bank, const Row* from, int64_t stride, int64_t n, int64_t dim,
+                         bool normalized, Acc* scores) {
+    bank.clear();
+    for (int64_t j = 0; j < std::min(TILE_BANK, n); j += LANES) {
+        const Row *these[LANES], *next[LANES];
+        for (int64_t i = 0; i < LANES; ++i) {
+            these[i] = from + (j + i) * stride;
+            next[i] = from + (j + i + TILE_BANK) * stride;
+        }
+        Vec sums[USED] = {};
+        const int64_t count = std::min<int64_t>(LANES, n - j);
+        const bool plain = bank.measure(j, these, next, count, dim, normalized, [&](int64_t c, Vec x) {
+#pragma GCC unroll 12
+            for (int r = 0; r < USED; ++r) sums[r] += rows[c * TILE_ROWS + r] * x;
+        });
+        if (!plain) return false;
+        for (int r = 0; r < USED; ++r) store_work(scores + r * TILE_BANK + j, sums[r] * load_work(bank.factors + j));
+    }
+    return true;
+}
+
 // Bit j: scores[j] > threshold.
 inline uint32_t above(const Acc* scores, Acc threshold) {
 #if defined(__AVX512F__)
@@ -187,10 +236,11 @@ inline uint32_t above(const Acc* scores, Acc threshold) {
     else
         return _mm512_cmp_pd_mask(_mm512_loadu_pd(scores), _mm512_set1_pd(threshold), _CMP_GT_OQ);
 #elif defined(__AVX__)
+    const Picks picks = load_work(scores) > threshold;
     if constexpr (std::is_same_v<Acc, float>)
-        return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(scores), _mm256_set1_ps(threshold), _CMP_GT_OQ));
+        return _mm256_movemask_ps(reinterpret_cast<__m256>(picks));
     else
-        return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(scores), _mm256_set1_pd(threshold), _CMP_GT_OQ));
+        return _mm256_movemask_pd(reinterpret_cast<__m256d>(picks));
 #else
     uint32_t bits = 0;
     for (int lane = 0; lane < LANES; ++lane) bits |= uint32_t(scores[lane] > threshold) << lane;

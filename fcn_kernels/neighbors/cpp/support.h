@@ -70,6 +70,16 @@ class Nearest {
 
     int64_t size(int64_t row) const { return sizes[row]; }
 
+    // To the k best, of which it returns how many there are. The threshold is the worst of k.
+    int64_t cut(int64_t row) {
+        if (sizes[row] < k) return sizes[row];
+        Entry* first = entries.data() + row * room;
+        std::nth_element(first, first + (k - 1), first + sizes[row], is_better);
+        sizes[row] = k;
+        thresholds[row] = first[k - 1].score;
+        return k;
+    }
+
   private:
     int64_t k, room;
     std::vector<Entry> entries;
@@ -78,14 +88,6 @@ class Nearest {
 
     // What is above this is at least `least`.
     static Acc below(Acc least) { return std::nextafter(least, -INFINITE); }
-
-    void cut(int64_t row) {
-        if (sizes[row] <= k) return;
-        Entry* first = entries.data() + row * room;
-        std::nth_element(first, first + (k - 1), first + sizes[row], is_better);
-        sizes[row] = k;
-        thresholds[row] = first[k - 1].score;
-    }
 };
 
 }  // namespace fcn_kernels
