@@ -217,3 +217,56 @@ def test_evaluate_compares_raw_and_aligned(capsys: pytest.CaptureFixture[str]) -
         assert within == pytest.approx(float(first), abs=1e-6)
     assert main(["evaluate", "one.npz", "--pairs", "pairs.csv", "--k", "60"]) == 2
     assert "expected --bank with them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [int, str])
+def test_evaluate_takes_what_align_wrote(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Contexts in any order, or scores of the pairs: the numbers are those of the bank itself."""
+    one, bank = made(kind)
+    save(one=one, bank=bank)
+    write_pairs(one["template_ids"])
+    evaluate = ["evaluate", "one.npz", "--pairs", "pairs.csv", "--overwrite", "--out", "r.json"]
+
+    def rates(*options: str) -> Any:
+        """Of raw and aligned scores."""
+        assert main([*evaluate, *options]) == 0, capsys.readouterr().err
+        found = {name: result["1:1"] for name, result in json.loads(Path("r.json").read_text()).items()}
+        assert list(found) == ["one.npz", "one.npz, aligned"]
+        return {name: one["tar_at_far"] | {"eer": pytest.approx(one["eer"])} for name, one in found.items()}
+
+    assert align("one.npz", "--bank", "bank.npz", "--out", "c.npz") == 0
+    assert align("one.npz", "--bank", "bank.npz", "--pairs", "pairs.csv", "--out", "p.npz") == 0
+    order = np.random.default_rng(2).permutation(TEMPLATES)
+    save(c={name: column[order] for name, column in written("c.npz").items()})
+    expected = rates("--bank", "bank.npz")
+    assert expected["one.npz"] != expected["one.npz, aligned"]
+    assert rates("--aligned", "c.npz") == expected
+    assert rates("--aligned", "p.npz") == expected
+    normed = rates("--bank", "bank.npz", "--method", "mean-std")
+    assert rates("--aligned", "c.npz", "--method", "mean-std") == normed
+
+
+def test_evaluate_refuses_what_align_wrote_of_others(capsys: pytest.CaptureFixture[str]) -> None:
+    one, bank = made()
+    save(one=one, bank=bank)
+    write_pairs(one["template_ids"])
+    assert align("one.npz", "--bank", "bank.npz", "--out", "c.npz") == 0
+    assert align("one.npz", "--bank", "bank.npz", "--pairs", "pairs.csv", "--out", "p.npz") == 0
+    contexts, scored, lines = written("c.npz"), written("p.npz"), Path("pairs.csv").read_text().splitlines()
+    save(lacking={name: column[1:] for name, column in contexts.items()})
+    save(spoiled=contexts | {"mean": contexts["mean"] * np.nan}, short={n: c[:-1] for n, c in scored.items()})
+    save(more={name: np.concatenate([column, column]) for name, column in scored.items()})
+    Path("other.csv").write_text("\n".join([*lines[:7], lines[8], lines[7], *lines[9:]]))
+    for options, said in (
+        (["--aligned", "lacking.npz"], "template 0 of one.npz is not there"),
+        (["--aligned", "spoiled.npz"], "expected finite numbers in 'mean'"),
+        (["--aligned", "bank.npz"], "expected a column 'mean'"),
+        (["--aligned", "short.npz"], "short.npz has 199 pairs, --pairs has more"),
+        (["--aligned", "more.npz"], "more.npz has 400 pairs, pairs.csv has 200"),
+        (["--aligned", "p.npz", "--pairs", "other.csv"], "pair 8: expected the pairs of --pairs, in its order"),
+        (["--aligned", "p.npz", "--method", "mean-std"], "expected --pairs alone, and no --method"),
+        (["--aligned", "c.npz", "--bank", "bank.npz"], "expected one INPUT, and no --bank"),
+        (["--aligned", "c.npz", "--k", "60"], "expected --bank with them"),
+    ):
+        assert main(["evaluate", "one.npz", "--pairs", "pairs.csv", *options]) == 2
+        assert said in capsys.readouterr().err

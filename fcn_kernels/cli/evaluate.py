@@ -20,7 +20,7 @@ from fcn_kernels.evaluation.templates import cosines, mean_of_media
 from fcn_kernels.evaluation.verification import FARS, Roc, roc_of
 from fcn_kernels.extras import require
 from fcn_kernels.files import tables
-from fcn_kernels.files.align import contexts, read_bank, warnings_of
+from fcn_kernels.files.align import PairScores, contexts, read_aligned, read_bank, warnings_of
 from fcn_kernels.files.embeddings import Keys, read
 from fcn_kernels.files.formats import InputError, Scratch, load_npy, reading, suffix_of
 from fcn_kernels.files.output import check_output, replacing
@@ -59,6 +59,10 @@ scores 0 with any other, and is counted.
   beside each INPUT stands the same with scores aligned by BANK, descriptors of other people: `align --help` says how,
   and what --k, --min-cosine, --method and --bank-features are. It can do harm, which this shows.
 
+--aligned ALIGNED
+  the same by what `align` wrote of the one INPUT: contexts of its templates, which --method makes scores of; or, from
+  `align --pairs PAIRS`, the scores of PAIRS themselves.
+
 In memory are INPUT and, at most, 8 bytes a pair. OUT has the same numbers, with the thresholds, and OUT with the
 suffix .png shows the curves; both appear whole, or not at all.
 
@@ -77,9 +81,13 @@ class Templates(NamedTuple):
     """The file, for messages."""
     shares: Affine | None = None
     """What makes cosines aligned scores, (B,) each; None: they stay."""
+    given: PairScores | None = None
+    """Scores of the pairs that are compared, in place of cosines."""
 
-    def scores(self, first: Tensor, second: Tensor) -> Tensor:
-        """Of pairs (P,) of places."""
+    def scores(self, first: Tensor, second: Tensor, begin: int) -> Tensor:
+        """Of pairs (P,) of places, which come from ``begin`` on among all pairs."""
+        if self.given:
+            return self.given.of(self.ids[first], self.ids[second], begin)
         found = cosines(self.unit, first, second)
         if self.shares is None:
             return found
@@ -117,6 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--probes", type=Path, help="templates to search for, with their subjects")
     add("--media", type=Path, help="templates and media of images: INPUT has embeddings of these")
     add("--bank", type=Path, help="descriptors of other people: aligned scores are compared with raw ones")
+    add("--aligned", type=Path, help="what `align` wrote of INPUT: its scores are compared with raw ones")
     add_method(parser)
     add("--bank-features", metavar="KEY", default="descriptors", help="that column of BANK (default: %(default)s)")
     add("--features", metavar="KEY", help="name of that column (default: descriptors, or features with --media)")
@@ -141,6 +150,8 @@ def run_checked(args: argparse.Namespace) -> str:
         if missing:
             notes.append(f"{path}: {missing} templates have descriptors of zeros, which score 0")
         results[str(path)] = compare(templates, args)
+        if args.aligned:
+            results[f"{path}, aligned"] = compare(_aligned(templates, args), args)
         if args.bank:
             bank = read_bank(args.bank, Keys(args.bank_features), False, _scratch(path, args))
             notes += warnings_of(bank, neighbors_of(args))
@@ -153,6 +164,16 @@ def run_checked(args: argparse.Namespace) -> str:
         with replacing(args.out, args.overwrite) as file:
             file.write(json.dumps(numbers(results), indent=1).encode())
     return "\n".join([*tables_of(results), *notes])
+
+
+def _aligned(templates: Templates, args: argparse.Namespace) -> Templates:
+    """The same, with scores by what `align` wrote."""
+    found = read_aligned(args.aligned, templates.ids, templates.source, _scratch(args.aligned, args))
+    if not isinstance(found, PairScores):
+        return templates._replace(shares=affine(found, args.method))
+    if args.probes or not args.pairs or args.method != "mean":
+        raise InputError(f"{args.aligned} has scores of pairs: expected --pairs alone, and no --method")
+    return templates._replace(given=found)
 
 
 def compare(templates: Templates, args: argparse.Namespace) -> Results:
@@ -199,14 +220,17 @@ def _scratch(path: Path, args: argparse.Namespace) -> Scratch:
 def verify(templates: Templates, path: Path) -> tuple[Roc, int]:
     """ROC of the pairs of a file, and how many show one identity."""
     np = require("numpy", EXTRA)
-    genuine, impostor = [], []
+    genuine, impostor, done = [], [], 0
     with require("tqdm", EXTRA).tqdm(desc=f"comparing {templates.source}", unit="pair", unit_scale=True) as bar:
         for block in tables.pairs(path, templates.ids, templates.source):
             first, second = (torch.from_numpy(side.astype("int64")) for side in (block.first, block.second))
-            scores = templates.scores(first, second).numpy()
+            scores = templates.scores(first, second, done).numpy()
             genuine.append(scores[block.same])
             impostor.append(scores[~block.same])
             bar.update(len(scores))
+            done += len(scores)
+    if templates.given and done < len(templates.given.scores):
+        raise InputError(f"{templates.given.source} has {len(templates.given.scores)} pairs, {path} has {done}")
     positive, negative = np.concatenate(genuine), np.concatenate(impostor)
     if not len(positive) or not len(negative):
         raise InputError(
@@ -327,8 +351,10 @@ def _check(args: argparse.Namespace) -> None:
         require(package, EXTRA)
     if bool(args.gallery) != bool(args.probes):
         raise InputError("--gallery and --probes come together")
-    if not args.bank and (args.k or args.min_cosine is not None or args.method != "mean"):
+    if not args.bank and (args.k or args.min_cosine is not None or (args.method != "mean" and not args.aligned)):
         raise InputError("--k, --min-cosine and --method: expected --bank with them")
+    if args.aligned and (args.bank or len(args.input) > 1):
+        raise InputError("--aligned: expected one INPUT, and no --bank")
     neighbors_of(args)
     if not args.pairs and not args.probes:
         raise InputError("expected --pairs, or --gallery and --probes")
@@ -339,5 +365,6 @@ def _check(args: argparse.Namespace) -> None:
     if args.out.suffix != ".json":
         raise InputError(f"{args.out}: expected a file that ends in .json")
     read_from = [path for path in (*args.input, args.pairs, *args.gallery, args.probes, args.media, args.bank) if path]
+    read_from += [args.aligned] if args.aligned else []
     for path in (args.out, args.out.with_suffix(".png")):
         check_output(path, read_from, args.overwrite)

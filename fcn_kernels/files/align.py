@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fcn_kernels.checks import DTYPES
 from fcn_kernels.extras import require
-from fcn_kernels.files.embeddings import Keys, read
-from fcn_kernels.files.formats import EXTRA, InputError, Scratch, load_npy, reading, suffix_of
+from fcn_kernels.files.embeddings import Keys, ids_column, one_a_row, read
+from fcn_kernels.files.formats import EXTRA, Columns, InputError, Scratch, format_of, load_npy, reading, suffix_of
 from fcn_kernels.neighbors.context import Context, context_statistics
 from fcn_kernels.sets import accumulator, row_norms, usable
 
@@ -34,6 +34,68 @@ class Bank(NamedTuple):
     """Rows that are not finite or are zero, which are in no context."""
     source: str
     """The file, for messages."""
+
+
+class PairScores(NamedTuple):
+    """Aligned scores of pairs of templates, as `align` writes them."""
+
+    first: Array
+    """(P,) ids."""
+    second: Array
+    """(P,) ids."""
+    scores: Array
+    """(P,) float32."""
+    source: str
+    """The file, for messages."""
+
+    def of(self, first: Array, second: Array, begin: int) -> Tensor:
+        """Scores of the pairs of ids that come from ``begin`` on; raises InputError if these are others."""
+        end = begin + len(first)
+        there = self.first[begin:end], self.second[begin:end]
+        if len(there[0]) < len(first):
+            raise InputError(f"{self.source} has {len(self.scores)} pairs, --pairs has more")
+        for mine, other in zip(there, (first, second), strict=True):
+            if not (different := mine != other).any():
+                continue
+            at = int(different.argmax())
+            got = f"{there[0][at]} {there[1][at]} where --pairs has {first[at]} {second[at]}"
+            raise InputError(
+                f"{self.source}: pair {begin + at + 1}: expected the pairs of --pairs, in its order, got {got}"
+            )
+        return torch.from_numpy(self.scores[begin:end])
+
+
+def read_aligned(path: Path, ids: Array, source: str, scratch: Scratch) -> Context | PairScores:
+    """Read what `align` wrote: contexts, in the order of ``ids`` (B,); or scores of pairs.
+
+    Args:
+        path: the file. ids: the templates of the file ``source``, of each of which a context is wanted.
+
+    Raises:
+        InputError: the file cannot be read, or lacks a column or a template.
+    """
+    with reading(path):
+        columns = format_of(path).open(path, scratch)
+    name = str(path)
+    if "aligned" in columns:
+        first, second = (ids_column(columns, side, name) for side in ("first", "second"))
+        return PairScores(first, second, _finite(columns, "aligned", name).astype("float32"), name)
+    np, known = require("numpy", EXTRA), ids_column(columns, Keys().ids, name)
+    mean, std, counts = (_finite(columns, column, name) for column in ("mean", "std", "counts"))
+    own, theirs = (t.numpy() for t in _numbered(ids, known, source, name))
+    order = theirs.argsort(kind="stable")
+    at = order[np.searchsorted(theirs, own, sorter=order).clip(max=len(order) - 1)]
+    if (missing := theirs[at] != own).any():
+        raise InputError(f"{name}: template {ids[missing.argmax()]} of {source} is not there")
+    one, other = (torch.from_numpy(column[at].astype("float32")) for column in (mean, std))
+    return Context(one, other, torch.from_numpy(counts[at].astype("int64")), None)
+
+
+def _finite(columns: Columns, name: str, source: str) -> Array:
+    values = one_a_row(columns, name, source)
+    if values.dtype.kind not in "fiu" or not require("numpy", EXTRA).isfinite(values).all():
+        raise InputError(f"{source}: expected finite numbers in {name!r}, got others")
+    return values
 
 
 def read_bank(path: Path, keys: Keys, with_ids: bool, scratch: Scratch) -> Bank:

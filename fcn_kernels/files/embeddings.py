@@ -169,7 +169,7 @@ def column(columns: Columns, name: str, source: str) -> Any:
         return columns[name]()
 
 
-def _one_a_row(columns: Columns, name: str, source: str, empty: bool = False) -> Array:
+def one_a_row(columns: Columns, name: str, source: str, empty: bool = False) -> Array:
     """Numbers or strings (T,), from (T,) or (T, 1), in the machine's byte order."""
     found = column(columns, name, source)
     if isinstance(found, list) and len({type(value) for value in found}) > 1:
@@ -192,7 +192,7 @@ def _one_a_row(columns: Columns, name: str, source: str, empty: bool = False) ->
 
 def ids_column(columns: Columns, name: str, source: str, empty: bool = False) -> Array:
     """Integers or strings (T,); ``empty``: there may be none."""
-    ids = _one_a_row(columns, name, source, empty)
+    ids = one_a_row(columns, name, source, empty)
     if ids.dtype.kind == "f":  # as pandas leaves integers that once had a gap among them
         with require("numpy", EXTRA).errstate(invalid="ignore"):
             whole = ids.astype("int64")
@@ -205,7 +205,7 @@ def ids_column(columns: Columns, name: str, source: str, empty: bool = False) ->
 
 
 def _quality(columns: Columns, name: str, source: str) -> Tensor:
-    quality = _one_a_row(columns, name, source)
+    quality = one_a_row(columns, name, source)
     if quality.dtype.kind not in "iufU":
         raise InputError(f"{source}: expected numbers in {name!r}, got {quality.dtype}")
     try:
