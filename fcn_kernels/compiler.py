@@ -24,7 +24,7 @@ _SHARED = Path(__file__).with_name("cpp")
 """Headers of several operations."""
 _FLAGS = (
     f"-I{_SHARED}",
-    "-std=c++17",
+    "-std=c++20",
     "-O3",
     "-fno-math-errno",
     "-fopenmp",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,18 @@ def test_the_same_bits_on_any_number_of_threads(threads: Any, shape: tuple[int, 
     for count in (2, 3, 7):
         threads(count)
         assert sampled(case).same_bits(alone)
+
+
+@needs_compiler
+def test_the_same_bits_from_several_python_threads_at_once(threads: Any) -> None:
+    """Each call has helpers of its own, more than there are cores: some come when the loop is over."""
+    threads(3)
+    cases = [random_case(1, 1500 + 200 * seed, 64, 6, noise=None, seed=seed) for seed in range(4)]
+    alone = [sampled(case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            at_once = pool.map(sampled, cases)
+            assert all(a.same_bits(b) for a, b in zip(at_once, alone, strict=True))
 
 
 @needs_compiler

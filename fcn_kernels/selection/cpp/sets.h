@@ -8,6 +8,7 @@
 
 #include "calls.h"
 #include "columns.h"
+#include "team.h"
 
 namespace fcn_kernels {
 
@@ -45,10 +46,11 @@ struct Selected {  // of problem.py; the last three are null where they are not 
 
 struct Set {
     const Call& call;
-    int64_t number, at, n, threads;  // at: its first row among all R; threads: how many share it
+    int64_t number, at, n;  // at: its first row among all R
     const Row* first;
+    Team* team;  // that shares it, or null
 
-    Set(const Call& call, int64_t number, int64_t threads) : call(call), number(number), threads(threads) {
+    Set(const Call& call, int64_t number, Team* team = nullptr) : call(call), number(number), team(team) {
         // Compiled calls do not look at these values; whatever they say, it stays inside the tensors.
         const auto within = [](int64_t value, int64_t most) { return std::clamp<int64_t>(value, 0, most); };
         if (call.cu_seqlens) {
@@ -73,14 +75,8 @@ struct Set {
     void for_blocks(Work work) const {
         const int64_t size = block_rows(), count = blocks();
         const auto one = [&](int64_t b) { work(b, b * size, std::min(n, (b + 1) * size)); };
-        if (threads == 1) {
-            for (int64_t b = 0; b < count; ++b) one(b);
-        } else {
-            Caught caught;
-#pragma omp parallel for schedule(static) num_threads(threads)
-            for (int64_t b = 0; b < count; ++b) caught.run([&] { one(b); });
-            caught.rethrow();
-        }
+        if (team) return team->for_each(count, one);
+        for (int64_t b = 0; b < count; ++b) one(b);
     }
 
     // The sum of what part(row) is over the rows, by blocks.
@@ -99,19 +95,20 @@ struct Set {
 template <class Work>
 void for_sets(const Call& call, Work work) {
     const auto is_shared = [&](int64_t b) {
-        const int64_t n = Set(call, b, 1).n;
+        const int64_t n = Set(call, b).n;
         return call.threads > 1 && n * call.dim >= LEAST_SHARED && n * PARTS_A_THREAD * call.threads > call.all_rows;
     };
     int64_t shared = 0;
-    for (int64_t b = 0; b < call.sets; ++b)
-        if (is_shared(b)) work(Set(call, b, call.threads)), ++shared;
-    if (shared == call.sets) return;
-    const bool few = call.all_rows * call.dim < LEAST_SHARED || call.sets - shared == 1;
-    Caught caught;
-#pragma omp parallel for schedule(dynamic) num_threads(few ? 1 : call.threads)
-    for (int64_t b = 0; b < call.sets; ++b)
-        if (!is_shared(b)) caught.run([&] { work(Set(call, b, 1)); });
-    caught.rethrow();
+    for (int64_t b = 0; b < call.sets; ++b) shared += is_shared(b);
+    const bool few = call.all_rows * call.dim < LEAST_SHARED || call.sets == 1;
+    Team::run(few && shared == 0 ? 1 : call.threads, [&](Team& team) {
+        for (int64_t b = 0; shared && b < call.sets; ++b)
+            if (is_shared(b)) work(Set(call, b, &team));
+        if (shared == call.sets) return;
+        team.for_each(call.sets, [&](int64_t b) {
+            if (!is_shared(b)) work(Set(call, b));
+        });
+    });
 }
 
 }  // namespace fcn_kernels
