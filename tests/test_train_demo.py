@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fcn_kernels.demos import digits, plots, poolings, train_demo
+from fcn_kernels.demos import aligned, digits, plots, poolings, train_demo
 from fcn_kernels.demos.templates import LONGEST, make_templates
 from fcn_kernels.evaluation.verification import FARS, roc
 
@@ -26,7 +26,7 @@ WAYS = ["average", "norm-weighted", "best quality", poolings.CLUSTERS, poolings.
 def arguments(*options: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     train_demo.add_arguments(parser)
-    return parser.parse_args(["--steps", "30", "--templates", "100", *options])
+    return parser.parse_args(["--steps", "30", "--templates", "100", "--seeds", "1", *options])
 
 
 def printed(out: Path, *options: str) -> str:
@@ -97,9 +97,38 @@ def test_it_says_where_the_coreset_is_ahead_and_where_behind(demo: tuple[str, Pa
                     assert (f"{far:.0e}" in behind.split()) != cell.endswith("*")
 
 
+def test_raw_and_aligned_scores_stand_side_by_side_with_what_harms(demo: tuple[str, Path]) -> None:
+    _, _, raw, *ways = demo[0].partition("Aligned scores of two images")[2].splitlines()[:9]
+    assert 0 < min(float(cell) for cell in raw.removeprefix("raw cosine").split()) < 1
+    table = {name: cells for name, *cells in (re.split(r"\s{2,}", line) for line in ways)}
+    assert len(table) == 6
+    for place, kind in enumerate(aligned.KINDS):
+        said = re.search(f"^{kind}: helps in every seed: (.*); harms on average: (.*)$", demo[0], re.MULTILINE)
+        assert said
+        for name, cells in table.items():
+            change, seeds = cells[place].split(maxsplit=1)
+            assert (name in said[1].split(", ")) == (seeds == "(1 of 1 better)")
+            if float(change):
+                assert (name in said[2].split(", ")) == change.startswith("-")
+        assert "class centers" in said[2]  # six are too few
+
+
+def test_a_change_is_called_what_it_is() -> None:
+    said = aligned.verdict({"one": {"clean": [0.1, 0.2], "bad": [0.1, -0.3]}, "other": {"clean": [0.1, 0], "bad": [0]}})
+    assert said.splitlines() == [
+        "clean: helps in every seed: one; harms on average: none",
+        "bad: helps in every seed: none; harms on average: one",
+    ]
+
+
 def test_pictures_are_pngs(demo: tuple[str, Path]) -> None:
     image = pytest.importorskip("matplotlib.image")
-    for name, colors in (("roc", [plots.OURS]), ("picks", [plots.OURS]), ("clusters", plots.CENTERS)):
+    for name, colors in (
+        ("roc", [plots.OURS]),
+        ("aligned", [plots.OURS]),
+        ("picks", [plots.OURS]),
+        ("clusters", plots.CENTERS),
+    ):
         assert (demo[1] / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         picture = torch.from_numpy(image.imread(demo[1] / f"{name}.png")[..., :3])
         wanted = torch.tensor([list(bytes.fromhex(color[1:])) for color in colors]) / 255
@@ -111,7 +140,7 @@ def test_same_seed_prints_and_draws_the_same(tmp_path: Path) -> None:
     outs = tmp_path / "once", tmp_path / "again"
     once, again = (printed(out, "--steps", "10").replace(str(out), "") for out in outs)
     assert once == again
-    for name in ("roc.png", "picks.png", "clusters.png"):
+    for name in ("aligned.png", "roc.png", "picks.png", "clusters.png"):
         assert len({(out / name).read_bytes() for out in outs}) == 1
 
 

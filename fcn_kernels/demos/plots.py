@@ -178,7 +178,7 @@ def draw_frames(path: Path, rows: Mapping[str, Sequence[Frames]]) -> None:
     page.savefig(path, format="png")
 
 
-def draw_rocs(path: Path, rocs: Mapping[str, Mapping[str, Roc]]) -> None:
+def draw_rocs(path: Path, rocs: Mapping[str, Mapping[str, Roc]], of: str = "templates") -> None:
     """Draw a panel for each kind of test and in it a ROC for each name, down to the FAR of a single false accept."""
     page = figure(5 * len(rocs), 4)
     for axis, (kind, curves) in zip(
@@ -187,7 +187,7 @@ def draw_rocs(path: Path, rocs: Mapping[str, Mapping[str, Roc]]) -> None:
         for (name, curve), colour in zip(curves.items(), ROC_COLOURS, strict=True):
             seen = curve.far > 0
             axis.step(curve.far[seen].numpy(), curve.tar[seen].numpy(), where="post", color=colour, label=name)
-        axis.set(xscale="log", xlabel="FAR", title=f"{kind} templates")
+        axis.set(xscale="log", xlabel="FAR", title=f"{kind} {of}")
         axis.grid(color="#e5e5e5")
         axis.spines[["top", "right"]].set_visible(False)
     page.axes[0].set_ylabel("TAR")

@@ -4,7 +4,8 @@ Closed-set verification: the identities are the ten digits, the question is whet
 The networks learn from 1,200 images. Of the other 597, one half makes the templates of the gallery and the other
 those of the probes, so that the networks have seen none of them and no pair of templates shares one. All ways of
 pooling start from the same backbone and AdaFace head and see the same templates in the same order, with the same
-loss and optimizer: nothing differs but the pooling.
+loss and optimizer: nothing differs but the pooling. Last, on digits that a network has not learned, scores are aligned
+by banks of every source: see aligned.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fcn_kernels.demos import digits, plots, repeatable
+from fcn_kernels.demos import aligned, digits, plots, repeatable
 from fcn_kernels.demos.poolings import CLUSTERS, OURS, Pooling, poolings, split_norm
 from fcn_kernels.demos.templates import Templates, make_templates
 from fcn_kernels.evaluation.verification import FARS, Roc, roc
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gamma", type=float, default=0.01, help="gamma before training (default: %(default)s)")
     add("--steps", type=int, default=800, help="training steps for each way of pooling (default: %(default)s)")
     add("--templates", type=int, default=600, help="test templates on each side (default: %(default)s)")
+    add("--seeds", type=int, default=3, help="trials of aligned scores, 0 for none (default: %(default)s)")
     add("--device", default="cpu", help="where the networks run (default: %(default)s)")
 
 
@@ -111,7 +113,21 @@ def demonstrate(args: argparse.Namespace) -> None:
     plots.draw_sheets(args.out / "picks.png", drawn)
     frames = {kind: frames_of(trained[CLUSTERS].net, trial.probes, args.device) for kind, trial in trials.items()}
     plots.draw_frames(args.out / "clusters.png", frames)
-    print("pictures: " + ", ".join(str(args.out / f"{name}.png") for name in ("roc", "picks", "clusters")))
+    names = ["roc", "picks", "clusters"]
+    if args.seeds > 0:
+        align(args)
+        names.append("aligned")
+    print("pictures: " + ", ".join(str(args.out / f"{name}.png") for name in names))
+
+
+def align(args: argparse.Namespace) -> None:
+    """Compare raw and aligned scores of images of digits that a network has not learned."""
+    trials = [aligned.trial(args.seed + number) for number in range(args.seeds)]
+    digits_left = digits.CLASSES - aligned.LEARNED
+    print(f"\nAligned scores of two images, of {digits_left} digits that no network learned; seeds: {args.seeds}")
+    print(aligned.table(trials) + "\n")
+    curves = {kind: {name: found[name] for name in aligned.DRAWN} for kind, found in trials[0].items()}
+    plots.draw_rocs(args.out / "aligned.png", curves, "images")
 
 
 def make_trials(held_out: digits.Digits, count: int) -> dict[str, Trial]:
