@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fcn_kernels.backends import without_autocast
+from fcn_kernels.backends import runs_on, without_autocast
 from fcn_kernels.clustering import torch_backend
+from fcn_kernels.clustering.cpp import launch as cpp
 from fcn_kernels.clustering.problem import Chunks, ChunksGradients, Clustered, Summed, Sums, SumsGradients
 from fcn_kernels.schema import schema
 
@@ -43,36 +44,44 @@ def cluster_chunks(problem: Chunks, backend: str) -> Clustered:
     return Clustered(*_ops.cluster_chunks.default(*problem, keep, backend))
 
 
-def _backend(name: str, launches: str) -> ModuleType:
-    """A backend, whose launches on the device are in a module of this name."""
-    if name != "triton":
-        return torch_backend
+def _sums_backend(name: str) -> ModuleType:
+    return _kernels("launch_sums") if name == "triton" else torch_backend
+
+
+def _chunks_backend(name: str, p: Chunks) -> ModuleType:
+    if name == "triton":
+        return _kernels("launch_chunks")
+    return cpp if runs_on(name, p.features.dtype, cpp.unavailable) == "cpp" else torch_backend
+
+
+def _kernels(launches: str) -> ModuleType:
+    """Launches on the device, from a module of this name."""
     return import_module(f"fcn_kernels.clustering.kernels.{launches}")  # triton is imported only where it is used
 
 
 def _sums(*args: Any) -> Summed:
     p = Sums(*args[:_SUMS])
     with without_autocast(p.values.device.type):
-        return _backend(args[-1], "launch_sums").sums_forward(p)  # type: ignore[no-any-return]
+        return _sums_backend(args[-1]).sums_forward(p)  # type: ignore[no-any-return]
 
 
 def _sums_backward(*args: Any) -> SumsGradients:
     p, grad, wanted = Sums(*args[:_SUMS]), Summed(*args[_SUMS:-2]), args[-2]
     with without_autocast(p.values.device.type):
-        return _backend(args[-1], "launch_sums").sums_backward(p, grad, wanted)  # type: ignore[no-any-return]
+        return _sums_backend(args[-1]).sums_backward(p, grad, wanted)  # type: ignore[no-any-return]
 
 
 def _chunks(*args: Any) -> Clustered:
     p, keep = Chunks(*args[:_CHUNKS]), args[-2]
     with without_autocast(p.features.device.type):
-        return _backend(args[-1], "launch_chunks").chunks_forward(p, keep)  # type: ignore[no-any-return]
+        return _chunks_backend(args[-1], p).chunks_forward(p, keep)  # type: ignore[no-any-return]
 
 
 def _chunks_backward(*args: Any) -> ChunksGradients:
     p, (*rest, wanted) = Chunks(*args[:_CHUNKS]), args[_CHUNKS:-1]
     grad, out = Summed(*rest[:_ARRIVING]), Clustered(*rest[_ARRIVING:])
     with without_autocast(p.features.device.type):
-        return _backend(args[-1], "launch_chunks").chunks_backward(p, grad, out, wanted)  # type: ignore[no-any-return]
+        return _chunks_backend(args[-1], p).chunks_backward(p, grad, out, wanted)  # type: ignore[no-any-return]
 
 
 def _sums_fake(*args: Any) -> Summed:

@@ -136,7 +136,7 @@ def cluster_sums(
 
 def clustering_backend(backend: str | None, rows: Tensor) -> str:
     """What a call with these rows runs on: "triton" or "torch", which is what CPUs have."""
-    return "triton" if resolve_backend(backend, rows, lambda _: "clustering has no C++") == "triton" else "torch"
+    return "triton" if resolve_backend(backend, rows, lambda _: "cluster_sums has no C++") == "triton" else "torch"
 
 
 def row_layout(

@@ -381,11 +381,11 @@ class _Batch(NamedTuple):
         )
 
 
-def _batches(offsets: Tensor, lengths: Tensor, centers: int) -> Iterator[_Batch]:
-    """Chunks with rows, in batches of about GROUP_ROWS."""
+def _batches(p: Chunks, taking: _Taking) -> Iterator[_Batch]:
+    """Chunks with rows, in batches of about GROUP_ROWS; tokens are kept from where a chunk's rows were given."""
     waiting: list[tuple[_Group, _Group]] = []
-    size = 0
-    for group, kept in zip(_groups(offsets, lengths), _groups(offsets, lengths, centers), strict=True):
+    size, centers, lengths = 0, p.tokens.shape[0], taking.lengths
+    for group, kept in zip(_groups(taking.offsets, lengths), _groups(p.offsets, lengths, centers), strict=True):
         if waiting and size + group.places.numel() > GROUP_ROWS:
             yield _Batch.of(waiting, centers)
             waiting, size = [], 0
@@ -505,10 +505,10 @@ def _factor(p: Chunks, block: int, batch: _Batch) -> Tensor | None:
 def chunks_forward(p: Chunks, keep: bool) -> Clustered:
     """A batch of chunks at a time, through everything."""
     rows = _rows(p)
-    offsets, lengths = rows.taking.offsets, rows.taking.lengths
+    lengths = rows.taking.lengths
     out = Clustered(*(torch.zeros_like(t) for t in Clustered.empty(p, keep)))
     shares = p.tokens.new_zeros(rows.norms.shape[0], p.tokens.shape[0])
-    for batch in _batches(offsets, lengths, p.tokens.shape[0]):
+    for batch in _batches(p, rows.taking):
         h = _tokens(p, rows, batch)
         for block in range(p.depth):
             last = block == p.depth - 1
@@ -543,7 +543,7 @@ def chunks_backward(p: Chunks, grad: Summed, out: Clustered, wanted: bool) -> Ch
         none if rows.styles is None else torch.zeros_like(rows.styles),
         *(torch.zeros_like(getattr(p, name)) for name in ChunksGradients._fields[3:]),
     )
-    for batch in _batches(rows.taking.offsets, rows.taking.lengths, centers):
+    for batch in _batches(p, rows.taking):
         first = _tokens(p, rows, batch)
         made = _taken(out.hidden[-1], batch.hidden[batch.row_at]) if p.depth else _taken(first, batch.row_at)
         dh = _shares_backward(p, rows, batch, made, grad, found)

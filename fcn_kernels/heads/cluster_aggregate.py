@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fcn_kernels import checks
-from fcn_kernels.backends import without_autocast
+from fcn_kernels.backends import resolve_backend, without_autocast
 from fcn_kernels.clustering import op
+from fcn_kernels.clustering.cpp import launch as cpp
 from fcn_kernels.clustering.cut import Cut, cut, inside, owners, uncut
 from fcn_kernels.clustering.problem import EPS_LAYER_NORM, Chunks, Clustered
-from fcn_kernels.clustering.sums import Layout, clustering_backend, row_layout
+from fcn_kernels.clustering.sums import Layout, row_layout
 from fcn_kernels.clustering.torch_backend import BATCHED_ROWS, linear, usable_rows
 from fcn_kernels.heads.cluster_state import STYLE_BITS, SUM_BITS, ClusterState, on_grid
 from fcn_kernels.heads.style import NormCode, StyleInput
@@ -306,7 +307,7 @@ class ClusterAggregate(nn.Module):
             checks.at_least_one("chunk", chunk)
         with without_autocast(features.device.type):
             rows = self._rows(features, styles, quality, layout, chunk, strict)
-            return rows, op.cluster_chunks(self._problem(rows), clustering_backend(None, rows.features))
+            return rows, op.cluster_chunks(self._problem(rows), resolve_backend(None, rows.features, cpp.unavailable))
 
     def check_rows(
         self, features: Tensor, styles: Tensor | None, quality: Tensor | None, shape: tuple[int, ...]

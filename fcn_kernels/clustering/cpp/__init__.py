@@ -1,0 +1,1 @@
+"""Chunks in C++, for CPUs."""
