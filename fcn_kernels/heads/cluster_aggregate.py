@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from fcn_kernels.clustering.cut import Cut, cut, inside, owners, uncut
 from fcn_kernels.clustering.problem import EPS_LAYER_NORM, Chunks, Clustered
 from fcn_kernels.clustering.sums import Layout, row_layout
 from fcn_kernels.clustering.torch_backend import BATCHED_ROWS, linear, usable_rows
+from fcn_kernels.heads import cluster_cpp
 from fcn_kernels.heads.cluster_state import STYLE_BITS, SUM_BITS, ClusterState, on_grid
 from fcn_kernels.heads.style import NormCode, StyleInput
 from fcn_kernels.sets import accumulator
@@ -146,6 +149,8 @@ class ClusterAggregate(nn.Module):
         >>> head.finish(first + second).descriptor.shape
         torch.Size([2, 512])
     """
+
+    _kept: Mapping[str, cluster_cpp.Kept] = MappingProxyType({})  # what parameters are folded into, without a graph
 
     def __init__(
         self,
@@ -375,7 +380,28 @@ class ClusterAggregate(nn.Module):
 
     def _problem(self, rows: _Rows) -> Chunks:
         """The operator's call, with LayerNorms' weights folded into what follows them, and keys into the queries."""
-        dtype, depth, (_, d) = rows.edges.dtype, len(self.blocks), self.centers.shape
+        dtype, depth = rows.edges.dtype, len(self.blocks)
+        *weights, share_weight, share_bias = cluster_cpp.blocks(self, self._folded_shares) or (
+            *self._folded(dtype),
+            *self._folded_shares(dtype),
+        )
+        centers = self.centers.to(dtype)
+        given = (rows.features, rows.quality, rows.styles, self.norm_code.rows(dtype), rows.edges, centers)
+        residual = self._residual(depth, rows.cut.lengths.shape[0], dtype)
+        where = (rows.cut.offsets, rows.cut.lengths, rows.layout.valid)
+        constants = self.num_heads, rows.layout.shape[-1]
+        return Chunks._make((*given, *weights, share_weight, share_bias, residual, *where, *constants))
+
+    def _folded_shares(self, dtype: torch.dtype) -> list[Tensor]:
+        """Weight and bias of the shares' logits."""
+        assign, centers = self.assign, self.centers.to(dtype)
+        query = _linear(_layer_norm(centers, assign.center_norm), assign.query) / self.centers.shape[1] ** 0.5
+        weight, bias = _folded(assign.key_norm, assign.key, dtype)
+        return [query @ weight, query @ bias]
+
+    def _folded(self, dtype: torch.dtype) -> list[Tensor]:
+        """Weights and biases of the blocks as :class:`Chunks` has them, with their graph."""
+        d = self.centers.shape[1]
         scale = self.centers.new_ones(3 * d, dtype=dtype)
         scale[:d] = (d // self.num_heads) ** -0.5  # of the queries
         folded: list[list[Tensor]] = [[] for _ in range(8)]
@@ -391,18 +417,10 @@ class ClusterAggregate(nn.Module):
             for values, value in zip(folded, parts, strict=True):
                 values.append(value)
         shapes = ((3 * d, d), (3 * d,), (d, d), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,))
-        weights = [
+        return [
             torch.stack(values) if values else scale.new_empty((0, *shape))
             for values, shape in zip(folded, shapes, strict=True)
         ]
-        assign, centers = self.assign, self.centers.to(dtype)
-        query = _linear(_layer_norm(centers, assign.center_norm), assign.query) / d**0.5
-        weight, bias = _folded(assign.key_norm, assign.key, dtype)
-        given = (rows.features, rows.quality, rows.styles, self.norm_code.rows(dtype), rows.edges, centers)
-        residual = self._residual(depth, rows.cut.lengths.shape[0], dtype)
-        where = (rows.cut.offsets, rows.cut.lengths, rows.layout.valid)
-        constants = self.num_heads, rows.layout.shape[-1]
-        return Chunks._make((*given, *weights, query @ weight, query @ bias, residual, *where, *constants))
 
     def _residual(self, depth: int, chunks: int, dtype: torch.dtype) -> Tensor | None:
         """Stochastic depth: (L, 2, P), 0 where a chunk's attention or MLP is dropped."""
@@ -433,6 +451,9 @@ class ClusterAggregate(nn.Module):
 
     def _fuse(self, state: ClusterState, dtype: torch.dtype) -> Fused:
         """Means, what the mixers make of them, and the descriptor."""
+        fused = cluster_cpp.fuse(self, state, LEAST_MASS)
+        if fused is not None:
+            return Fused(*fused, state.counts, None)
         mass = state.masses.clamp(min=LEAST_MASS)[..., None]
         means, styles = (state.sums / mass).to(dtype), (state.styles / mass).to(dtype)
         t = torch.cat([self.centers.to(dtype).expand(means.shape[0], -1, -1), styles], -1)
@@ -447,6 +468,9 @@ class ClusterAggregate(nn.Module):
         norm = torch.linalg.vector_norm(aggregate, dim=-1)
         descriptor = aggregate / torch.where(norm > 0, norm, 1)[:, None]
         return Fused(descriptor.to(self.centers.dtype), norm, means, confidence, state.counts, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_kept"}
 
     def extra_repr(self) -> str:
         clusters, width = self.centers.shape

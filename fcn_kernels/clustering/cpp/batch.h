@@ -17,9 +17,10 @@ struct Call {
     const uint8_t* valid;
     const Acc *table, *edges, *centers;  // (61, p), (60,), (M, d)
     const Acc *qkv_weight, *qkv_bias, *proj_weight, *proj_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
-    const Acc *weight, *bias;            // (d, M), (M,)
-    const Acc* residual;                 // (L, 2, P)
-    const int64_t *offsets, *lengths;    // (P + 1,), (P,)
+    const Acc *qkv_panels, *proj_panels, *fc1_panels, *fc2_panels;  // (L, ..) of the weights, or null
+    const Acc *weight, *bias;                                       // (d, M), (M,)
+    const Acc* residual;                                            // (L, 2, P)
+    const int64_t *offsets, *lengths;                               // (P + 1,), (P,)
     int64_t rows, chunks, width, stride, dim, coded, clusters, depth, heads, threads;
 };
 
@@ -29,7 +30,7 @@ struct Clustered {
     Acc* hidden;  // (L, T + P M, d)
 };
 
-constexpr Acc EPS_NORM = 1e-5f, EPS_LAYER_NORM = 1e-5f;
+constexpr Acc EPS_NORM = 1e-5f;
 constexpr int64_t EDGES = 60;
 
 struct Chunk {

@@ -1,5 +1,5 @@
-// Chunks from rows to sums. A task has some tokens from one attention to the next, so that what is made of them stays in
-// L2; every layer's weights do, too. What a chunk gets does not depend on how tokens are cut.
+// Chunks from rows to sums. A task has some tokens from one attention to the next, so that what is made of them stays
+// in L2; every layer's weights do, too. What a chunk gets does not depend on how tokens are cut.
 
 #pragma once
 
@@ -26,11 +26,17 @@ struct Block {
     const Acc* residual;  // (2, P), or null
 
     Block(const Call& c, int64_t l)
-        : qkv(c.qkv_weight + l * 3 * c.dim * c.dim, c.qkv_bias + l * 3 * c.dim, c.dim, 3 * c.dim),
-          proj(c.proj_weight + l * c.dim * c.dim, c.proj_bias + l * c.dim, c.dim, c.dim),
-          fc1(c.fc1_weight + l * 4 * c.dim * c.dim, c.fc1_bias + l * 4 * c.dim, c.dim, 4 * c.dim),
-          fc2(c.fc2_weight + l * 4 * c.dim * c.dim, c.fc2_bias + l * c.dim, 4 * c.dim, c.dim),
+        : qkv(layer(c.qkv_weight, c.qkv_bias, c.qkv_panels, l, c.dim, 3 * c.dim)),
+          proj(layer(c.proj_weight, c.proj_bias, c.proj_panels, l, c.dim, c.dim)),
+          fc1(layer(c.fc1_weight, c.fc1_bias, c.fc1_panels, l, c.dim, 4 * c.dim)),
+          fc2(layer(c.fc2_weight, c.fc2_bias, c.fc2_panels, l, 4 * c.dim, c.dim)),
           residual(c.residual ? c.residual + l * 2 * c.chunks : nullptr) {}
+
+    static Layer layer(const Acc* weight, const Acc* bias, const Acc* panels, int64_t l, int64_t inputs,
+                       int64_t outputs) {
+        return Layer(weight + l * inputs * outputs, bias + l * outputs, inputs, outputs,
+                     panels ? panels + l * panel_room(inputs, outputs) : nullptr);
+    }
 };
 
 // Strides of a call's buffers.
@@ -80,7 +86,7 @@ class Forward {
         : call(call),
           out(out),
           widths(call),
-          shares(call.weight, call.bias, call.dim, call.clusters, -INFINITE) {
+          shares(call.weight, call.bias, call.dim, call.clusters, nullptr, -INFINITE) {
         for (int64_t l = 0; l < call.depth; ++l) blocks.emplace_back(new Block(call, l));
     }
 
@@ -128,9 +134,8 @@ class Forward {
         Caught caught;
 #pragma omp parallel for schedule(dynamic) num_threads(std::max<int64_t>(1, std::min(threads, tasks)))
         for (int64_t i = 0; i < tasks; ++i)
-            caught.run([&] {
-                work(&tokens[i * TASK], std::min(TASK, count - i * TASK), *scratch[omp_get_thread_num()]);
-            });
+            caught.run(
+                [&] { work(&tokens[i * TASK], std::min(TASK, count - i * TASK), *scratch[omp_get_thread_num()]); });
         caught.rethrow();
     }
 

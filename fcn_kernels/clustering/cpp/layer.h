@@ -17,14 +17,16 @@ constexpr int64_t INPUTS = 128;  // at a time: their part of a panel stays in L1
 
 inline int64_t whole_tiles(int64_t outputs) { return (outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS * TILE_OUTPUTS; }
 
+// Of the panels of a layer among others, on any CPU.
+inline int64_t panel_room(int64_t inputs, int64_t outputs) { return inputs * ((outputs + 31) / 32 * 32); }
+
 // out[r] (+)= x[r] panel, for USED rows and TILE_OUTPUTS outputs; from `bias`, or on from what is there.
 template <int USED>
 inline void multiply(const Acc* x, int64_t stride, const Acc* panel, int64_t inputs, const Acc* bias, Acc* out,
                      int64_t out_stride) {
     Vec sums[USED][VECTORS];
     for (int r = 0; r < USED; ++r)
-        for (int v = 0; v < VECTORS; ++v)
-            sums[r][v] = load_work((bias ? bias : out + r * out_stride) + v * LANES);
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = load_work((bias ? bias : out + r * out_stride) + v * LANES);
     for (int64_t i = 0; i < inputs; ++i) {
         const Vec first = load_work(panel + i * TILE_OUTPUTS), second = load_work(panel + i * TILE_OUTPUTS + LANES);
 #pragma GCC unroll 12
@@ -38,24 +40,32 @@ inline void multiply(const Acc* x, int64_t stride, const Acc* panel, int64_t inp
         for (int v = 0; v < VECTORS; ++v) store_work(out + r * out_stride + v * LANES, sums[r][v]);
 }
 
+// weight (inputs, outputs) to panels [panel][input][output], of 0 beyond the last output.
+inline void pack(const Acc* weight, int64_t inputs, int64_t outputs, Acc* panels) {
+    for (int64_t at = 0; at < outputs; at += TILE_OUTPUTS) {
+        const int64_t count = std::min(TILE_OUTPUTS, outputs - at);
+        for (int64_t i = 0; i < inputs; ++i) {
+            Acc* const to = panels + at * inputs + i * TILE_OUTPUTS;
+            std::copy_n(weight + i * outputs + at, count, to);
+            std::fill(to + count, to + TILE_OUTPUTS, Acc(0));
+        }
+    }
+}
+
 class Layer {
   public:
-    // weight (inputs, outputs), bias (outputs); outputs beyond them, up to whole tiles, are `beyond`.
-    Layer(const Acc* weight, const Acc* bias, int64_t inputs, int64_t outputs, Acc beyond = 0)
+    // weight (inputs, outputs), bias (outputs); outputs beyond them, up to whole tiles, are `beyond`. With the panels
+    // of the weight, which then outlive the layer, nothing is packed.
+    Layer(const Acc* weight, const Acc* bias, int64_t inputs, int64_t outputs, const Acc* packed = nullptr,
+          Acc beyond = 0)
         : inputs(inputs),
           outputs(whole_tiles(outputs)),
-          panels(inputs * whole_tiles(outputs)),
+          room(packed ? 0 : inputs * whole_tiles(outputs)),
+          panels(packed ? packed : room),
           biases(whole_tiles(outputs)) {
         std::copy_n(bias, outputs, biases + 0);
         std::fill(biases + outputs, biases + this->outputs, beyond);
-        for (int64_t at = 0; at < outputs; at += TILE_OUTPUTS) {
-            const int64_t count = std::min(TILE_OUTPUTS, outputs - at);
-            for (int64_t i = 0; i < inputs; ++i) {
-                Acc* const to = panels + at * inputs + i * TILE_OUTPUTS;
-                std::copy_n(weight + i * outputs + at, count, to);
-                std::fill(to + count, to + TILE_OUTPUTS, Acc(0));
-            }
-        }
+        if (!packed) pack(weight, inputs, outputs, room);
     }
 
     // Rows by strides; both have room for whole tiles of rows and of outputs.
@@ -78,7 +88,9 @@ class Layer {
 
   private:
     const int64_t inputs, outputs;
-    const Aligned panels, biases;
+    const Aligned room;
+    const Acc* const panels;
+    const Aligned biases;
 };
 
 }  // namespace fcn_kernels

@@ -9,6 +9,8 @@
 
 namespace fcn_kernels {
 
+constexpr Acc EPS_LAYER_NORM = 1e-5f;
+
 typedef int32_t Bits __attribute__((vector_size(BYTES)));
 
 inline Vec fill(Acc value) { return value - Vec{}; }

@@ -61,8 +61,9 @@ struct Partial {
 };
 
 inline void add_run(const Call& call, const Weighted& w, const Partial& to) {
-    add_to_all(w, w.scale, call.clusters, call.width, to.sums, padded(call.width),
-               [&](int r, int64_t c, int64_t n) { return n == LANES ? load(w.rows[r] + c) : load_part(w.rows[r] + c, n); });
+    add_to_all(w, w.scale, call.clusters, call.width, to.sums, padded(call.width), [&](int r, int64_t c, int64_t n) {
+        return n == LANES ? load(w.rows[r] + c) : load_part(w.rows[r] + c, n);
+    });
     add_to_all(w, nullptr, call.clusters, call.dim, to.key_sums, padded(call.dim),
                [&](int r, int64_t c, int64_t) { return load_work(w.tokens[r] + c); });
     for (int r = 0; r < w.count; ++r)
@@ -100,7 +101,8 @@ inline void add_up(const Call& call, const Batch& b, const Acc* keys, int64_t st
         const Chunk& chunk = b.chunks[chunk_of[s]];
         const int64_t at = (s - first[chunk_of[s]]) * SEGMENT;
         add_segment(call, b, keys, stride, out.shares, chunk.first + at,
-                    chunk.first + std::min(at + SEGMENT, chunk.rows), Partial(call, partials + s * Partial::size(call)));
+                    chunk.first + std::min(at + SEGMENT, chunk.rows),
+                    Partial(call, partials + s * Partial::size(call)));
     }
     std::fill(out.sums + begin * m * call.width, out.sums + end * m * call.width, Acc(0));
     std::fill(out.key_sums + begin * m * call.dim, out.key_sums + end * m * call.dim, Acc(0));
