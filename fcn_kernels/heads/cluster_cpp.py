@@ -31,7 +31,8 @@ def blocks(head: ClusterAggregate, fold_shares: Callable[[torch.dtype], list[Ten
 
     None where a graph is wanted, or the call is no plain one on a CPU.
     """
-    layers, assign = list(head.blocks), head.assign
+    layers: list[Any] = list(head.blocks)
+    assign = head.assign
     given = [t for block in layers for t in _both(block, "norm1", "norm2", "qkv", "proj", "fc1", "fc2")]
     given += [*_both(assign, "center_norm", "key_norm", "query", "key"), head.centers]
     if not layers or not _takes(given):
@@ -52,7 +53,8 @@ def blocks(head: ClusterAggregate, fold_shares: Callable[[torch.dtype], list[Ten
 
 def fuse(head: ClusterAggregate, state: ClusterState, least_mass: float) -> launch.Fused | None:
     """Descriptors of B sets; None as for :func:`blocks`, or where the state is not of ``eval()``."""
-    mixers, last = list(head.mixers), head.confidence
+    mixers: list[Any] = list(head.mixers)
+    last = head.confidence
     tokens = [[mixer.gate, *_both(mixer, "norm", "token1", "token2")] for mixer in mixers]
     channels = [_both(mixer, "channel1", "channel2") for mixer in mixers]
     packed = [*(t for each in channels for t in each), *_both(last, "fc1", "fc2")]

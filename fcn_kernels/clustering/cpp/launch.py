@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fcn_kernels.clustering import torch_backend
-from fcn_kernels.clustering.problem import Chunks, Clustered
+from fcn_kernels.clustering.problem import Chunks, ChunksGradients, Clustered, Summed
 from fcn_kernels.cpp import calls
 
 _SOURCE = Path(__file__).with_name("clustering.cpp")
 _function = calls.functions(_SOURCE, {"forward": 0, "fold": 0, "fuse": 1, "sample": 1})
-# Call and Clustered of batch.h, Many, Given and Sampled of fold.h, FuseCall, Fused and Mixer of fuse.h: addresses, 0 for
-# what is not given; sizes; numbers
+# Call and Clustered of batch.h; Many, Given and Sampled of fold.h; FuseCall, Fused and Mixer of fuse.h: addresses, 0
+# for what is not given; sizes; numbers
 _CALL, _OUT = struct.Struct("24P10q"), struct.Struct("6P")
 _MANY, _LAYER, _SAMPLED = struct.Struct("2q"), struct.Struct("7P3qd"), struct.Struct("Pq")
 _FUSE, _FUSED, _MIXER = struct.Struct("8P7qd"), struct.Struct("4P"), struct.Struct("11P")
@@ -30,7 +30,9 @@ _PANEL = 32  # outputs that a layer's panels have room for are a multiple of it
 _panels = WeakTensorKeyDictionary()
 """Of weights that :func:`fold` has made, and nobody changes."""
 
-chunks_backward = torch_backend.chunks_backward
+def chunks_backward(p: Chunks, grad: Summed, out: Clustered, wanted: bool) -> ChunksGradients:
+    """PyTorch's, from the tokens that the forward pass kept."""
+    return torch_backend.chunks_backward(p, grad, out, wanted)
 
 
 class Layer(NamedTuple):
@@ -60,7 +62,9 @@ def chunks_forward(p: Chunks, keep: bool) -> Clustered:
     found.hidden.zero_()
     weights = [getattr(p, f"{name}_weight") for name in _LAYERS]
     panels = [_panels.get(weight) for weight in weights]
-    layers = [t for name, w in zip(_LAYERS, weights, strict=True) for t in (_inputs_first(w), getattr(p, f"{name}_bias"))]
+    layers = [
+        t for name, w in zip(_LAYERS, weights, strict=True) for t in (_inputs_first(w), getattr(p, f"{name}_bias"))
+    ]
     plain = functools.partial(calls.plain, dtype=p.tokens.dtype)
     held = (
         features,
@@ -185,7 +189,8 @@ def fuse(
 
 def _packed(tensor: Tensor) -> Tensor:
     """The panels of a weight that :func:`fold` has made; any other tensor as it is."""
-    return _panels.get(tensor, tensor)
+    found: Tensor = _panels.get(tensor, tensor)
+    return found
 
 
 def _inputs_first(weight: Tensor) -> Tensor:
