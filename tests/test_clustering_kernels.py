@@ -252,7 +252,7 @@ def test_the_public_function_runs_the_kernels(device, monkeypatch):
     torch.library.opcheck(torch.ops.fcn_kernels.cluster_sums.default, (*p, "triton"), test_utils=check)
     with pytest.raises(TypeError, match="got float64"):
         cluster_sums(values.double(), weight, bias, keys, backend="triton")
-    with pytest.raises(RuntimeError, match="clustering has no C"):
+    with pytest.raises(RuntimeError, match="cluster_sums has no C"):
         cluster_sums(*(t.detach().cpu() for t in every), backend="cpp")
 
 

@@ -14,7 +14,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["tests/test_cpp.py", "tests/test_faults_numbers.py", "tests/test_neighbors.py", "tests/test_select.py"]
+TESTS = [
+    "tests/test_clustering_cpp.py",
+    "tests/test_cpp.py",
+    "tests/test_faults_numbers.py",
+    "tests/test_neighbors.py",
+    "tests/test_select.py",
+]
 LEFT_OUT = (
     "not triton and not torch] and not [torch and not torch- and not without_a_compiler and not with_a_compiler"
     " and not compiles_ and not running_out_of_memory and not more_picks_than_memory and not switched"

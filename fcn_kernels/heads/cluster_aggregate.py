@@ -223,7 +223,8 @@ class ClusterAggregate(nn.Module):
             A :class:`Fused`. A row whose features, style or quality is not finite, or whose quality is below 0, is as
             if it were not there, and its gradient is 0. A set without rows has descriptor, norm and means 0. Gradients
             reach features, styles, quality and all parameters; the norms get theirs through u alone. In ``eval()`` a
-            set gives the same bits alone or in a batch, padded, packed or masked, here or by update and finish.
+            set gives the same bits alone or in a batch, padded, packed or masked, here or by update and finish; with
+            and without a graph, and compiled, it gives the same within rounding.
 
         Raises:
             TypeError, ValueError: saying what was expected, before anything runs.
