@@ -138,7 +138,9 @@ def test_no_chunks_and_float64():
     assert torch.equal(op.cluster_chunks(p, "cpu").sums, op.cluster_chunks(p, "torch").sums)
 
 
-@pytest.mark.parametrize("options", [{}, {"clusters": 1, "channelwise": False}, {"clusters": 5, "depth": 0, "dim": 513}])
+@pytest.mark.parametrize(
+    "options", [{}, {"clusters": 1, "channelwise": False}, {"clusters": 5, "depth": 0, "dim": 513}]
+)
 def test_descriptors_without_a_graph_are_those_with_one(options):
     head = make_head(**options)
     x, styles = torch.randn(40, 6, head.dim), torch.randn(40, 6, 8)

@@ -30,6 +30,7 @@ _PANEL = 32  # outputs that a layer's panels have room for are a multiple of it
 _panels = WeakTensorKeyDictionary()
 """Of weights that :func:`fold` has made, and nobody changes."""
 
+
 def chunks_backward(p: Chunks, grad: Summed, out: Clustered, wanted: bool) -> ChunksGradients:
     """PyTorch's, from the tokens that the forward pass kept."""
     return torch_backend.chunks_backward(p, grad, out, wanted)
