@@ -2,13 +2,14 @@
 
 import copy
 import pickle
+import subprocess
 
 import pytest
 import torch
 from test_cluster_aggregate import make_head, rows, run, same
 from test_clustering import chunks, leaves, plain_chunk, with_gradients
 
-from fcn_kernels import ClusterAggregate
+from fcn_kernels import ClusterAggregate, compiler
 from fcn_kernels.clustering import op, torch_backend
 from fcn_kernels.clustering.cpp import launch
 from fcn_kernels.clustering.problem import Summed
@@ -215,3 +216,10 @@ def test_nothing_is_kept_where_a_gradient_is_asked_or_in_training(monkeypatch):
     monkeypatch.setattr(cluster_cpp.launch, "unavailable", lambda _: "no compiler")
     for one, two in zip(expected[:4], run(frozen, *given), strict=False):
         torch.testing.assert_close(one, two, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("processor", ["x86-64", "haswell"])
+def test_compiles_for_processors_that_are_not_here(processor):
+    """Vectors of 16 and 32 bytes."""
+    flags = [*compiler._FLAGS, f"-march={processor}", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-DROW=float"]
+    subprocess.run([*compiler._compiler(), *flags, str(launch._SOURCE)], check=True)

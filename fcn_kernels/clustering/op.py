@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fcn_kernels.backends import runs_on, without_autocast
+from fcn_kernels.backends import has_tangent, runs_on, without_autocast
 from fcn_kernels.clustering import torch_backend
 from fcn_kernels.clustering.cpp import launch as cpp
 from fcn_kernels.clustering.problem import Chunks, ChunksGradients, Clustered, Summed, Sums, SumsGradients
 from fcn_kernels.schema import schema
+from fcn_kernels.transforms import is_transformed, transformable
 
 _library = torch.library.Library("fcn_kernels", "FRAGMENT")
 _library.define(f"cluster_sums({schema(Sums)}, str backend) -> ({schema(Summed)})")
@@ -35,13 +36,26 @@ _ops = torch.ops.fcn_kernels
 
 def cluster_sums(problem: Sums, backend: str) -> Summed:
     """Run the operator."""
-    return Summed(*_ops.cluster_sums.default(*problem, backend))
+    _check_tangents(problem, "cluster_sums")
+    run = _TransformedSums.apply if is_transformed() else _ops.cluster_sums.default
+    return Summed(*run(*problem, backend))
 
 
 def cluster_chunks(problem: Chunks, backend: str) -> Clustered:
     """Run the operator; what backward needs is kept if a gradient is asked for."""
+    _check_tangents(problem, "Cluster and Aggregate")
+    if is_transformed():
+        return Clustered(*_TransformedChunks.apply(*problem, True, backend))
     keep = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in problem)
     return Clustered(*_ops.cluster_chunks.default(*problem, keep, backend))
+
+
+def _check_tangents(problem: Sums | Chunks, name: str) -> None:
+    tensors = [t for t in problem if isinstance(t, Tensor)]
+    if not torch.compiler.is_compiling() and has_tangent(*tensors):
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative (torch.func.jvp, jacfwd). Use torch.func.vjp, jacrev or grad."
+        )
 
 
 def _sums_backend(name: str) -> ModuleType:
@@ -131,7 +145,8 @@ def _save_sums(ctx: Any, inputs: tuple[Any, ...], output: Summed) -> None:
 def _differentiate_sums(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
     ghosts, backend = ctx.constants
     p, needed = Sums._make((*ctx.saved_tensors, ghosts)), Sums(*ctx.needs_input_grad[:_SUMS])
-    found = SumsGradients(*_ops.cluster_sums_backward.default(*p, *grad, needed.values, backend))
+    run = _TransformedSumsBackward.apply if is_transformed() else _ops.cluster_sums_backward.default
+    found = SumsGradients(*run(*p, *grad, needed.values, backend))
     return *_placed(p, needed, found), None
 
 
@@ -146,7 +161,8 @@ def _differentiate_chunks(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
     constants, backend = ctx.constants
     p = Chunks._make((*ctx.saved_tensors[: _CHUNKS - 2], *constants))
     out, needed = ctx.saved_tensors[_CHUNKS - 2 :], Chunks(*ctx.needs_input_grad[:_CHUNKS])
-    found = _ops.cluster_chunks_backward.default(*p, *grad[:_ARRIVING], *out, needed.features, backend)
+    run = _TransformedChunksBackward.apply if is_transformed() else _ops.cluster_chunks_backward.default
+    found = run(*p, *grad[:_ARRIVING], *out, needed.features, backend)
     return *_placed(p, needed, ChunksGradients(*found)), None, None
 
 
@@ -166,6 +182,16 @@ for name, differentiate, save in (
 ):
     torch.library.register_autograd(f"fcn_kernels::{name}", differentiate, setup_context=save, lib=_library)
     torch.library.register_autograd(f"fcn_kernels::{name}_backward", _no_second_derivative, lib=_library)
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+_TransformedSums = transformable(_ops.cluster_sums.default, _save_sums, _differentiate_sums)
+_TransformedChunks = transformable(_ops.cluster_chunks.default, _save_chunks, _differentiate_chunks)
+_TransformedSumsBackward = transformable(_ops.cluster_sums_backward.default, _save_nothing, _no_second_derivative)
+_TransformedChunksBackward = transformable(_ops.cluster_chunks_backward.default, _save_nothing, _no_second_derivative)
 
 
 def _sums_products(args: Any) -> tuple[int, int]:

@@ -228,7 +228,7 @@ class ClusterAggregate(nn.Module):
 
         Raises:
             TypeError, ValueError: saying what was expected, before anything runs.
-            NotImplementedError: a second derivative is asked for.
+            NotImplementedError: a second or a forward-mode derivative is asked for.
         """
         checks.check_flags(weights=weights)
         rows, out = self._cluster(features, styles, quality, chunk, lengths, mask, cu_seqlens, strict)

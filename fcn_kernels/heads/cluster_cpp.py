@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fcn_kernels.backends import are_plain, is_plain_call
+from fcn_kernels.backends import are_plain, has_tangent, is_plain_call
 from fcn_kernels.clustering.cpp import launch
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def fuse(head: ClusterAggregate, state: ClusterState, least_mass: float) -> laun
 def _takes(parameters: Sequence[Tensor], others: Sequence[Tensor] = ()) -> bool:
     """Whether a call with these tensors goes here."""
     tensors = (*parameters, *others)
-    if not is_plain_call() or not are_plain(tensors) or launch.unavailable(torch.float32):
+    if not is_plain_call() or has_tangent(*tensors) or not are_plain(tensors) or launch.unavailable(torch.float32):
         return False
     gradient = torch.is_grad_enabled()
     return all(t.dtype == torch.float32 for t in parameters) and not any(
