@@ -330,7 +330,7 @@ class TestTorchQuickfps:
         mask = torch.ones(2, 2, 10, dtype=torch.uint8)
         mask[..., :3] = 0
         made = [[[3, 5, 8, 9], [3, 8, 7, 6]], [[3, 8, 9, 7], [3, 5, 7, 4]]]
-        assert torch_quickfps.sample(sets, 4, mask=mask, return_points=False).tolist() == made  # type: ignore[union-attr]
+        assert torch_quickfps.sample(sets, 4, mask=mask, return_points=False).tolist() == made
 
     def test_points_have_the_gradient_of_a_gather(self) -> None:
         x = torch.randn(5, 9, 2, requires_grad=True)
@@ -517,8 +517,8 @@ class TestScikitActiveml:
         firsts = set()
         for seed in range(60):
             given = {"random_state": seed, "missing_label": "none"}
-            picks, utilities = scikit_activeml.k_greedy_center(GRID.numpy(), none, 2, **given)  # type: ignore[arg-type]
-            assert scikit_activeml.k_greedy_center(GRID.numpy(), none, 2, **given)[0].tolist() == picks.tolist()  # type: ignore[arg-type]
+            picks, utilities = scikit_activeml.k_greedy_center(GRID.numpy(), none, 2, **given)
+            assert scikit_activeml.k_greedy_center(GRID.numpy(), none, 2, **given)[0].tolist() == picks.tolist()
             assert not utilities[0].any()
             assert np.nanmax(utilities[1]) == utilities[1, picks[1]]
             firsts.add(int(picks[0]))

@@ -25,6 +25,7 @@ def report(results: Results) -> str:
         _scaling,
         _kcenter,
         _peers,
+        _samplers,
         _neighbors,
         _memory,
         _cost,
@@ -150,6 +151,20 @@ def _kcenter(results: Results) -> Iterator[str]:
 
 def _peers(results: Results) -> Iterator[str]:
     yield from _pairs(results, "peers", "Farthest-point samplers: unit rows, gamma = 0, same start, the same picks")
+
+
+def _samplers(results: Results) -> Iterator[str]:
+    titles = {
+        "points": "Farthest-point samplers by Euclidean distance: same start and picks (but for fpsample's buckets)",
+        "memory bank": "A coreset of patch features: anomalib's loop, same start; the projected one picks other rows",
+        "PatchCore's coreset step": "PatchCore's coreset step with anomalib's class and with ours, same start",
+        "active learning": "A query with labelled rows: the adapter, the selection alone, scikit-activeml's CoreSet",
+        "resumed": "Half of the picks, and the other half from the state",
+        "K per set": "A number of picks for each set, from an eighth to all",
+        "anchors": "With 1,000 anchors, and without",
+    }
+    for group, title in titles.items():
+        yield from _pairs(results, group, title)
 
 
 def _neighbors(results: Results) -> Iterator[str]:
