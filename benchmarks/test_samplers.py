@@ -162,8 +162,9 @@ def scikit_activeml(rows: Tensor, k: int) -> Tensor:
 
 
 def queried(rows: Tensor, k: int) -> Tensor:
-    """The adapter, utilities included."""
-    return torch.from_numpy(k_greedy_center(rows[0].numpy(), labels(rows), k, random_state=SEED)[0])[None]
+    """The function under our CoreSet, without utilities."""
+    picks, _ = k_greedy_center(rows[0].numpy(), labels(rows), k, random_state=SEED, return_utilities=False)
+    return torch.from_numpy(picks)[None]
 
 
 def anchored(rows: Tensor, k: int, count: int) -> Tensor:

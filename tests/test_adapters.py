@@ -87,8 +87,9 @@ PEERS = {
 @pytest.mark.parametrize("call", PEERS, ids=lambda call: f"{call.__module__.rsplit('.')[-1]}.{call.__name__}")
 def test_a_call_takes_what_the_peer_takes(call: Any) -> None:
     parameters = list(inspect.signature(call).parameters.values())
-    if call is anomalib.KCenterGreedy:
-        assert parameters.pop().name == "project"  # ours, and last
+    extra = {anomalib.KCenterGreedy: "project", scikit_activeml.k_greedy_center: "return_utilities"}
+    if call in extra:
+        assert parameters.pop().name == extra[call]  # ours, and last
     plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
     assert str(inspect.Signature(plain)) == f"({PEERS[call]})"
 
@@ -496,6 +497,9 @@ class TestScikitActiveml:
     def test_queries_go_on_from_labelled_rows(self) -> None:
         picks, utilities = scikit_activeml.k_greedy_center(CLOUD.numpy(), self.LABELS, 6, random_state=0)
         assert picks.tolist() == [28, 17, 0, 16, 36, 32]
+        alone = scikit_activeml.k_greedy_center(CLOUD.numpy(), self.LABELS, 6, random_state=0, return_utilities=False)
+        assert alone[0].tolist() == picks.tolist()
+        assert alone[1] is None
         taken = [3, 9, 21]
         for pick, row in zip(picks, utilities, strict=True):
             want = torch.cdist(CLOUD, CLOUD[taken]).amin(1)

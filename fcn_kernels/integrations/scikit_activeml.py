@@ -31,7 +31,9 @@ def k_greedy_center(
     n_new_cand: int | None = None,
     metric: str = "euclidean",
     metric_dict: dict[str, Any] | None = None,
-) -> tuple[Array, Array]:
+    *,
+    return_utilities: bool = True,
+) -> tuple[Array, Array | None]:
     """Rows to label next, each the farthest from those that are labelled or were picked before it.
 
     Args:
@@ -42,6 +44,7 @@ def k_greedy_center(
         mapping: the rows that may be picked, those without a label. None: all of these.
         n_new_cand: the number of rows in ``mapping``, to which utilities are then confined.
         metric, metric_dict: "euclidean" and None.
+        return_utilities: (ours) without them, None, nothing of size batch_size x n_samples is made.
 
     Returns:
         Picked rows ``(batch_size,)``, and utilities ``(batch_size, n_samples)``: before each pick, the distance of each
@@ -76,26 +79,28 @@ def k_greedy_center(
     pool = np.flatnonzero(~labelled) if mapping is None else checks.column_or_1d(mapping, dtype=int)
     if n_new_cand is not None and n_new_cand != len(pool):
         raise ValueError(f"n_new_cand must equal to the length of mapping array, got {n_new_cand} and {len(pool)}")
-    rows = checks.check_random_state(random_state).permutation(
-        pool[~labelled[pool]]
-    )  # so that ties are picked at random
-    picks, gaps = _query(torch.from_numpy(x[rows]), torch.from_numpy(x[labelled]), batch_size)
+    free = pool[~labelled[pool]]
+    free = checks.check_random_state(random_state).permutation(free)  # the first of equals is then any of them
+    rows, known = torch.from_numpy(x[free]), torch.from_numpy(x[labelled])
+    picks = complete(farthest_points(rows, batch_size, anchors=known, distinct=True), batch_size)
+    if not return_utilities:
+        return free[picks.numpy()], None
     utilities = np.full((batch_size, len(x)), np.nan)
-    utilities[:, rows] = gaps.numpy()
-    return rows[picks.numpy()], utilities if n_new_cand is None else utilities[:, pool]
+    utilities[:, free] = _utilities(rows, known, picks).numpy()
+    return free[picks.numpy()], utilities if n_new_cand is None else utilities[:, pool]
 
 
-def _query(rows: Tensor, labelled: Tensor, picks: int) -> tuple[Tensor, Tensor]:
-    """Picks (K,) and distances (K, N) of all rows before each, NaN for those that are picked already."""
-    known = cast(CoresetState, farthest_points(rows, [0], anchors=labelled, return_min_distances=True)).min_distances
-    indices = complete(farthest_points(rows, picks, min_distances=known, distinct=True), picks)
-    first = known.sqrt() if len(labelled) else torch.zeros_like(known)
-    later = torch.cdist(rows[indices[:-1]], rows, compute_mode="donot_use_mm_for_euclid_dist").to(known.dtype)
-    gaps = torch.cat([known.sqrt()[None], later]).cummin(0).values
-    gaps[0] = first
-    for step, pick in enumerate(indices[:-1].tolist()):
-        gaps[step + 1 :, pick] = torch.nan
-    return indices, gaps
+def _utilities(rows: Tensor, labelled: Tensor, picks: Tensor) -> Tensor:
+    """Distances (K, N) of all rows before each pick, NaN for those that are picked already."""
+    state = cast(CoresetState, farthest_points(rows, [0], anchors=labelled, return_min_distances=True))
+    first = state.min_distances.sqrt()[None]
+    later = torch.cdist(rows[picks[:-1]], rows, compute_mode="donot_use_mm_for_euclid_dist").to(first.dtype)
+    gaps = torch.cat([first, later]).cummin(0).values
+    if not len(labelled):
+        gaps[0] = 0
+    for step, pick in enumerate(picks[:-1].tolist(), 1):
+        gaps[step:, pick] = torch.nan
+    return gaps
 
 
 @cache
@@ -109,12 +114,7 @@ def _core_set() -> Any:
         :func:`k_greedy_center`."""
 
         def query(
-            self,
-            X: Any,
-            y: Any,
-            candidates: Any = None,
-            batch_size: int = 1,
-            return_utilities: bool = False,
+            self, X: Any, y: Any, candidates: Any = None, batch_size: int = 1, return_utilities: bool = False
         ) -> Any:
             """Rows to label next, and utilities if asked for, as theirs."""
             X, y, candidates, batch_size, return_utilities = self._validate_data(
@@ -126,16 +126,9 @@ def _core_set() -> Any:
                 known, elsewhere = utils.labeled_indices(y, missing_label=self.missing_label_), len(rows)
                 X, mapping = np.concatenate([rows, X[known]]), np.arange(elsewhere)
                 y = np.concatenate([np.full(elsewhere, self.missing_label_), y[known]])
+            where = (self.random_state_, self.missing_label_, mapping, elsewhere)
             picks, utilities = k_greedy_center(
-                X,
-                y,
-                batch_size,
-                self.random_state_,
-                self.missing_label_,
-                mapping,
-                elsewhere,
-                self.metric,
-                self.metric_dict,
+                X, y, batch_size, *where, self.metric, self.metric_dict, return_utilities=return_utilities
             )
             return (picks, utilities) if return_utilities else picks
 
