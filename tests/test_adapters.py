@@ -120,7 +120,8 @@ class TestPyTorch3d:
         assert torch.equal(points[0, :3], clouds[0, indices[0, :3]])
         assert not points[0, 3:].any()
         assert not points[1, 4:].any()
-        as_tensor = pytorch3d.sample_farthest_points(clouds, torch.tensor([20, 4]), K=torch.tensor([3, 6]))
+        narrow = (torch.tensor(numbers, dtype=torch.int16) for numbers in ([20, 4], [3, 6]))
+        as_tensor = pytorch3d.sample_farthest_points(clouds, *narrow)
         assert torch.equal(as_tensor[1], indices)
 
     def test_more_than_there_are(self) -> None:

@@ -176,6 +176,19 @@ def test_exponent_target_wants_the_whole_range() -> None:
     assert judged(results(*(row("fused", 1e-9 * n, n) for n in lengths[:2])))[name].reached is None
 
 
+def test_clouds_are_held_against_the_fastest_that_gives_the_same_picks() -> None:
+    cloud = {"group": "points", "device_type": "cpu", "sets": 8, "k": 256, "dim": 3, "dtype": "float32"}
+    times = {"fused": 2e-3, "torch_fps": 9e-3, "torch_cluster": 3e-3, "fpsample, buckets of kdtree": 1e-3}
+    found = results(*(row(name, seconds, 1024, **cloud) for name, seconds in times.items()))
+    target = judged(found)["8 clouds of 1,024, K = 256: against the fastest sampler"]
+    assert (target.measured, target.reached) == ("1.5x", True)
+    assert judged(found)["active learning: against skactiveml"].reached is None
+    query = {**cloud, "group": "active learning"}
+    found = results(row("fused", 2e-3, 4900, **query), row("skactiveml", 8e-3, 4900, **query))
+    target = judged(found)["active learning: against skactiveml"]
+    assert (target.measured, target.reached) == ("4.0x", False)
+
+
 def test_a_cpu_is_held_to_its_own_targets() -> None:
     found = judged(results(row("fused", 1.0, 8000, device_type="cpu")))
     assert all("bandwidth" not in name for name in found)

@@ -62,6 +62,25 @@ def _cpu(results: Results) -> Iterator[Target]:
     ratio = None if kept[0] is None or kept[1] is None else kept[1].kept_bytes / kept[0].kept_bytes
     yield _at_least("bytes kept for backward at N = 4,000, times fewer than the listing", ratio, 40.0, "{:.0f}x")
     yield from _exponents(results, 0.05, 100_000)
+    yield from _peers(results)
+
+
+def _peers(results: Results) -> Iterator[Target]:
+    """Samplers of others, in Euclidean distance; of point clouds the fastest that gives the same picks."""
+    for sets, n, k in ((8, 1024, 256), (4, 16_384, 1024)):
+        rows = results.of("points", sets=sets, rows=n, k=k)
+        own = [r.median_s for r in rows if r.implementation == FUSED]
+        others = [r.median_s for r in rows if r.implementation != FUSED and "buckets" not in r.implementation]
+        ratio = min(others) / own[0] if own and others else None
+        yield _at_least(f"{sets} clouds of {n:,}, K = {k:,}: against the fastest sampler", ratio, 1.0, "{:.1f}x")
+    for group, other, least in (
+        ("memory bank", "anomalib's loop", 5.0),
+        ("memory bank", "anomalib's loop, projected", 1.0),
+        ("active learning", "skactiveml", 5.0),
+    ):
+        pair = [results.one(group, implementation=name) for name in (FUSED, other)]
+        ratio = None if pair[0] is None or pair[1] is None else pair[1].median_s / pair[0].median_s
+        yield _at_least(f"{group}: against {other}", ratio, least, "{:.1f}x")
 
 
 def _ratios(

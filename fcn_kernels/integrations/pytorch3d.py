@@ -49,6 +49,8 @@ def sample_farthest_points(
         raise ValueError(f"A value in lengths was too large. Got {int(lengths.max())}, and {rows} points")
     if not isinstance(K, int) and len(K) != clouds:
         raise ValueError(f"K and points must have the same batch dimension. Got {len(K)} and {clouds}")
+    lengths = None if lengths is None else lengths.to(torch.int64)
+    K = K.to(torch.int64) if isinstance(K, Tensor) else K
     start = torch.zeros(clouds, dtype=torch.int64, device=points.device)
     if random_start_point and lengths is None:
         start = torch.randint(high=rows, size=(clouds,), device=points.device)
