@@ -4,6 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton.language as tl
 from poison import poisoned
 from test_clustering import chunks, leaves, plain_chunk, with_gradients
 
@@ -11,7 +12,7 @@ from fcn_kernels import cluster_sums
 from fcn_kernels.clustering import op, torch_backend
 from fcn_kernels.clustering.kernels import launch_chunks, launch_sums
 from fcn_kernels.clustering.norm_code import norm_codes, norm_edges
-from fcn_kernels.clustering.problem import ChunksGradients, Summed, Sums, SumsGradients
+from fcn_kernels.clustering.problem import CODES, ChunksGradients, Summed, Sums, SumsGradients
 from fcn_kernels.sets import row_norms
 
 # Beside twice eager's loss: what float32 sums, and a GPU's exp, may lose where eager happens to lose nothing.
@@ -308,7 +309,9 @@ def test_chunks_error_is_within_twice_eagers(lengths, options, device):
     p = _chunks(lengths, device, **options)
     grad = _arriving(p)
     exact = _run_chunks(torch_backend, _to(p, torch.float64), _to(grad, torch.float64))
-    eager = _eager_chunks(p._replace(features=p.features.float()), grad)
+    half = p.features.dtype == torch.bfloat16  # products are bfloat16's, as under autocast
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        eager = _eager_chunks(p._replace(features=p.features.float()), grad)
     with poisoned():
         ours = _run_chunks(launch_chunks, p, grad)
     slack = {"dfeatures": 2 * SLACK[p.features.dtype]}  # rounded once; the interpreter cuts bfloat16 off
@@ -316,8 +319,35 @@ def test_chunks_error_is_within_twice_eagers(lengths, options, device):
         assert got.shape == truth.shape, name
         if not truth.numel():
             continue
-        loss, allowed = (got - truth).abs().max(), 2 * (theirs - truth).abs().max()
+        loss, allowed = (got - truth).abs().max(), (2 + 2 * half) * (theirs - truth).abs().max()
         assert loss <= allowed + slack.get(name, 5e-6) * truth.abs().max(), f"{name}: {loss:.2e} > {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_multiply_by_tensor_cores_what_is_not_float32(dtype, device, monkeypatch):
+    """In the forward and the backward pass, of short and of long chunks."""
+    seen = set()
+    names = {"attend", "attend_queries", "attend_keys", "linear", "linear_weights", "blocks_of_small_chunks"}
+    for name in names:
+        kernel = getattr(launch_chunks, name)
+
+        class Watched:
+            def __getitem__(self, grid, kernel=kernel, name=name):
+                def launch(**arguments):
+                    how = arguments.get("HOW", arguments.get("BUILD"))
+                    table = name == "linear_weights" and arguments["F"] == CODES
+                    seen.add((name, "table" if table else how.OPERAND.value, how.PRECISION.value))
+                    return kernel[grid](**arguments)
+
+                return launch
+
+        monkeypatch.setattr(launch_chunks, name, Watched())
+    p = _chunks((3, 70), device, depth=1, heads=2, dtype=dtype)
+    _run_chunks(launch_chunks, p, _arriving(p))
+    expected = {torch.bfloat16: (tl.bfloat16, "ieee"), torch.float16: (tl.float32, "tf32")}
+    assert {name for name, *_ in seen} == names
+    wanted = expected.get(dtype, (tl.float32, "ieee"))
+    assert all((kind, precision) == wanted for _, kind, precision in seen if kind != "table")
 
 
 def test_a_chunk_gives_the_same_bits_alone_in_a_batch_packed_and_padded(device):

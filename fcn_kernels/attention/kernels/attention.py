@@ -15,9 +15,9 @@ import triton.language as tl
 
 from fcn_kernels.attention.inputs import DROPOUT_STREAM
 from fcn_kernels.device.noise import philox_word, seed_of
+from fcn_kernels.device.products import product
 from fcn_kernels.device.rows import load_rows
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 STREAM = tl.constexpr(DROPOUT_STREAM)
 TAU = tl.constexpr(2 * math.pi)
 SQRT_2 = tl.constexpr(math.sqrt(2))
@@ -25,8 +25,6 @@ MAX_TURNS = tl.constexpr(2.0**22)  # float32 has no fraction of a turn beyond, a
 # Of float32's smallest normal number and infinity. `fcn_kernels.sets.usable` asks the same of a row's norm, which is
 # within a factor of sqrt(C) of its largest element.
 NORMAL_BITS, INFINITY_BITS = tl.constexpr(0x00800000), tl.constexpr(0x7F800000)
-# The fewest rows of a product that Triton gives to wgmma on sm_90.
-WGMMA_ROWS = tl.constexpr(64)
 UNSPECIALIZED = ["seed_value", "threshold", "T", "H", "parts"]  # as in the selection's kernels
 
 
@@ -75,26 +73,6 @@ def cosine(turns):
     p = p * u + 81.601004077356553
     p = p * u - 41.341655031479419
     return (p * u + 6.2831851600897227) * z
-
-
-@triton.jit
-def product(a, b, onto, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """onto + a b, summed in float32, from operands rounded to OPERAND.
-
-    With fewer than 64 rows Triton uses mma.sync on sm_90, else wgmma with `a` in registers, which ptxas before 13.3
-    may reuse before the product has read them (Triton issue 9433). So the side with fewer is made the rows.
-    """
-    a, b = a.to(OPERAND), b.to(OPERAND)
-    if INTERPRETED:
-        # whose dot takes bfloat16 for integers; in float32 the products of the same values are the same
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    if a.shape[0] >= WGMMA_ROWS and b.shape[1] < WGMMA_ROWS:
-        if onto is not None:
-            onto = tl.trans(onto)
-        result = tl.trans(tl.dot(tl.trans(b), tl.trans(a), onto, input_precision=PRECISION))
-    else:
-        result = tl.dot(a, b, onto, input_precision=PRECISION)
-    return result
 
 
 @triton.jit

@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from fcn_kernels.attention.inputs import Arriving, Gradients, Inputs, Outputs
 from fcn_kernels.attention.kernels.attention import attention_backward, attention_forward
 from fcn_kernels.device.gpu import MOST_REGISTERS, device_of, seed_argument
+from fcn_kernels.device.products import operand
 
 WARPS = 8
 # Loads in flight ahead of the products; ahead in the backward kernel, they spill on sm_80.
@@ -89,24 +89,13 @@ def _plan(p: Inputs) -> Plan:
     return make_plan(sets, rows, count, p.features.dtype, device_of(p.features).processors)
 
 
-def _operand(dtype: torch.dtype) -> tuple[tl.dtype, str]:
-    """What the products of rows of a dtype run in, and how.
-
-    q f leaves float16's range where the norm is above 65,504; tf32 has float16's precision and float32's range.
-    AMD's products take no tf32 on every device.
-    """
-    if dtype == torch.bfloat16:
-        return tl.bfloat16, "ieee"
-    return tl.float32, "tf32" if dtype == torch.float16 and torch.version.hip is None else "ieee"
-
-
 def _launch(kernel: Any, p: Inputs, plan: Plan, pointers: dict[str, Tensor], stages: int) -> None:
     sets, count, dim = p.queries.shape
     if sets == 0:
         return
     features = p.features if p.features.stride(1) == 1 else p.features.contiguous()
     seed_ptr, seed_value = seed_argument(p.seed, p.offsets)
-    operand, precision = _operand(features.dtype)
+    multiplied, precision = operand(features.dtype)
     with torch.cuda.device_of(features):
         kernel[(sets * plan.parts,)](
             queries_ptr=p.queries.contiguous(),
@@ -128,7 +117,7 @@ def _launch(kernel: Any, p: Inputs, plan: Plan, pointers: dict[str, Tensor], sta
             keep_scale=1 / (1 - p.dropout),
             eps=p.encoding_eps,
             DROPOUT=p.seed is not None,
-            OPERAND=operand,
+            OPERAND=multiplied,
             PRECISION=precision,
             BLOCK_N=plan.block_n,
             BLOCK_H=plan.block_h,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from fcn_kernels.clustering.kernels.pieces import find_piece
+from fcn_kernels.clustering.kernels.products import dot
 from fcn_kernels.device.rows import load_rows
 
 UNSPECIALIZED = ["tokens", "chunks", "fewest"]
@@ -60,7 +61,7 @@ def is_key(h, lane):
 
 
 @triton.jit
-def attend_tile(h, at, out_ptr, lse_ptr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr):
+def attend_tile(h, at, out_ptr, lse_ptr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HOW: tl.constexpr):
     """Queries [at, at + BLOCK_N) of a head over all keys of their chunk: out [count, D], lse [count] unless None."""
     query = at + tl.arange(0, BLOCK_N)
     q = load_qkv(h, query, 0, BLOCK_H)
@@ -68,13 +69,13 @@ def attend_tile(h, at, out_ptr, lse_ptr, BLOCK_N: tl.constexpr, BLOCK_H: tl.cons
     out = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
     for start in range(0, h.count, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        score = tl.dot(q, tl.trans(load_qkv(h, key, 1, BLOCK_H)), input_precision="ieee")  # [q, k]
+        score = dot(q, tl.trans(load_qkv(h, key, 1, BLOCK_H)), None, HOW)  # [q, k]
         score = tl.where(is_key(h, key)[None, :], score, float("-inf"))
         peak = tl.maximum(top, tl.max(score, axis=1))
         shift = tl.where(peak == float("-inf"), 0.0, peak)
         share, shrink = tl.exp(score - shift[:, None]), tl.exp(top - shift)
         total = total * shrink + tl.sum(share, axis=1)
-        out = tl.dot(share, load_qkv(h, key, 2, BLOCK_H), out * shrink[:, None], input_precision="ieee")
+        out = dot(share, load_qkv(h, key, 2, BLOCK_H), out * shrink[:, None], HOW)
         top = peak
     total = tl.where(total > 0, total, 1.0)
     store_head(h, out_ptr, h.D, query, h.begin, out / total[:, None], BLOCK_H)
@@ -85,7 +86,7 @@ def attend_tile(h, at, out_ptr, lse_ptr, BLOCK_N: tl.constexpr, BLOCK_H: tl.cons
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attend(
     qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, out_ptr, lse_ptr, tokens, D, width, chunks, fewest,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HOW: tl.constexpr,
 ):  # fmt: skip
     """out [tokens, D] = softmax(q k^T) v; log-sum-exps [heads, tokens], if there is room for them. In chunks with at
     least `fewest` tokens."""
@@ -96,7 +97,7 @@ def attend(
     h = head_of(p, qkv_ptr, attending_ptr, D, width, head)
     if lse_ptr is not None:
         lse_ptr += head.to(tl.int64) * tokens + p.first
-    attend_tile(h, p.begin, out_ptr + p.first * D, lse_ptr, BLOCK_N, BLOCK_H)
+    attend_tile(h, p.begin, out_ptr + p.first * D, lse_ptr, BLOCK_N, BLOCK_H, HOW)
 
 
 class Arriving(NamedTuple):
@@ -108,72 +109,75 @@ class Arriving(NamedTuple):
 
 
 @triton.jit
-def arriving_at(p, h, grad_ptr, out_ptr, lse_ptr, tokens, head):
-    """What arrives at a head of a piece's chunk."""
-    return Arriving(
-        grad_ptr + p.first * h.D, out_ptr + p.first * h.D, lse_ptr + tl.cast(head, tl.int64) * tokens + p.first
-    )
+def open_backward(
+    qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, grad_ptr, out_ptr, lse_ptr, tokens, D, width, chunks,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program's piece of a chunk, its head, and what arrives there."""
+    p = find_piece(starts_ptr, sizes_ptr, tl.program_id(0).to(tl.int64), chunks, tokens, BLOCK_N)
+    head = tl.program_id(1)
+    h = head_of(p, qkv_ptr, attending_ptr, D, width, head)
+    a = Arriving(grad_ptr + p.first * D, out_ptr + p.first * D, lse_ptr + head.to(tl.int64) * tokens + p.first)
+    return p, h, a
 
 
 @triton.jit
-def shares_of(h, a, query, key, q, k, v, BLOCK_H: tl.constexpr):
+def shares_of(h, a, query, key, q, k, v, BLOCK_H: tl.constexpr, HOW: tl.constexpr):
     """Shares [q, k], the gradients of their scores, and that of what queries gathered [q, h]."""
     inside = query < h.count
     grad = load_head(h, a.grad, h.D, query, h.begin, BLOCK_H)  # [q, h]
     gathered = load_head(h, a.out, h.D, query, h.begin, BLOCK_H)
     lse = tl.load(a.lse + query, mask=inside, other=0.0)
-    score = tl.dot(q, tl.trans(k), input_precision="ieee") - lse[:, None]
+    score = dot(q, tl.trans(k), None, HOW) - lse[:, None]
     mask = inside[:, None] & is_key(h, key)[None, :]
     # never above 1, however large a score's rounding is
     share = tl.exp(tl.where(mask, tl.minimum(score, 0.0), float("-inf")))
-    reach = tl.dot(grad, tl.trans(v), input_precision="ieee") - tl.sum(grad * gathered, axis=1)[:, None]
+    reach = dot(grad, tl.trans(v), None, HOW) - tl.sum(grad * gathered, axis=1)[:, None]
     return share, share * reach, grad
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def attend_queries(
     qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, grad_ptr, out_ptr, lse_ptr, dqkv_ptr, tokens, D, width, chunks,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HOW: tl.constexpr,
 ):  # fmt: skip
     """The queries' part of dqkv [tokens, 3 D]."""
-    p = find_piece(starts_ptr, sizes_ptr, tl.program_id(0).to(tl.int64), chunks, tokens, BLOCK_N)
+    p, h, a = open_backward(
+        qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, grad_ptr, out_ptr, lse_ptr, tokens, D, width, chunks, BLOCK_N
+    )
     if p.begin >= p.end:
         return
-    head = tl.program_id(1)
-    h = head_of(p, qkv_ptr, attending_ptr, D, width, head)
-    a = arriving_at(p, h, grad_ptr, out_ptr, lse_ptr, tokens, head)
     query = p.begin + tl.arange(0, BLOCK_N)
     q = load_qkv(h, query, 0, BLOCK_H)
     dq = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
     for at in range(0, h.count, BLOCK_N):
         key = at + tl.arange(0, BLOCK_N)
         k, v = load_qkv(h, key, 1, BLOCK_H), load_qkv(h, key, 2, BLOCK_H)
-        _share, dscore, _grad = shares_of(h, a, query, key, q, k, v, BLOCK_H)
-        dq = tl.dot(dscore, k, dq, input_precision="ieee")
+        _share, dscore, _grad = shares_of(h, a, query, key, q, k, v, BLOCK_H, HOW)
+        dq = dot(dscore, k, dq, HOW)
     store_head(h, dqkv_ptr + p.first * 3 * D, 3 * D, query, h.begin, dq, BLOCK_H)
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def attend_keys(
     qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, grad_ptr, out_ptr, lse_ptr, dqkv_ptr, tokens, D, width, chunks,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HOW: tl.constexpr,
 ):  # fmt: skip
     """The keys' and the values' parts of dqkv [tokens, 3 D]."""
-    p = find_piece(starts_ptr, sizes_ptr, tl.program_id(0).to(tl.int64), chunks, tokens, BLOCK_N)
+    p, h, a = open_backward(
+        qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, grad_ptr, out_ptr, lse_ptr, tokens, D, width, chunks, BLOCK_N
+    )
     if p.begin >= p.end:
         return
-    head = tl.program_id(1)
-    h = head_of(p, qkv_ptr, attending_ptr, D, width, head)
-    a = arriving_at(p, h, grad_ptr, out_ptr, lse_ptr, tokens, head)
     key = p.begin + tl.arange(0, BLOCK_N)
     k, v = load_qkv(h, key, 1, BLOCK_H), load_qkv(h, key, 2, BLOCK_H)
     dk, dv = tl.zeros((BLOCK_N, BLOCK_H), tl.float32), tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
     for at in range(0, h.count, BLOCK_N):
         query = at + tl.arange(0, BLOCK_N)
         q = load_qkv(h, query, 0, BLOCK_H)
-        share, dscore, grad = shares_of(h, a, query, key, q, k, v, BLOCK_H)
-        dk = tl.dot(tl.trans(dscore), q, dk, input_precision="ieee")
-        dv = tl.dot(tl.trans(share), grad, dv, input_precision="ieee")
+        share, dscore, grad = shares_of(h, a, query, key, q, k, v, BLOCK_H, HOW)
+        dk = dot(tl.trans(dscore), q, dk, HOW)
+        dv = dot(tl.trans(share), grad, dv, HOW)
     dqkv_ptr += p.first * 3 * D
     store_head(h, dqkv_ptr, 3 * D, key, D + h.begin, dk, BLOCK_H)
     store_head(h, dqkv_ptr, 3 * D, key, 2 * D + h.begin, dv, BLOCK_H)

@@ -25,6 +25,7 @@ from fcn_kernels.clustering.kernels.layers import (
     linear,
     linear_weights,
 )
+from fcn_kernels.clustering.kernels.products import how, product_of
 from fcn_kernels.clustering.kernels.resident import Constants, blocks_of_small_chunks
 from fcn_kernels.clustering.kernels.tokens import embed
 from fcn_kernels.clustering.problem import CODES, EPS_NORM, Chunks, ChunksGradients, Clustered, Summed, Sums
@@ -34,6 +35,7 @@ from fcn_kernels.device.gpu import MOST_REGISTERS
 TILE = 32  # tokens of a chunk that a program has, and at a time
 SMALL = 64  # tokens of a chunk that one program has to itself: its rows and the centers
 LAYER_TILE = (64, 64, 32)  # of a layer: tokens, outputs, inputs at a time
+LEAST_TOKENS = 32  # of them for tensor cores: with 64, Triton takes wgmma, see `product`
 ROW_ELEMENTS = 4096  # of the tokens that a program normalizes
 PART_TOKENS = 512  # at least, of a part of the weights' gradients
 MOST_PARTS = 64
@@ -105,8 +107,8 @@ def chunks_forward(p: Chunks, keep: bool) -> Clustered:
                 made = _run_block(p, tokens, hidden, block, working)
                 hidden = out.hidden[block] if keep else torch.empty_like(hidden)
                 _linear(
-                    made.active, p.fc2_weight[block], p.fc2_bias[block], hidden, residual=made.middle, working=working,
-                    **_factor(p, tokens, block, 1),
+                    p.features.dtype, made.active, p.fc2_weight[block], p.fc2_bias[block], hidden,
+                    residual=made.middle, working=working, **_factor(p, tokens, block, 1),
                 )  # fmt: skip
             _layer_norm(hidden, keys, working)
         launch_sums.share(tokens.sums(p, keys), Summed(*out[:3]), out.shares, check=False, gap=p.tokens.shape[0])
@@ -232,6 +234,7 @@ def _run_small(p: Chunks, tokens: Tokens, keys: Tensor, kept: Tensor | None) -> 
             BLOCK_K=tile_k,
             BLOCK_D=_power_of_two(dim),
             BLOCK_H=_power_of_two(width),
+            **how(p.features.dtype),
         ),
         **OPTIONS | {"num_warps": _warps(width)},
     )
@@ -244,25 +247,25 @@ def _run_block(
 
     `again`, in the backward pass, with what that takes.
     """
-    rows, dim = hidden.shape
+    (rows, dim), dtype = hidden.shape, p.features.dtype
     new = hidden.new_empty
     unit = torch.empty_like(hidden)
     rstd = _layer_norm(hidden, unit, working)
     qkv, attended = new(rows, 3 * dim), torch.zeros_like(hidden)
     lse, wide = (new(p.heads, rows), new(rows, 4 * dim)) if again else (None, None)
-    _linear(unit, p.qkv_weight[block], p.qkv_bias[block], qkv, working=working)
+    _linear(dtype, unit, p.qkv_weight[block], p.qkv_bias[block], qkv, working=working)
     attend[(tokens.slots, p.heads)](
         qkv_ptr=qkv, attending_ptr=tokens.attending, starts_ptr=tokens.starts, sizes_ptr=tokens.sizes,
         out_ptr=attended, lse_ptr=lse, fewest=0 if working is None else SMALL + 1, **_attention(p, tokens),
     )  # fmt: skip
     middle, active = new(rows, dim), new(rows, 4 * dim)
     _linear(
-        attended, p.proj_weight[block], p.proj_bias[block], middle, residual=hidden, working=working,
+        dtype, attended, p.proj_weight[block], p.proj_bias[block], middle, residual=hidden, working=working,
         **_factor(p, tokens, block, 0),
     )  # fmt: skip
     unit2 = torch.empty_like(middle)
     rstd2 = _layer_norm(middle, unit2, working)
-    _linear(unit2, p.fc1_weight[block], p.fc1_bias[block], active, after=GELU, wide=wide, working=working)
+    _linear(dtype, unit2, p.fc1_weight[block], p.fc1_bias[block], active, after=GELU, wide=wide, working=working)
     return Block(unit, rstd, qkv, attended, lse, middle, unit2, rstd2, wide, active)
 
 
@@ -272,23 +275,23 @@ def _block_gradient(
     """Gradient (R, d) of a block's tokens from that of its output; those of its weights go to `found`."""
     made = _run_block(p, tokens, hidden, block, again=True)
     attention, mlp = _factor(p, tokens, block, 0), _factor(p, tokens, block, 1)
-    new = hidden.new_empty
+    new, dtype = hidden.new_empty, p.features.dtype
     dwide, dunit2 = new(made.active.shape), new(hidden.shape)
-    _linear_weights(grad, made.active, found.fc2_weight[block], found.fc2_bias[block], **mlp)
-    _linear(grad, p.fc2_weight[block].T, None, dwide, after=GELU_GRADIENT, wide=made.wide, **mlp)
-    _linear_weights(dwide, made.unit2, found.fc1_weight[block], found.fc1_bias[block])
-    _linear(dwide, p.fc1_weight[block].T, None, dunit2)
+    _linear_weights(dtype, grad, made.active, found.fc2_weight[block], found.fc2_bias[block], **mlp)
+    _linear(dtype, grad, p.fc2_weight[block].T, None, dwide, after=GELU_GRADIENT, wide=made.wide, **mlp)
+    _linear_weights(dtype, dwide, made.unit2, found.fc1_weight[block], found.fc1_bias[block])
+    _linear(dtype, dwide, p.fc1_weight[block].T, None, dunit2)
     dmiddle = _layer_norm_backward(dunit2, made.unit2, made.rstd2, grad)
     dattended, dqkv, dunit = new(hidden.shape), torch.zeros_like(made.qkv), new(hidden.shape)
-    _linear_weights(dmiddle, made.attended, found.proj_weight[block], found.proj_bias[block], **attention)
-    _linear(dmiddle, p.proj_weight[block].T, None, dattended, **attention)
+    _linear_weights(dtype, dmiddle, made.attended, found.proj_weight[block], found.proj_bias[block], **attention)
+    _linear(dtype, dmiddle, p.proj_weight[block].T, None, dattended, **attention)
     for kernel in (attend_queries, attend_keys):
         kernel[(tokens.slots, p.heads)](
             qkv_ptr=made.qkv, attending_ptr=tokens.attending, starts_ptr=tokens.starts, sizes_ptr=tokens.sizes,
             grad_ptr=dattended, out_ptr=made.attended, lse_ptr=made.lse, dqkv_ptr=dqkv, **_attention(p, tokens),
         )  # fmt: skip
-    _linear_weights(dqkv, made.unit, found.qkv_weight[block], found.qkv_bias[block])
-    _linear(dqkv, p.qkv_weight[block].T, None, dunit)
+    _linear_weights(dtype, dqkv, made.unit, found.qkv_weight[block], found.qkv_bias[block])
+    _linear(dtype, dqkv, p.qkv_weight[block].T, None, dunit)
     return _layer_norm_backward(dunit, made.unit, made.rstd, dmiddle)
 
 
@@ -299,7 +302,7 @@ def _embed_gradient(p: Chunks, tokens: Tokens, grad: Tensor) -> dict[str, Tensor
     if p.styles is not None:
         found["styles"] = rows[:, :style].where(tokens.usable[:, None], 0)
     coded = (tokens.codes[:, None] == torch.arange(CODES, device=grad.device)).to(grad.dtype)
-    _linear_weights(coded, rows[:, style:].contiguous(), found["table"], None)
+    _linear_weights(torch.float32, coded, rows[:, style:].contiguous(), found["table"], None)
     centers = p.tokens.shape[0]
     first = tokens.starts[:-1] + tokens.sizes - centers
     places = first[:, None] + torch.arange(centers, device=grad.device)  # (P, M)
@@ -323,6 +326,7 @@ def _attention(p: Chunks, tokens: Tokens) -> dict[str, Any]:
         "chunks": p.lengths.shape[0],
         "BLOCK_N": TILE,
         "BLOCK_H": width,
+        "HOW": product_of(p.features.dtype),
     }
 
 
@@ -362,13 +366,15 @@ def _layer_norm_backward(grad: Tensor, unit: Tensor, rstd: Tensor, residual: Ten
 
 
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, after: Any = LINEAR, wide: Tensor | None = None,
-    residual: Tensor | None = None, factor: Tensor | None = None, chunk: Tensor | None = None,
-    working: Tensor | None = None,
+    dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, after: Any = LINEAR,
+    wide: Tensor | None = None, residual: Tensor | None = None, factor: Tensor | None = None,
+    chunk: Tensor | None = None, working: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fill in out (N, F) = factor after(x weight^T + bias) + residual."""
+    """Fill in out (N, F) = factor after(x weight^T + bias) + residual, for a call with rows of a dtype."""
     (rows, inputs), outputs = x.shape, weight.shape[0]
     tile_n, tile_f, tile_k = LAYER_TILE
+    if dtype != torch.float32:
+        tile_n = LEAST_TOKENS
     linear[(triton.cdiv(rows, tile_n), triton.cdiv(outputs, tile_f))](
         x_ptr=x,
         weight_ptr=weight,
@@ -388,17 +394,18 @@ def _linear(
         BLOCK_N=tile_n,
         BLOCK_F=tile_f,
         BLOCK_K=tile_k,
+        HOW=product_of(dtype),
         **OPTIONS,
     )
 
 
 def _linear_weights(
-    grad: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None, *, factor: Tensor | None = None,
-    chunk: Tensor | None = None,
+    dtype: torch.dtype, grad: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None, *,
+    factor: Tensor | None = None, chunk: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill in dweight (F, K) = sum_n factor_n grad_n x_n^T and dbias (F,)."""
     (rows, outputs), inputs = grad.shape, x.shape[1]
-    tile_n, tile_f, tile_k = 32, 64, 64
+    tile_n, tile_f, tile_k = 32, 64 if dtype == torch.float32 else LEAST_TOKENS, 64
     parts = max(1, min(MOST_PARTS, triton.cdiv(rows, PART_TOKENS)))
     weights = dweight.new_empty(parts, outputs, inputs)
     biases = None if dbias is None else dbias.new_empty(parts, outputs)
@@ -416,6 +423,7 @@ def _linear_weights(
         BLOCK_N=tile_n,
         BLOCK_F=tile_f,
         BLOCK_K=tile_k,
+        HOW=product_of(dtype),
         **OPTIONS,
     )
     dweight.copy_(weights.sum(0))

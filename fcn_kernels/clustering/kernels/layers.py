@@ -2,7 +2,7 @@
 """What a block does to each token by itself: LayerNorm, linear layers, and their gradients.
 
 Tokens of all chunks lie flat, and a tile may have those of several: what becomes of a token does not depend on its
-place. Products are float32's own. Shapes in comments: n tokens, k inputs, f outputs of a layer.
+place. Shapes in comments: n tokens, k inputs, f outputs of a layer.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fcn_kernels.clustering.kernels.products import dot
 from fcn_kernels.device.rows import load_rows
 
 EPS = tl.constexpr(1e-5)  # `EPS_LAYER_NORM` of fcn_kernels.clustering.problem
@@ -99,7 +100,7 @@ def layer_norm_backward(
 @triton.jit
 def linear_tile(
     layer, x_ptr, out_ptr, wide_ptr, residual_ptr, factor, rows, inside, begin,
-    AFTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    AFTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, HOW: tl.constexpr,
 ):  # fmt: skip
     """Outputs from `begin` on of tokens `rows` [n]: out = factor after(x weight^T + bias) + residual; factor [n]."""
     outputs = begin + tl.arange(0, BLOCK_F)
@@ -110,7 +111,7 @@ def linear_tile(
         where = inputs[:, None] * layer.stride_k + outputs[None, :] * layer.stride_f
         mask = (inputs < layer.K)[:, None] & (outputs < layer.F)[None, :]
         weight = tl.load(layer.weight + where, mask=mask, other=0.0)
-        out = tl.dot(x, weight, out, input_precision="ieee")  # [n, f]
+        out = dot(x, weight, out, HOW)  # [n, f]
     if layer.bias is not None:
         out += tl.load(layer.bias + outputs, mask=outputs < layer.F, other=0.0)[None, :]
     where = rows.to(tl.int64)[:, None] * layer.F + outputs[None, :]
@@ -132,7 +133,7 @@ def linear_tile(
 def linear(
     x_ptr, weight_ptr, bias_ptr, wide_ptr, residual_ptr, factor_ptr, chunk_ptr, working_ptr, out_ptr,
     N, K, F, stride_f, stride_k, AFTER: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, HOW: tl.constexpr,
 ):  # fmt: skip
     """out [N, F] = factor after(x weight^T + bias) + residual, for x [N, K] and weight [F, K] by strides.
 
@@ -148,14 +149,14 @@ def linear(
     layer = Layer(weight_ptr, bias_ptr, K, F, stride_f, stride_k)
     linear_tile(
         layer, x_ptr, out_ptr, wide_ptr, residual_ptr, factor, rows, inside, tl.program_id(1) * BLOCK_F,
-        AFTER, BLOCK_N, BLOCK_F, BLOCK_K,
+        AFTER, BLOCK_N, BLOCK_F, BLOCK_K, HOW,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "share"])
 def linear_weights(
     grad_ptr, x_ptr, factor_ptr, chunk_ptr, dweight_ptr, dbias_ptr, N, share, K, F,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, HOW: tl.constexpr,
 ):  # fmt: skip
     """Of each part of `share` tokens: dweight [parts, F, K] = sum_n factor_n grad_n x_n^T, and dbias [parts, F].
 
@@ -175,7 +176,7 @@ def linear_weights(
         if factor_ptr is not None:
             grad *= load_factor(factor_ptr, chunk_ptr, rows, inside)[:, None]
         x = load_rows(x_ptr, rows, inside, K, inputs, K)  # [n, k]
-        dweight = tl.dot(tl.trans(grad), x, dweight, input_precision="ieee")  # [f, k]
+        dweight = dot(tl.trans(grad), x, dweight, HOW)  # [f, k]
         dbias += tl.sum(grad, axis=0)
     where = part * F * K + outputs.to(tl.int64)[:, None] * K + inputs[None, :]
     tl.store(dweight_ptr + where, dweight, mask=(outputs < F)[:, None] & (inputs < K)[None, :])

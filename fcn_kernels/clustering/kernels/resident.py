@@ -17,13 +17,16 @@ from fcn_kernels.clustering.kernels.tokens import Given, Made, embed_tile
 
 
 class Constants(NamedTuple):
-    """Sizes of a tile: tokens, outputs and inputs of a layer, and D and a head's width up to a power of two."""
+    """Sizes of a tile: tokens, outputs and inputs of a layer, and D and a head's width up to a power of two; how it
+    multiplies, as in `Product`."""
 
     BLOCK_N: tl.constexpr
     BLOCK_F: tl.constexpr
     BLOCK_K: tl.constexpr
     BLOCK_D: tl.constexpr
     BLOCK_H: tl.constexpr
+    OPERAND: tl.constexpr
+    PRECISION: tl.constexpr
 
 
 class Weights(NamedTuple):
@@ -71,7 +74,7 @@ def apply(weight, bias, K, F, block, x_ptr, out_ptr, residual_ptr, factor_ptr, s
         for begin in range(0, F, BUILD.BLOCK_F):
             linear_tile(
                 layer, x_ptr, out_ptr, None, residual_ptr, factor, rows, rows < size, begin,
-                AFTER, BUILD.BLOCK_N, BUILD.BLOCK_F, BUILD.BLOCK_K,
+                AFTER, BUILD.BLOCK_N, BUILD.BLOCK_F, BUILD.BLOCK_K, BUILD,
             )  # fmt: skip
     tl.debug_barrier()
 
@@ -87,7 +90,7 @@ def run_block(
         chunk = Piece(p.set_id, 0, 0, p.count, p.count, 0)  # `r` starts at the chunk's first token
         h = head_of(chunk, r.qkv, attending_ptr, D, width, head)
         for at in range(0, p.count, BUILD.BLOCK_N):
-            attend_tile(h, at, r.attended, None, BUILD.BLOCK_N, BUILD.BLOCK_H)
+            attend_tile(h, at, r.attended, None, BUILD.BLOCK_N, BUILD.BLOCK_H, BUILD)
     tl.debug_barrier()
     apply(w.proj, w.proj_bias, D, D, block, r.attended, r.middle, hidden_ptr, attention_ptr, p.count, LINEAR, BUILD)
     normalize(r.middle, r.unit, p.count, D, BUILD)
