@@ -5,10 +5,11 @@ shot, a template's rows all see one another, and cost quadratic; in chunks they 
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.conftest import Bench
@@ -19,6 +20,7 @@ from fcn_kernels import ClusterAggregate
 from reference.cluster_aggregate import ReferenceClusterAggregate
 
 PLAIN = "plain, set by set"
+BY_FVCORE = "plain, by fvcore"
 TIME, MEMORY, COST = "clustering", "clustering memory", "clustering cost"
 DIM, CLUSTERS = 512, 4
 PLAIN_MOST = 2000
@@ -84,7 +86,7 @@ def rows(size: str) -> list[tuple[str, Case, str, str]]:
     timed = [(TIME, case, FORWARD, name) for case in CASES[size] for name in names(case)]
     kept = [Case(1, n, chunk) for n in KEPT[size] for chunk in (None, 512)]
     memory = [(MEMORY, case, BOTH, name) for case in kept for name in names(case)]
-    cost = [(COST, Case(1, n, None), FORWARD, name) for n in KEPT[size] for name in (FUSED, PLAIN)]
+    cost = [(COST, Case(1, n, None), FORWARD, name) for n in KEPT[size] for name in (FUSED, PLAIN, BY_FVCORE)]
     return [*memory, *cost, *timed]
 
 
@@ -176,12 +178,37 @@ def _memory(benchmark: Any, bench: Bench, case: Case, work: str, name: str) -> N
 def _cost(benchmark: Any, bench: Bench, case: Case, work: str, name: str) -> None:
     head, other, inputs = make(case, bench.device)
     call = fused(case, head, inputs) if name == FUSED else plain(case, other, inputs, case.sets)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call()
-    bench.facts(
-        benchmark, COST, implementation=name, work=work, multiply_adds=counter.get_total_flops() // 2, **case.facts
-    )
+    if name == BY_FVCORE:
+        counted = by_fvcore(other, inputs)
+    else:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        counted = counter.get_total_flops() // 2
+    bench.facts(benchmark, COST, implementation=name, work=work, multiply_adds=counted, **case.facts)
     benchmark.pedantic(call, rounds=1, iterations=1)
+
+
+class Traced(nn.Module):
+    """The plain form as fvcore takes it."""
+
+    def __init__(self, head: ReferenceClusterAggregate) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Tensor, styles: Tensor) -> Tensor:
+        """The aggregate of one template, in one shot."""
+        return self.head(features, styles).aggregate  # type: ignore[no-any-return]
+
+
+def by_fvcore(head: ReferenceClusterAggregate, i: Inputs) -> int | str:
+    """Multiply-adds, or why they are not counted."""
+    try:
+        fvcore = import_module("fvcore.nn")
+    except ImportError:
+        return "fvcore is not installed"
+    with torch.no_grad():
+        counted = fvcore.FlopCountAnalysis(Traced(head), (i.features, i.styles)).unsupported_ops_warnings(False)
+        return int(counted.total())
 
 
 def test_clustering(benchmark: Any, bench: Bench, row: tuple[str, Case, str, str]) -> None:

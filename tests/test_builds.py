@@ -94,6 +94,25 @@ def test_kernels_of_neighbors_build_without_spills_or_races():
     assert [b for b in built if b["spills"] or b["races"]] == []
 
 
+TENSOR_CORES = """
+from benchmarks.checks.builds import build, chunks_specs
+
+first = {}
+for spec in chunks_specs():
+    first.setdefault((spec.label.split()[0], spec.kernel), spec)
+for kernel in ("blocks_of_small_chunks", "linear", "attend", "attend_queries", "attend_keys", "linear_weights"):
+    made = build(first["bfloat16", kernel], "sm_90")
+    assert made.tensor_cores > 0, kernel
+    assert made.spills == 0, kernel
+    assert made.races == [], kernel
+assert build(first["float32", "attend"], "sm_90").tensor_cores == 0
+"""
+
+
+def test_clusterings_blocks_of_bfloat16_rows_run_on_tensor_cores():
+    _run("-c", TENSOR_CORES)
+
+
 def test_amd_builds():
     built = _builds("--targets", "gfx942", "--only", LAUNCHES[0], LAUNCHES[4], LAUNCHES[6])
     assert {b["kernel"] for b in built} == {k for i in (0, 4, 6) for k in _kernels(LAUNCHES[i])}

@@ -301,7 +301,7 @@ CHUNK_NAMES = ("sums", "key_sums", "masses", "shares", "counts", *(f"d{name}" fo
         ((1, 0, 20), {"depth": 1, "centers": 4, "heads": 2, "width": 33, "dtype": torch.bfloat16}),
         ((60,), {"depth": 2, "centers": 5, "quality": True, "dropped": True}),  # three tiles, the last with one token
         ((16, 3), {"depth": 1, "centers": 1, "norm_dim": 16, "dropped": True}),  # no styles
-        ((61,), {"depth": 0, "centers": 16, "width": 70, "dtype": torch.float16}),
+        ((61, 300), {"depth": 0, "centers": 16, "width": 513, "dtype": torch.float16}),
         ((5,), {"depth": 3, "centers": 2, "dim": 24, "heads": 1}),  # sizes that fill no block
     ],
 )

@@ -75,6 +75,8 @@ class Build(NamedTuple):
     """Global loads by width in bits, PTX mnemonic's vector times element."""
     races: list[str]
     """Arguments whose memory is stored to while other threads may still have to load it."""
+    tensor_cores: int
+    """Their instructions, on NVIDIA's."""
 
 
 class Recorder:
@@ -168,11 +170,14 @@ def build(spec: Spec, target: str) -> Build:
     if target.startswith("gfx"):
         registers, spills = _amd_resources(compiled.asm["amdgcn"])
         loads: dict[str, int] = {}
+        products = 0
     else:
         registers, spills = _nvidia_resources(compiled.asm["cubin"])
         loads = _load_widths(compiled.asm["ptx"])
+        products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"]))
     racing = sorted({race.memory.removeprefix("%") for race in races(compiled.asm["ttgir"])})
-    return Build(spec.label, spec.kernel, target, warps, registers, spills, compiled.metadata.shared, loads, racing)
+    shared = compiled.metadata.shared
+    return Build(spec.label, spec.kernel, target, warps, registers, spills, shared, loads, racing, products)
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
@@ -451,11 +456,12 @@ def main() -> int:
 
     print(f"Triton {triton.__version__}, PyTorch {torch.__version__.partition('+')[0]}; multiprocessors:", PROCESSORS)
     print()
-    print("| launch | kernel | target | warps | registers | spilled bytes | shared bytes | loads by width | races |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    heads = "launch | kernel | target | warps | registers | spilled bytes | shared bytes | loads by width | races"
+    print(f"| {heads} | tensor cores |")
+    print("|---" * 10 + "|")
     for b in builds:
         loads = ", ".join(f"{n} x {w}" for w, n in sorted(b.row_loads.items(), key=lambda item: -int(item[0])))
-        print(f"| {' | '.join(map(str, b[:-2]))} | {loads} | {', '.join(b.races)} |")
+        print(f"| {' | '.join(map(str, b[:-3]))} | {loads} | {', '.join(b.races)} | {b.tensor_cores} |")
     return 0
 
 

@@ -254,7 +254,8 @@ def _clustering(results: Results) -> Iterator[str]:
     yield ""
     yield (
         "Against the plain form, one template at a time; inference, styles made before. K is the number of centers. "
-        "Multiply-adds are those that PyTorch's counter finds; the fused operator's by its formula."
+        "Multiply-adds are those that PyTorch's counter finds, the fused operator's by its formula; fvcore also counts "
+        "normalizations."
     )
     yield ""
     lines = [
