@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -116,6 +117,35 @@ inline void for_columns(const Row* row, int64_t dim, Use use) {
     return sum_of(sums);
 }
 
+// (x - origin) . vector
+[[gnu::noinline]] Acc product_from(const Acc* origin, const Row* row, const Acc* vector, int64_t dim) {
+    Vec sums[UNROLLED] = {};
+    for_columns(row, dim, [&](Vec x, int64_t c, int u) {
+        ask_for(row, c, dim);
+        sums[u] += (x - load_work(origin + c)) * load_work(vector + c);
+    });
+    return sum_of(sums);
+}
+
+// |x - vector|^2, at most the type's largest number: 0 for equal rows, and for rows far from the origin as for others.
+[[gnu::noinline]] Acc squared_distance(const Row* row, const Acc* vector, int64_t dim) {
+    Vec sums[UNROLLED] = {};
+    for_columns(row, dim, [&](Vec x, int64_t c, int u) {
+        ask_for(row, c, dim);
+        const Vec apart = x - load_work(vector + c);
+        sums[u] += apart * apart;
+    });
+    return std::min(sum_of(sums), std::numeric_limits<Acc>::max());
+}
+
+inline bool is_finite(const Row* row, int64_t dim) {
+    Vec sum = {};
+    for_columns(row, dim, [&](Vec x, int64_t, int) { sum += x * 0; });
+    for (int lane = 0; lane < LANES; ++lane)
+        if (sum[lane] != 0) return false;
+    return true;
+}
+
 // |x|, also where its square leaves the type's range, as hypot.
 [[gnu::noinline]] Acc norm_of(const Row* row, int64_t dim) {
     Vec sums[UNROLLED] = {};
@@ -149,11 +179,13 @@ inline void copy_row(const Row* row, Acc* to, int64_t dim, int exponent) {
 struct WeightedSums {
     Acc *first, *second;  // which the sums are added to
     int64_t dim;
+    const Acc* origin;  // which is taken from each row; null for 0
     const Row* rows[4];
     Acc weights[2][4];
     int pending = 0;
 
-    WeightedSums(Acc* first, Acc* second, int64_t dim) : first(first), second(second), dim(dim) {}
+    WeightedSums(Acc* first, Acc* second, int64_t dim, const Acc* origin = nullptr)
+        : first(first), second(second), dim(dim), origin(origin) {}
 
     void add(const Row* row, Acc weight, Acc second_weight) {
         rows[pending] = row;
@@ -169,8 +201,9 @@ struct WeightedSums {
         int64_t c = 0;
         const auto add_columns = [&](auto load_row) {
             Vec one = load_work(first + c), two = load_work(second + c);
+            const Vec from = origin ? load_work(origin + c) : Vec{};
             for (int r = 0; r < 4; ++r) {
-                const Vec x = load_row(rows[r] + c);
+                const Vec x = load_row(rows[r] + c) - from;
                 one += weights[0][r] * x;
                 two += weights[1][r] * x;
             }

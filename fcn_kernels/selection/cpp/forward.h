@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "noise.h"
+#include "points.h"
 #include "weights.h"
 
 namespace fcn_kernels {
@@ -25,8 +26,8 @@ struct Best {
     }
 };
 
-// One set's way through the K steps. A row's gap is 1 - max cosine to the picks it met, its logit that times its
-// weight.
+// One set's way through the K steps. A row's logit is the least of its distances to the picks it met, each its gap (1 -
+// cosine, or the squared distance) times its weight, and to what was picked before the call.
 class Selection {
   public:
     Selection(const Set& set, const Selected& out)
@@ -37,44 +38,51 @@ class Selection {
           noise(set),
           barred(new uint8_t[set.n]),
           norm(new Acc[set.n]),
-          gap(new Acc[set.n]),
-          weight(new Acc[set.n]),
+          least(new Acc[padded(set.n)]),
+          weight(new Acc[padded(set.n)]),
           met(new int32_t[set.n]),
           quality(call.quality ? call.quality + set.at : norm.get()),
+          nearest(out.nearest ? out.nearest + set.at : nullptr),
+          known(call.min_distances ? call.min_distances + set.at : nullptr),
           weights(call),
-          most(std::min(call.k, set.n)),
-          directions(most * padded(call.dim)),
+          wanted(set.picks()),
+          most(std::min(wanted, set.n)),
+          directions(std::max<int64_t>(most, 1) * padded(call.dim)),
           pick_norms(most),
           own_cosines(most),
-          picks(most) {}
+          picks(most),
+          points(call.euclidean && call.dim <= Points::MOST_DIM ? set.n : 0, call.dim) {}
 
     void run() {
         const Best first = first_pick();
         int64_t count = 0, usable = 0;
         Best second;
         if (first.row >= 0) {
-            record(0, first.row, INFINITE);
-            count = 1;
-            if (keep || call.k > 1) usable = meet_first(second);
+            if (wanted > 0) {
+                record(0, first.row, known ? known[first.row] : INFINITE);
+                count = 1;
+            }
+            if (keep || nearest || wanted > 1) usable = meet_first(count, second);
         }
         if (keep) {
             write_norms(first.row >= 0);
-            if (count && !call.start)
+            if (count && by_quality())
                 keep_softmax(0, first.row);
             else
                 forget(out.softmax);
         }
-        for (; count < std::min(call.k, usable); ++count) {
+        for (; count < std::min(wanted, usable); ++count) {
             if (call.distinct) take_out(count - 1);
             int64_t pick = second.row;
             if (keep || count > 1) {
                 noise.advance(count);
                 pick = farthest(count);
             }
-            record(count, pick, weights.reported(gap[pick] * weight[pick]));
+            record(count, pick, weights.reported(least[pick]));
             if (keep) keep_softmax(count, pick);
         }
         out.counts[set.number] = count;
+        if (nearest) write_state(count, first.row >= 0);
         for (int64_t step = count; step < call.k; ++step) {
             record(step, -1, 0);
             if (keep && step > 0) forget(out.softmax + step * call.all_rows);
@@ -89,21 +97,36 @@ class Selection {
     const Selected& out;
     const bool keep;
     Noise noise;
-    std::unique_ptr<uint8_t[]> barred;  // rows that cannot be picked; of these, the rest is not set
-    std::unique_ptr<Acc[]> norm, gap, weight;
-    std::unique_ptr<int32_t[]> met;  // picks that the gap knows of
+    std::unique_ptr<uint8_t[]>
+        barred;  // rows that cannot be picked, or not any more; of the former, the rest is not set
+    std::unique_ptr<Acc[]> norm, least, weight;
+    std::unique_ptr<int32_t[]> met;  // picks that the logit knows of
     const Acc* const quality;
+    int64_t* const nearest;  // null where no state is asked for
+    const Acc* const known;  // distances to what was picked before, or null
     Weights weights;
     Acc noise_scale = 1;
-    const int64_t most;  // picks there can be
+    const int64_t wanted, most;  // picks, and those there can be
     // Of each pick: its row times a power of two that keeps products with it in range, that row's norm, and the cosine
     // to itself as it rounds.
     std::vector<Acc> directions, pick_norms, own_cosines;
     std::vector<int64_t> picks;
+    Points points;  // none where rows are long, or not compared by their differences
 
-    // What a step compares. fma, lest the compiler round differently here and there, and equal rows not be equal.
+    static constexpr uint8_t TAKEN = 2;  // picked, with `distinct`
+
+    bool by_quality() const { return !call.start && !known; }
+    // A norm; of the Euclidean metric, which has no use for it, 1.
+    Acc measured(int64_t i) const {
+        if (!call.euclidean) return norm_of(set.row(i), call.dim);
+        return is_finite(set.row(i), call.dim) ? 1 : std::numeric_limits<Acc>::quiet_NaN();
+    }
+    Acc before(int64_t i) const { return known ? weights.in_units(known[i]) : INFINITE; }
+
+    // What a step compares.
     Acc noisy(int64_t step, int64_t i) const {
-        const Acc score = step ? std::fma(gap[i], weight[i], noise.at(i) * noise_scale) : quality[i] + noise.at(i);
+        const Acc logit = step ? least[i] : known ? before(i) : quality[i];
+        const Acc score = logit + noise.at(i) * (step || known ? noise_scale : 1);
         return score >= -INFINITE ? score : -INFINITE;  // NaN is the least
     }
 
@@ -117,13 +140,14 @@ class Selection {
         return best;
     }
 
-    // Of the highest quality, or the given one. Where the quality is given, rows are read only once the pick is known,
-    // so that their norms and their products with it take one pass.
+    // Of the highest quality, the farthest from what was picked before, or the given one. Where the quality is given,
+    // rows are read only once the pick is known, so that their norms and their products with it take one pass.
     Best first_pick() {
-        bool measure = !call.quality;
+        bool measure = !call.quality || known;
         const auto favourite = [&] {
+            set.for_blocks([&](int64_t, int64_t begin, int64_t end) { admit(begin, end, measure); });
+            if (known) fit_weights();
             return best_of_blocks([&](int64_t begin, int64_t end) {
-                admit(begin, end, measure);
                 Best best;
                 for (int64_t i = begin; i < end; ++i)
                     if (!barred[i]) best.meet(noisy(0, i), i);
@@ -135,21 +159,21 @@ class Selection {
         if (call.start) {
             Best given;
             const int64_t i = call.start[set.number];
-            if (i >= 0 && i < set.n && !barred[i] && std::isnormal(norm[i] = norm_of(set.row(i), call.dim)))
-                given.meet(0, i);
+            if (i >= 0 && i < set.n && !barred[i] && std::isnormal(norm[i] = measured(i))) given.meet(0, i);
             return given;
         }
         if (best.row < 0 || measure) return best;
-        if (std::isnormal(norm[best.row] = norm_of(set.row(best.row), call.dim))) return best;
+        if (std::isnormal(norm[best.row] = measured(best.row))) return best;
         measure = true;  // one row that cannot be used may be one of many
         return favourite();
     }
 
     void admit(int64_t begin, int64_t end, bool measure) {
         for (int64_t i = begin; i < end; ++i)
-            barred[i] = (call.mask && !call.mask[set.at + i]) || (call.quality && !is_sound(quality[i]));
+            barred[i] = (call.mask && !call.mask[set.at + i]) || (call.quality && !is_sound(quality[i])) ||
+                        (known && !(known[i] >= 0));
         for (int64_t i = begin; measure && i < end; ++i)
-            if (!barred[i]) barred[i] = !std::isnormal(norm[i] = norm_of(set.row(i), call.dim));
+            if (!barred[i]) barred[i] = !std::isnormal(norm[i] = measured(i));
     }
 
     Range qualities() const {
@@ -171,30 +195,33 @@ class Selection {
         noise_scale = weights.noise_scale();
     }
 
-    // All rows' norms, coefficients and gaps to the first pick, and in inference the second pick, in one pass. Returns
-    // how many rows can be picked. A row that has come from memory for its norm is in cache for the rest.
-    int64_t meet_first(Best& second) {
+    // All rows' norms, weights and distances to the first pick if there is one, and in inference the second pick, in
+    // one pass. Returns how many rows can be picked. A row that has come from memory for its norm is in cache for the
+    // rest.
+    int64_t meet_first(int64_t count, Best& second) {
         fit_weights();
-        const int64_t taken = call.distinct ? picks[0] : -1;
+        const int64_t taken = call.distinct && count ? picks[0] : -1;
         std::vector<int64_t> usable(set.blocks());
-        if (!keep) noise.advance(1);
+        const bool more = !keep && wanted > 1;
+        if (more) noise.advance(1);
         second = best_of_blocks([&](int64_t begin, int64_t end) {
             Best best;
-            int64_t count = 0;
+            int64_t& found = usable[begin / set.block_rows()];
             for (int64_t i = begin; i < end; ++i) {
+                if (!barred[i]) barred[i] = !std::isnormal(norm[i] = measured(i));
+                if (points) points.set(i, barred[i] ? nullptr : set.row(i));
+                least[i] = weight[i] = 0;
                 if (barred[i]) continue;
-                norm[i] = norm_of(set.row(i), call.dim);
-                if (!std::isnormal(norm[i])) {
-                    barred[i] = true;
-                    continue;
-                }
+                ++found;
                 weight[i] = weights.at(quality[i]);
-                gap[i] = INFINITE;
-                meet(i, 0);
-                if (!keep && i != taken) best.meet(noisy(1, i), i);
-                ++count;
+                least[i] = before(i);
+                met[i] = 0;
+                if (nearest) nearest[i] = -1;
+                if (count && !points) meet(i, 0);
             }
-            usable[begin / set.block_rows()] = count;
+            if (count && points) meet_points(begin, end, 0);
+            for (int64_t i = begin; more && i < end; ++i)
+                if (!barred[i] && i != taken) best.meet(noisy(1, i), i);
             return best;
         });
         return std::accumulate(usable.begin(), usable.end(), int64_t(0));
@@ -205,20 +232,66 @@ class Selection {
         return call.normalized ? along : along / norm[i] / pick_norms[pick];
     }
 
-    void meet(int64_t i, int64_t pick) {
+    Acc gap(int64_t i, int64_t pick) const {
+        if (call.euclidean) return squared_distance(set.row(i), &directions[pick * padded(call.dim)], call.dim);
         const Acc towards = cosine(i, pick);
         // a pick and its duplicates are at 0, whatever their cosine rounds to
-        const Acc positive = towards == own_cosines[pick] ? 0 : std::max<Acc>(1 - towards, 0);
-        if (keep && pick < call.k - 1) out.gaps[pick * call.all_rows + set.at + i] = positive;
-        gap[i] = std::min(gap[i], positive);
+        return towards == own_cosines[pick] ? 0 : std::max<Acc>(1 - towards, 0);
+    }
+
+    void meet(int64_t i, int64_t pick) {
+        const Acc fresh = gap(i, pick), distance = fresh * weight[i];
+        if (keep && pick < call.k - 1) out.gaps[pick * call.all_rows + set.at + i] = fresh;
+        if (nearest && distance < least[i]) nearest[i] = pick;
+        if (!(least[i] <= distance)) least[i] = distance;  // also if it is NaN
         met[i] = pick + 1;
+    }
+
+    // The same for rows [begin, end) at once.
+    void meet_points(int64_t begin, int64_t end, int64_t pick) {
+        Acc* const gaps = keep && pick < call.k - 1 ? out.gaps + pick * call.all_rows + set.at : nullptr;
+        points.meet(begin, end, &directions[pick * padded(call.dim)], [&](Vec squares, int64_t i, int64_t count) {
+            const Vec distance = squares * load_work(&weight[i]), old = load_work(&least[i]);
+            const auto kept = old <= distance;
+            store_work(&least[i], kept ? old : distance);
+            for (int64_t lane = 0; gaps && lane < count; ++lane) gaps[i + lane] = squares[lane];
+            for (int64_t lane = 0; nearest && lane < count; ++lane)
+                if (distance[lane] < old[lane] && !barred[i + lane]) nearest[i + lane] = pick;
+        });
     }
 
     // Bars a picked row. It meets no further pick, and its gaps to them, which no gradient comes through, are 0.
     void take_out(int64_t step) {
-        barred[picks[step]] = true;
-        for (int64_t pick = step; keep && pick < call.k - 1; ++pick)
-            out.gaps[pick * call.all_rows + set.at + picks[step]] = 0;
+        const int64_t i = picks[step];
+        barred[i] = TAKEN;
+        if (nearest && least[i] > 0) nearest[i] = step;
+        for (int64_t pick = step; keep && pick < call.k - 1; ++pick) out.gaps[pick * call.all_rows + set.at + i] = 0;
+    }
+
+    // Least distances and nearest picks as the next call takes them.
+    void write_state(int64_t count, bool any) {
+        if (call.distinct && count) take_out(count - 1);
+        set.for_blocks([&](int64_t, int64_t begin, int64_t end) {
+            if (any && count > 1 && points) meet_points(begin, end, count - 1);
+            for (int64_t i = begin; i < end; ++i) {
+                if (any && barred[i] == TAKEN) {
+                    out.least[set.at + i] = -INFINITE;
+                    continue;
+                }
+                if (!any || barred[i]) {
+                    out.least[set.at + i] = known && known[i] == -INFINITE ? -INFINITE : 0;
+                    nearest[i] = -1;
+                    continue;
+                }
+                for (int64_t pick = met[i]; !points && pick < count; ++pick) meet(i, pick);
+                const Acc alone = known ? known[i] : INFINITE;
+                out.least[set.at + i] = nearest[i] >= 0 ? weights.reported(least[i]) : alone;
+            }
+        });
+        std::fill_n(out.least + set.at + set.n, set.padding(), Acc(0));
+        std::fill_n(nearest + set.n, set.padding(), -1);
+        for (int64_t i = set.n; known && i < set.n + set.padding(); ++i)
+            if (known[i] == -INFINITE) out.least[set.at + i] = -INFINITE;
     }
 
     // The pick of a later step. In inference, each block's row of the highest bound meets the picks that it has not met
@@ -227,6 +300,7 @@ class Selection {
         const auto meet_all = [&](int64_t i) {
             for (int64_t pick = met[i]; pick < step; ++pick) meet(i, pick);
         };
+        if (points) return farthest_point(step);
         Best so_far;
         if (!keep) {
             so_far = best_of_blocks([&](int64_t begin, int64_t end) {
@@ -251,6 +325,17 @@ class Selection {
             .row;
     }
 
+    int64_t farthest_point(int64_t step) {
+        return best_of_blocks([&](int64_t begin, int64_t end) {
+                   if (step > 1) meet_points(begin, end, step - 1);
+                   Best best;
+                   for (int64_t i = begin; i < end; ++i)
+                       if (!barred[i]) best.meet(noisy(step, i), i);
+                   return best;
+               })
+            .row;
+    }
+
     void record(int64_t step, int64_t pick, Acc distance) {
         const int64_t place = set.number * call.k + step;
         Row* const copy = out.features + place * call.dim;
@@ -262,10 +347,10 @@ class Selection {
         }
         picks[step] = pick;
         int exponent = 0;
-        if (!call.normalized) pick_norms[step] = std::frexp(norm[pick], &exponent);
+        if (!call.normalized && !call.euclidean) pick_norms[step] = std::frexp(norm[pick], &exponent);
         std::memcpy(copy, set.row(pick), call.dim * sizeof(Row));
         copy_row(set.row(pick), &directions[step * padded(call.dim)], call.dim, exponent);
-        own_cosines[step] = cosine(pick, step);
+        if (!call.euclidean) own_cosines[step] = cosine(pick, step);
     }
 
     // softmax(noisy logits / tau) of a step; its pick has the greatest.

@@ -20,7 +20,7 @@ _function = calls.functions(_SOURCE, {"forward": 0, "backward": 4})
 
 # Call and Selected of sets.h: addresses, 0 for what is not given; sizes; numbers. A quarter of the time that it would
 # take ctypes.Structure.
-_CALL, _SELECTED = struct.Struct("9P10q2d"), struct.Struct("7P")
+_CALL, _SELECTED = struct.Struct("11P11q2d"), struct.Struct("9P")
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def forward(p: Problem, keep: bool) -> Selected:
     """Select; with ``keep``, also keep what :func:`backward` reads."""
     out = Selected.empty(p, keep, normalizers=False)
     if p.sets:
-        _run("forward", p, (*out[:4], *(out.kept or (None, None, None))))
+        _run("forward", p, (*out[:4], *(out.kept or (None,) * 3), *(out.state or (None,) * 2)))
     return out
 
 
@@ -42,7 +42,7 @@ def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
     dx = torch.empty_like(p.features, memory_format=torch.contiguous_format)
     dq, dgamma = torch.empty_like(saved.norms), saved.norms.new_zeros(())
     if p.sets:
-        _run("backward", p, (None, None, *saved), calls.plain(grad, dq.dtype), dx, dq, dgamma)
+        _run("backward", p, (None, None, *saved, None, None), calls.plain(grad, dq.dtype), dx, dq, dgamma)
     return Gradients(dx, dq, dgamma)
 
 
@@ -58,6 +58,8 @@ def _run(name: str, p: Problem, selected: Sequence[Tensor | None], *tensors: Ten
         calls.plain(p.mask, torch.bool),
         calls.plain(p.lengths, torch.int64),
         calls.plain(p.cu_seqlens, torch.int64),
+        calls.plain(p.limits, torch.int64),
+        calls.plain(p.min_distances, accumulate),
     )
     stride = p.features.stride()
     call = _CALL.pack(
@@ -71,6 +73,7 @@ def _run(name: str, p: Problem, selected: Sequence[Tensor | None], *tensors: Ten
         stride[-2],
         p.normalized,
         p.distinct,
+        p.euclidean,
         calls.threads(),
         float(p.tau),
         float(p.distance_scale),

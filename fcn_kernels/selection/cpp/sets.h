@@ -14,7 +14,7 @@ namespace fcn_kernels {
 
 // What a thread takes of a large set: enough rows to be worth it, few enough blocks that a sum of C columns for each
 // costs little beside the rows.
-constexpr int64_t BLOCK_ROWS = 128, MOST_BLOCKS = 256;
+constexpr int64_t BLOCK_ROWS = 128, BLOCK_ELEMENTS = 8192, MOST_BLOCKS = 256;
 // Elements of a set below which waking the other threads for each of its passes, some 5 us, costs more than it gives.
 constexpr int64_t LEAST_SHARED = 64 << 10;
 // A set is shared where it is more than this part of what a thread gets of all the rows.
@@ -31,17 +31,21 @@ struct Call {
     const uint8_t* mask;                   // (R,)
     const int64_t* lengths;                // (B,)
     const int64_t* cu_seqlens;             // (B + 1,)
+    const int64_t* limits;                 // (B,)
+    const Acc* min_distances;              // (R,)
     int64_t sets, rows, all_rows, dim, k;  // B, N (of padded sets), R, C, K
     int64_t set_stride, row_stride;        // elements
-    int64_t normalized, distinct, threads;
+    int64_t normalized, distinct, euclidean, threads;
     double tau, distance_scale;
 };
 
-struct Selected {  // of problem.py; the last three are null where they are not kept
+struct Selected {  // of problem.py; the last two and the three before them are null where they are not asked for
     Row* features;
     Acc* distances;
     int64_t *indices, *counts;
     Acc *softmax, *gaps, *norms;
+    Acc* least;
+    int64_t* nearest;
 };
 
 struct Set {
@@ -65,9 +69,13 @@ struct Set {
     }
 
     const Row* row(int64_t i) const { return first + i * call.row_stride; }
+    int64_t picks() const { return call.limits ? std::clamp<int64_t>(call.limits[number], 0, call.k) : call.k; }
     // Rows of its share of the R, beyond those that take part.
     int64_t padding() const { return call.cu_seqlens ? 0 : call.rows - n; }
-    int64_t block_rows() const { return std::max(BLOCK_ROWS, (n + MOST_BLOCKS - 1) / MOST_BLOCKS); }
+    int64_t block_rows() const {
+        const int64_t least = std::max({BLOCK_ROWS, BLOCK_ELEMENTS / call.dim, (n + MOST_BLOCKS - 1) / MOST_BLOCKS});
+        return (least + 63) / 64 * 64;  // whole vectors, whatever the type
+    }
     int64_t blocks() const { return (n + block_rows() - 1) / block_rows(); }
 
     // work(block, its first row, its end) for all blocks.

@@ -42,6 +42,9 @@ class Weights {
         return std::isnan(whole) ? 0 : std::min(whole, std::numeric_limits<Acc>::max());
     }
 
+    // A distance in units of 2^exponent.
+    Acc in_units(Acc distance) const { return plain ? distance : std::scalbn(distance, -exponent); }
+
     Acc gamma_or_zero() const { return std::isnan(gamma) ? 0 : gamma; }
     Acc shifted(Acc difference) const { return plain ? difference : std::scalbn(difference, exponent); }
     Acc noise_scale() const { return Acc(std::exp2(-std::max(exponent, 0))); }  // where there is noise, it is not below
