@@ -51,7 +51,10 @@ class Selection {
           pick_norms(most),
           own_cosines(most),
           picks(most),
-          points(call.euclidean && call.dim <= Points::MOST_DIM ? set.n : 0, call.dim) {}
+          points(call.euclidean && call.dim <= Points::MOST_DIM ? set.n : 0, call.dim) {
+        std::fill(least.get() + set.n, least.get() + padded(set.n), Acc(-1));
+        std::fill(weight.get() + set.n, weight.get() + padded(set.n), Acc(0));
+    }
 
     void run() {
         const Best first = first_pick();
@@ -210,7 +213,8 @@ class Selection {
             for (int64_t i = begin; i < end; ++i) {
                 if (!barred[i]) barred[i] = !std::isnormal(norm[i] = measured(i));
                 if (points) points.set(i, barred[i] ? nullptr : set.row(i));
-                least[i] = weight[i] = 0;
+                least[i] = -1;
+                weight[i] = 0;
                 if (barred[i]) continue;
                 ++found;
                 weight[i] = weights.at(quality[i]);
@@ -247,17 +251,38 @@ class Selection {
         met[i] = pick + 1;
     }
 
-    // The same for rows [begin, end) at once.
-    void meet_points(int64_t begin, int64_t end, int64_t pick) {
+    // The same for rows [begin, end) at once; returns the farthest of them, without noise. Rows that are barred have a
+    // logit below 0, which stays.
+    Best meet_points(int64_t begin, int64_t end, int64_t pick) {
         Acc* const gaps = keep && pick < call.k - 1 ? out.gaps + pick * call.all_rows + set.at : nullptr;
-        points.meet(begin, end, &directions[pick * padded(call.dim)], [&](Vec squares, int64_t i, int64_t count) {
-            const Vec distance = squares * load_work(&weight[i]), old = load_work(&least[i]);
-            const auto kept = old <= distance;
-            store_work(&least[i], kept ? old : distance);
-            for (int64_t lane = 0; gaps && lane < count; ++lane) gaps[i + lane] = squares[lane];
-            for (int64_t lane = 0; nearest && lane < count; ++lane)
-                if (distance[lane] < old[lane] && !barred[i + lane]) nearest[i + lane] = pick;
-        });
+        const Acc* const of_weight = weight.get();  // copies, which the compiler knows that the stores do not change
+        Acc* const of_least = least.get();
+        Vec highest = Vec{} - 1;
+        Lanes rows = {};
+        const auto update = [&](Vec squares, int64_t i) {
+            const Vec old = load_work(of_least + i), distance = squares * load_work(of_weight + i);
+            const Vec now = old <= distance ? old : distance;
+            store_work(of_least + i, now);
+            const Lanes higher = now > highest;
+            highest = higher ? now : highest;
+            rows = higher ? Lanes{} + Lane(i) : rows;
+            return old;
+        };
+        const Acc* const point = &directions[pick * padded(call.dim)];
+        if (!gaps && !nearest)
+            points.meet(begin, end, point, update);
+        else
+            points.meet(begin, end, point, [&](Vec squares, int64_t i) {
+                const Vec old = update(squares, i), now = load_work(of_least + i);
+                for (int64_t lane = 0; lane < std::min<int64_t>(LANES, end - i); ++lane) {
+                    if (gaps) gaps[i + lane] = squares[lane];
+                    if (nearest && now[lane] < old[lane] && !barred[i + lane]) nearest[i + lane] = pick;
+                }
+            });
+        Best best;
+        for (int64_t lane = 0; lane < LANES; ++lane)
+            if (highest[lane] >= 0) best.meet(highest[lane], rows[lane] + lane);
+        return best;
     }
 
     // Bars a picked row. It meets no further pick, and its gaps to them, which no gradient comes through, are 0.
@@ -265,6 +290,7 @@ class Selection {
         const int64_t i = picks[step];
         barred[i] = TAKEN;
         if (nearest && least[i] > 0) nearest[i] = step;
+        if (points) least[i] = -1;
         for (int64_t pick = step; keep && pick < call.k - 1; ++pick) out.gaps[pick * call.all_rows + set.at + i] = 0;
     }
 
@@ -326,9 +352,12 @@ class Selection {
     }
 
     int64_t farthest_point(int64_t step) {
+        const bool plain = !call.noise && !call.seed;
         return best_of_blocks([&](int64_t begin, int64_t end) {
-                   if (step > 1) meet_points(begin, end, step - 1);
                    Best best;
+                   if (step > 1) best = meet_points(begin, end, step - 1);
+                   if (plain && best.row >= 0) return best;
+                   best = {};
                    for (int64_t i = begin; i < end; ++i)
                        if (!barred[i]) best.meet(noisy(step, i), i);
                    return best;

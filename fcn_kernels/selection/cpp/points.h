@@ -2,12 +2,18 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "columns.h"
 
 namespace fcn_kernels {
+
+using Lanes = decltype(Vec{} < Vec{});
+using Lane = std::remove_reference_t<decltype(Lanes{}[0])>;
 
 class Points {
   public:
@@ -22,7 +28,7 @@ class Points {
         for (int64_t c = 0; c < dim; ++c) columns[c * stride + i] = row ? element(row, c) : 0;
     }
 
-    // use(squared distances to a point, the first row, how many) for rows [begin, end); begin is a multiple of LANES.
+    // use(squared distances to a point, the first row) for rows [begin, end), a vector of them at a time.
     template <class Use>
     void meet(int64_t begin, int64_t end, const Acc* point, Use use) const {
         switch (dim) {
@@ -62,7 +68,7 @@ class Points {
                 const Vec difference = load_work(from + c * apart + i) - at[c];
                 sum += difference * difference;
             }
-            use(sum < most ? sum : most, i, std::min<int64_t>(LANES, end - i));
+            use(sum < most ? sum : most, i);
         }
     }
 };
