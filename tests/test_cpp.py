@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,8 @@ def test_a_large_set_among_small_ones(threads: Any) -> None:
         {"duplicates": True, "quality": "flat", "gamma": 0.0},
         {"gamma": 2.0, "distance_scale": 0.5},
         {"unit": True},
+        {"metric": "sqeuclidean"},
+        {"metric": "sqeuclidean", "duplicates": True, "distinct": True, "noise": 0.3},
     ],
 )
 def test_inference_compares_few_rows_and_picks_the_same(options: dict[str, Any], k: int, threads: Any) -> None:
@@ -137,6 +140,27 @@ def test_inference_compares_few_rows_and_picks_the_same(options: dict[str, Any],
         with torch.no_grad():
             few = coreset_select(case.features, k, case.quality, case.gamma, backend="cpp", **case.options)
         assert all(torch.equal(a, b) for a, b in zip(few, every, strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dim", [1, 3, 8])
+@pytest.mark.parametrize("options", [{}, {"distinct": True, "duplicates": True}, {"noise": 0.3}], ids=str)
+def test_points_are_compared_side_by_side(dim: int, options: dict[str, Any], threads: Any) -> None:
+    """In whole and part registers, in blocks: the picks, gaps and gradients of longer rows."""
+    case = random_case(2, 9001, dim, 7, dtype=F64, **{"noise": None, "metric": "sqeuclidean", **options})
+    wide = replace(case, features=torch.nn.functional.pad(case.features, (0, 9 - dim)))
+    weights = weights_for(case)
+    threads(3)
+    got = outcome(select_on("cpp"), case, weights)
+    threads(1)
+    assert outcome(select_on("cpp"), case, weights).same_bits(got)
+    want = outcome(select_on("cpp"), wide, torch.nn.functional.pad(weights, (0, 9 - dim)))
+    assert torch.equal(got.coreset.indices, want.coreset.indices)
+    torch.testing.assert_close(got.coreset.distances, want.coreset.distances)
+    torch.testing.assert_close(got.features, want.features[..., :dim], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        few = coreset_select(case.features, 7, case.quality, case.gamma, backend="cpp", **case.options)
+    assert all(torch.equal(a, b) for a, b in zip(few, got.coreset, strict=True))
 
 
 @needs_compiler
