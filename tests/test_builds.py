@@ -97,19 +97,21 @@ def test_kernels_of_neighbors_build_without_spills_or_races():
 TENSOR_CORES = """
 from benchmarks.checks.builds import build, chunks_specs
 
-first = {}
+first, wide = {}, {}
 for spec in chunks_specs():
-    first.setdefault((spec.label.split()[0], spec.kernel), spec)
+    (wide if "one head" in spec.label else first).setdefault((spec.label.split()[0], spec.kernel), spec)
 for kernel in ("blocks_of_small_chunks", "linear", "attend", "attend_queries", "attend_keys", "linear_weights"):
     made = build(first["bfloat16", kernel], "sm_90")
     assert made.tensor_cores > 0, kernel
     assert made.spills == 0, kernel
     assert made.races == [], kernel
 assert build(first["float32", "attend"], "sm_90").tensor_cores == 0
+for kernel in ("attend", "attend_queries", "attend_keys"):  # heads of 128 channels
+    assert build(wide["float32", kernel], "sm_90").spills == 0, kernel
 """
 
 
-def test_clusterings_blocks_of_bfloat16_rows_run_on_tensor_cores():
+def test_clusterings_blocks_of_bfloat16_rows_run_on_tensor_cores_and_wide_heads_do_not_spill():
     _run("-c", TENSOR_CORES)
 
 

@@ -347,14 +347,16 @@ def clustering_specs() -> Iterator[Spec]:
 
 
 def chunks_specs() -> Iterator[Spec]:
-    """Cluster and Aggregate's own sizes: a block, with and without norms and dropped blocks, forward and backward."""
+    """Cluster and Aggregate's own sizes: a block, with and without norms and dropped blocks, forward and backward; and
+    one head of all channels."""
     import torch
 
     from fcn_kernels.clustering.kernels import launch_chunks, launch_sums
     from fcn_kernels.clustering.problem import Chunks, Clustered, Summed
 
     empty, dim, centers = torch.empty, 128, 4
-    for dtype, given in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
+    wide = (torch.float32, False, 1)
+    for dtype, given, heads in ((torch.bfloat16, False, 8), (torch.float32, False, 8), (torch.float32, True, 8), wide):
         problem = Chunks(
             features=empty(4000, 512, dtype=dtype),
             quality=empty(4000) if given else None,
@@ -376,7 +378,7 @@ def chunks_specs() -> Iterator[Spec]:
             offsets=torch.arange(9) * 500,
             lengths=empty(8, dtype=torch.int64),
             valid=None,
-            heads=8,
+            heads=heads,
             longest=4000,
         )
         grad = Summed(empty(8, centers, 512), empty(8, centers, dim), empty(8, centers))
@@ -387,7 +389,7 @@ def chunks_specs() -> Iterator[Spec]:
             launch_chunks.chunks_backward(problem, grad, Clustered.empty(problem, True), True)
 
         kind = str(dtype).removeprefix("torch.")
-        label = f"{kind} chunks (8, 500, 512) M=4{' norms given, dropped' if given else ''}"
+        label = f"{kind} chunks (8, 500, 512) M=4{' norms given, dropped' if given else ''}{' one head' * (heads == 1)}"
         made: list[Spec] = []
 
         def blocks(label: str = label, made: list[Spec] = made, both: Callable[[], None] = both) -> None:

@@ -32,7 +32,7 @@ from fcn_kernels.clustering.problem import CODES, EPS_NORM, Chunks, ChunksGradie
 from fcn_kernels.device.constants import constants
 from fcn_kernels.device.gpu import MOST_REGISTERS
 
-TILE = 32  # tokens of a chunk that a program has, and at a time
+TILE, WIDE_TILE = 32, 16  # tokens of a chunk that a program has, and at a time; with heads of 128 channels and more
 SMALL = 64  # tokens of a chunk that one program has to itself: its rows and the centers
 LAYER_TILE = (64, 64, 32)  # of a layer: tokens, outputs, inputs at a time
 LEAST_TOKENS = 32  # of them for tensor cores: with 64, Triton takes wgmma, see `product`
@@ -60,11 +60,12 @@ class Tokens(NamedTuple):
     places: Tensor  # (T,) int64, the rows among the tokens
     starts: Tensor  # (P + 1,) int64, the chunks' first tokens
     sizes: Tensor  # (P,) int64, their rows and centers
+    tile: int  # tokens of a program
 
     @property
     def slots(self) -> int:
         """The most tiles that there can be."""
-        return self.hidden.shape[0] // TILE + self.sizes.shape[0]
+        return self.hidden.shape[0] // self.tile + self.sizes.shape[0]
 
     def sums(self, p: Chunks, keys: Tensor) -> Sums:
         """The last step, with the tokens' keys (R, d)."""
@@ -165,6 +166,7 @@ def _tokens(p: Chunks) -> Tokens:
         places=zeros(rows, dtype=torch.int64),
         starts=p.offsets + centers * torch.arange(chunks + 1, device=p.offsets.device),
         sizes=p.lengths.clamp(min=0).minimum(owned) + centers,
+        tile=TILE if dim // p.heads < 128 else WIDE_TILE,
     )
 
 
@@ -206,7 +208,9 @@ def _given(p: Chunks, tokens: Tokens) -> dict[str, Any]:
 def _embed(p: Chunks, tokens: Tokens, working: Tensor | None) -> None:
     """Fill in the tokens: of all chunks, or of those that are not small, which `working` (R,) then names."""
     fewest = 0 if working is None else SMALL + 1
-    embed[(tokens.slots,)](**_given(p, tokens), working_ptr=working, fewest=fewest, BLOCK_N=TILE, BLOCK_C=32, **OPTIONS)
+    embed[(tokens.slots,)](
+        **_given(p, tokens), working_ptr=working, fewest=fewest, BLOCK_N=tokens.tile, BLOCK_C=32, **OPTIONS
+    )
 
 
 def _run_small(p: Chunks, tokens: Tokens, keys: Tensor, kept: Tensor | None) -> None:
@@ -229,7 +233,7 @@ def _run_small(p: Chunks, tokens: Tokens, keys: Tensor, kept: Tensor | None) -> 
         most=SMALL,
         BUILD=constants(
             Constants,
-            BLOCK_N=TILE,
+            BLOCK_N=tokens.tile,
             BLOCK_F=tile_f,
             BLOCK_K=tile_k,
             BLOCK_D=_power_of_two(dim),
@@ -324,14 +328,14 @@ def _attention(p: Chunks, tokens: Tokens) -> dict[str, Any]:
         "D": dim,
         "width": dim // p.heads,
         "chunks": p.lengths.shape[0],
-        "BLOCK_N": TILE,
+        "BLOCK_N": tokens.tile,
         "BLOCK_H": width,
         "HOW": product_of(p.features.dtype),
     }
 
 
 def _warps(width: int) -> int:
-    """For heads of so many channels. Built for sm_80 and sm_90, those of up to 64 spill no register, wider ones do."""
+    """For heads of so many channels. Built for sm_80 and sm_90, those of up to 128 spill no register."""
     return 4 if width < 64 else 8
 
 
