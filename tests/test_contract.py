@@ -111,6 +111,34 @@ def test_padded_and_packed_are_the_same_bits(select: Select, device: torch.devic
         assert (other.quality[~inside] == 0).all()
 
 
+@pytest.mark.parametrize("where", WHERE[:3], indirect=True)
+@pytest.mark.parametrize("layout", ["start", "lengths", "mask", "packed"])
+def test_strides_of_what_is_given_beside_the_rows(layout: str, select: Select, device: torch.device) -> None:
+    """Every second element of one set's or of all sets' numbers."""
+    case = random_case(2, 6, 6, 2)
+    known = torch.linspace(0.1, 1, 12).view(2, 6)
+    given = {
+        "start": {"start": torch.tensor([3, 1])},
+        "lengths": {"lengths": torch.tensor([6, 4])},
+        "mask": {"mask": torch.arange(12).view(2, 6) % 3 > 0},
+        "packed": {"cu_seqlens": torch.tensor([0, 5, 12])},
+    }[layout]
+    case = case.with_options(min_distances=known, **given)
+    if layout == "packed":
+        options = {**case.options, "noise": case.options["noise"].flatten(1), "min_distances": known.flatten()}
+        case = Case(case.features.flatten(0, 1), 2, case.quality.flatten(), case.gamma, options)
+    case = case.to(device)
+
+    def spread(values: Any) -> Any:
+        return values.repeat_interleave(2, -1)[..., ::2] if isinstance(values, Tensor) and values.ndim else values
+
+    options = {name: spread(values) for name, values in case.options.items()}
+    plain, strided = run(select, case, device), run(
+        select, Case(case.features, 2, spread(case.quality), case.gamma, options), device
+    )  # fmt: skip
+    assert plain.same_bits(strided)
+
+
 @pytest.mark.parametrize("where", WHERE[:3], indirect=True)  # tiers address rows alike
 @pytest.mark.parametrize("how", STRIDED)
 def test_strides_change_no_bit(how: str, select: Select, device: torch.device) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from everywhere import WHERE
 from oracle import Select
 from problems import random_case, spoil
 from torch import Tensor
@@ -26,21 +27,22 @@ def state(select: Select, *args: Any, **options: Any) -> CoresetState:
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("noise", [None, 1.0])
 def test_the_state_is_the_references(metric: str, noise: float | None, select: Select) -> None:
-    case = random_case(3, 23, 6, 5, noise=noise, duplicates=True)
-    case = case.with_options(min_distances=torch.rand(3, 23, generator=torch.Generator().manual_seed(1)) * 2)
+    case = random_case(2, 13, 6, 4, noise=noise, duplicates=True)
+    case = case.with_options(min_distances=torch.rand(2, 13, generator=torch.Generator().manual_seed(1)) * 2)
     exact = case.cast(F64)
     for options in ({}, {"min_distances": case.options["min_distances"]}):
         given = {**options, "noise": case.options.get("noise"), "metric": metric}
-        got = state(select, case.features, 5, case.quality, 0.5, **given)
+        got = state(select, case.features, 4, case.quality, 0.5, **given)
         wide = {name: value.to(F64) if isinstance(value, Tensor) else value for name, value in given.items()}
-        want = coreset_listing(exact.features, exact.quality, 5, 0.5, return_min_distances=True, **wide)
+        want = coreset_listing(exact.features, exact.quality, 4, 0.5, return_min_distances=True, **wide)
         assert torch.equal(got.indices, want.indices)
         torch.testing.assert_close(got.min_distances.double(), want.min_distances, rtol=1e-4, atol=1e-5)
-        assert torch.equal(got.nearest, first_of_equals(want.nearest, case.features, want.indices))
+        mine, theirs = (first_of_equals(one.nearest, case.features, one.indices) for one in (got, want))
+        assert torch.equal(mine, theirs)
 
 
 def first_of_equals(nearest: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
-    """The reference rounds duplicates apart: of picks that are copies the first is meant."""
+    """Rounding can set copies of a pick apart: of picks that are copies the first is meant."""
     for b, picks in enumerate(indices.tolist()):
         for j, pick in enumerate(picks):
             for i in range(j):
@@ -49,32 +51,33 @@ def first_of_equals(nearest: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
     return nearest
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("distinct", [False, True])
-@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize(
+    ("metric", "distinct", "noisy"),
+    [("cosine", False, True), ("cosine", True, False), ("sqeuclidean", True, True), ("sqeuclidean", False, False)],
+)
 def test_a_selection_goes_on_where_it_stopped(metric: str, distinct: bool, noisy: bool, select: Select) -> None:
     """k picks and then k' more are k + k' picks of one call, bit for bit, also among duplicates."""
-    case = random_case(2, 40, 6, 12, noise=0.5 if noisy else None, duplicates=True)
+    case = random_case(2, 14, 6, 9, noise=0.5 if noisy else None, duplicates=True)
     noise = case.options.get("noise")
     options = {"metric": metric, "distinct": distinct}
-    whole = state(select, case.features, 12, case.quality, 0.5, noise=noise, **options)
-    first = state(select, case.features, 7, case.quality, 0.5, noise=None if noise is None else noise[:7], **options)
-    more = state(
-        select, case.features, 5, case.quality, 0.5, noise=None if noise is None else noise[7:],
-        min_distances=first.min_distances, **options,
-    )  # fmt: skip
+
+    def go(k: int, at: slice, known: Tensor | None = None) -> CoresetState:
+        given = None if noise is None else noise[at]
+        return state(select, case.features, k, case.quality, 0.5, noise=given, min_distances=known, **options)
+
+    whole, first = go(9, slice(9)), go(6, slice(6))
+    more = go(3, slice(6, 9), first.min_distances)
     assert torch.equal(torch.cat([first.indices, more.indices], 1), whole.indices)
     assert torch.equal(torch.cat([first.distances, more.distances], 1), whole.distances)
     assert torch.equal(more.min_distances, whole.min_distances)
-    assert torch.equal(torch.where(more.nearest < 0, first.nearest, more.nearest + 7), whole.nearest)
-    if distinct:
-        assert (whole.min_distances == -torch.inf).sum() == 24
+    assert torch.equal(torch.where(more.nearest < 0, first.nearest, more.nearest + 6), whole.nearest)
+    assert (whole.min_distances == -torch.inf).sum() == 18 * distinct
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_number_for_each_set_is_a_call_for_each(metric: str, select: Select) -> None:
-    case = random_case(4, 17, 5, 6, noise=0.5)
-    each = [3, 6, 0, 1]
+    case = random_case(4, 9, 5, 4, noise=0.5)
+    each = [3, 4, 0, 1]
     got = state(select, case.features, each, case.quality, 0.5, noise=case.options["noise"], metric=metric)
     assert got.counts.tolist() == each
     for b, k in enumerate(each):
@@ -85,14 +88,14 @@ def test_a_number_for_each_set_is_a_call_for_each(metric: str, select: Select) -
             noise = case.options["noise"][:k, b]
             alone = state(select, case.features[b], k, case.quality[b], 0.5, noise=noise, metric=metric)
             for mine, theirs in zip(got, alone, strict=True):
-                assert torch.equal(mine[b][:k] if mine[b].ndim and len(mine[b]) == 6 else mine[b], theirs)
+                assert torch.equal(mine[b][:k] if mine[b].ndim and len(mine[b]) == 4 else mine[b], theirs)
     assert (got.min_distances[2] == torch.inf).all()
     assert (got.nearest[2] == -1).all()
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_gradients_of_sets_with_numbers_of_their_own(metric: str, select: Select) -> None:
-    case = random_case(3, 17, 5, 4, noise=0.5)
+    case = random_case(3, 9, 5, 4, noise=0.5)
     features = case.features.requires_grad_()
     options = {"metric": metric, "noise": case.options["noise"]}
     found = select(features, [2, 4, 1], case.quality, 0.5, **options)
@@ -116,17 +119,19 @@ def test_rows_that_cannot_be_picked_have_no_distance(metric: str, select: Select
     assert (got.nearest[~bad] >= 0).all()
 
 
-def test_squared_distances_far_from_the_origin(select: Select) -> None:
+def test_squared_distances_far_from_the_origin(where: str, select: Select) -> None:
     """float32 picks are those of float64: distances are made of differences, duplicates are 0 apart, zeros are rows."""
     generator = torch.Generator().manual_seed(0)
-    for dim in (1, 3, 8, 33):
-        for offset in (0.0, 10.0, 1e3, 1e5):
-            rows = torch.rand(200, dim, generator=generator) + offset
-            rows[100:150] = rows[:50]
+    slow = where.startswith("triton")
+    count, k = (24, 6) if slow else (200, 40)
+    for dim in (3, 33) if slow else (1, 3, 8, 33):
+        for offset in (1e4,) if slow else (0.0, 10.0, 1e3, 1e5):
+            rows = torch.rand(count, dim, generator=generator) + offset
+            rows[count // 2 : count // 4 * 3] = rows[: count // 4]
             rows[7] = 0
-            got = state(select, rows[None], 40, metric="sqeuclidean")
+            got = state(select, rows[None], k, metric="sqeuclidean")
             want = coreset_listing(
-                rows[None].double(), torch.ones(1, 200, dtype=F64), 40, metric="sqeuclidean", return_min_distances=True
+                rows[None].double(), torch.ones(1, count, dtype=F64), k, metric="sqeuclidean", return_min_distances=True
             )
             assert torch.equal(got.indices, want.indices)
             torch.testing.assert_close(got.min_distances.double(), want.min_distances, rtol=1e-5, atol=0)
@@ -135,16 +140,16 @@ def test_squared_distances_far_from_the_origin(select: Select) -> None:
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_gradients_far_from_the_origin(offset: float, select: Select) -> None:
     generator = torch.Generator().manual_seed(0)
-    rows = torch.rand(2, 60, 3, generator=generator) + offset
-    grad = torch.randn(2, 5, 3, generator=generator)
-    quality = torch.rand(2, 60, generator=generator) + 0.5
+    rows = torch.rand(2, 15, 3, generator=generator) + offset
+    grad = torch.randn(2, 4, 3, generator=generator)
+    quality = torch.rand(2, 15, generator=generator) + 0.5
     found = []
     for dtype in (torch.float32, F64):
         leaves = [rows.to(dtype).requires_grad_(), quality.to(dtype).requires_grad_()]
         if dtype == F64:
-            picked = coreset_listing(*leaves, 5, 0.5, metric="sqeuclidean").features
+            picked = coreset_listing(*leaves, 4, 0.5, metric="sqeuclidean").features
         else:
-            picked = select(leaves[0], 5, leaves[1], 0.5, metric="sqeuclidean").features
+            picked = select(leaves[0], 4, leaves[1], 0.5, metric="sqeuclidean").features
         found.append(torch.autograd.grad((picked * grad).sum(), leaves))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
@@ -166,20 +171,21 @@ def test_earlier_distances_of_inf_leave_the_lowest_row_first(select: Select) -> 
     assert got.distances[0, 0] == torch.inf
 
 
+@pytest.mark.parametrize("where", WHERE[:2], indirect=True)  # what they make is min_distances
 @pytest.mark.parametrize("metric", METRICS)
 def test_anchors_are_picks_made_before(metric: str, select: Select) -> None:
     """In the set or elsewhere, the same for all sets, one batch a set, or different numbers of them."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(3, 30, 6, generator=generator)
-    quality = torch.rand(3, 30, generator=generator) + 0.5
+    rows = torch.randn(3, 13, 6, generator=generator)
+    quality = torch.rand(3, 13, generator=generator) + 0.5
     anchors = torch.randn(3, 4, 6, generator=generator)
     anchors[1, 2] = rows[1, 11]
     anchors[2, 0] = torch.nan  # passed by
-    together = state(select, rows, 4, quality, 0.5, metric=metric, anchors=anchors)
+    together = state(select, rows, 3, quality, 0.5, metric=metric, anchors=anchors)
     assert together.min_distances[1, 11] == 0
     counts = [4, 4, 3]
     nested = torch.nested.nested_tensor([anchors[0], anchors[1], anchors[2, 1:]], layout=torch.jagged)
-    ragged = state(select, rows, 4, quality, 0.5, metric=metric, anchors=nested)
+    ragged = state(select, rows, 3, quality, 0.5, metric=metric, anchors=nested)
     for b in range(3):
         good = anchors[b, 4 - counts[b] :]
         if metric == "cosine":
@@ -188,8 +194,8 @@ def test_anchors_are_picks_made_before(metric: str, select: Select) -> None:
         else:
             gap = (rows[b].double()[:, None] - good.double()).square().sum(-1)
         known = gap.amin(-1) * quality[b].double() ** 0.5
-        alone = state(select, rows[b], 4, quality[b], 0.5, metric=metric, anchors=good)
-        want = state(select, rows[b], 4, quality[b], 0.5, metric=metric, min_distances=known.float())
+        alone = state(select, rows[b], 3, quality[b], 0.5, metric=metric, anchors=good)
+        want = state(select, rows[b], 3, quality[b], 0.5, metric=metric, min_distances=known.float())
         for one in (together, ragged):
             for mine, theirs in zip(one, alone, strict=True):
                 assert torch.equal(mine[b], theirs)

@@ -104,9 +104,17 @@ class Selected(NamedTuple):
             new(sets, k, dtype=dtype),
             new(sets, k, dtype=torch.int64),
             new(sets, dtype=torch.int64),
-            [new(p.rows, dtype=dtype), new(p.rows, dtype=torch.int64)] if p.return_state else [],
+            cls._no_state(p) if p.return_state else [],
             kept,
         )
+
+    @staticmethod
+    def _no_state(p: Problem) -> list[Tensor]:
+        """As it is of rows that cannot be picked."""
+        least = p.features.new_zeros(p.rows, dtype=accumulator(p.features.dtype))
+        if p.min_distances is not None:
+            least = least.masked_fill(p.min_distances < 0, -math.inf)
+        return [least, p.features.new_full((p.rows,), -1, dtype=torch.int64)]
 
 
 class Gradients(NamedTuple):

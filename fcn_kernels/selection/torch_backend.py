@@ -28,9 +28,9 @@ SMALL_NORM = 1e-15
 def forward(p: Problem, keep: bool) -> Selected:
     """Select; with ``keep``, also keep what :func:`backward` reads."""
     out = Selected.empty(p, keep, normalizers=False)
-    for tensor in (*out[:4], *out.state, *out.kept):
+    for tensor in (*out[:4], *out.kept):
         tensor.zero_()
-    for tensor in (out.indices, *out.state[1:], *out.kept[2:]):  # no pick; and of a row that its norm is not wanted
+    for tensor in (out.indices, *out.kept[2:]):  # no pick; and of a row that its norm is not wanted
         tensor.fill_(-1)
     with without_autocast(p.features.device.type):
         for group in _groups(p):
@@ -191,7 +191,9 @@ class _Rows:
 
     def squared_distances(self, vectors: Tensor) -> Tensor:
         """|x_n - v|^2 for each set's own v (G, C), (G, n): of differences, which rows far from the origin have, too."""
-        return _joined([(rows - vectors[:, None]).square_().sum(-1) for _, rows in self.blocks()])
+        largest = torch.finfo(self.dtype).max
+        squares = [(rows - vectors[:, None]).square_().sum(-1) for _, rows in self.blocks()]
+        return _joined(squares).clamp_(max=largest)
 
     def products(self, vectors: Tensor) -> Tensor:
         """x_n . v for each set's own v (G, C), (G, n). Equal rows give equal bits, wherever they lie."""
@@ -308,9 +310,8 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
 
 def _put_state(p: Problem, group: _Group, out: Selected, allowed: Tensor, least: Tensor, nearest: Tensor) -> None:
     """Write the running minima (G, n), -inf for rows that are not to be picked again, and the picks so near."""
-    least = torch.where(allowed, least, 0)
-    if p.min_distances is not None:
-        least = torch.where(group.take(p.min_distances) == -math.inf, -math.inf, least)
+    least = torch.where(nearest >= 0, least.clamp(max=torch.finfo(least.dtype).max), least)
+    least = torch.where(allowed, least, group.take(out.state[0]))
     if p.distinct:
         indices = out.indices[group.at]
         picked = torch.zeros_like(allowed).scatter_add(1, indices.clamp(min=0), indices >= 0)

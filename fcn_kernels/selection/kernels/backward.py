@@ -9,6 +9,9 @@ dcos(n) = -scale q^gamma share min_grad, and sum_n dcos(n) u_n is what pick k - 
 mean, which is known only once all rows were seen: two sums are made in the pass that makes the mean, so that each step
 reads the rows once, as does the last, which writes their gradient.
 
+Squared distances have 2 dcos(n) (x_n - x_i) in the place of dcos(n) u_n, from which x_n gets the opposite. Their tile
+loops see the rows from a pick: what is far from the origin is near to that.
+
 A step is a *scalar loop*, a row to a thread (settle the mean of the step before, noise, softmax), and a *tile loop*
 (the dot, and the two sums, which stay in registers). All that steps hand on stands in memory, so that a step is the
 same whether a program has a set to itself, meets the others at barriers, or is one launch of several.
@@ -23,6 +26,7 @@ from fcn_kernels.device.rows import load_row, locate
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE, divide, grid_barrier
 from fcn_kernels.selection.kernels.common import (
     MOST_WEIGHT_LOG2,
+    TAKEN,
     UNSPECIALIZED,
     Part,
     Rows,
@@ -33,6 +37,7 @@ from fcn_kernels.selection.kernels.common import (
     scalar,
     softmax_term,
     weight_of,
+    within_earlier,
 )
 from fcn_kernels.selection.kernels.forward import load_chunk, unit_vector
 
@@ -61,7 +66,7 @@ class State(NamedTuple):
     """What stands in memory between the loops and the steps, float32."""
 
     arriving: Any  # [B, K, C], the complete gradients at the picks
-    units: Any  # [B, K, C], the picks' unit vectors
+    units: Any  # [B, K, C], the picks' unit vectors; EUCLIDEAN: the picks
     dcos: Any  # [K - 1, R]
     min_grad: Any  # [R]
     prob: Any  # [R], a step's softmax
@@ -95,7 +100,7 @@ def load_gap(rows, kept, n, inside, step):
     before = tl.load(at + (step - 1) * rows.R, mask=inside & (step > 0), other=float("inf"))
     gap = tl.abs(saved)
     tied = saved.to(tl.int32, bitcast=True) < 0
-    return gap, saved > -3.0, tl.where(tied, 0.5, tl.where(gap < tl.abs(before), 1.0, 0.0))
+    return gap, saved != TAKEN, tl.where(tied, 0.5, tl.where(gap < tl.abs(before), 1.0, 0.0))
 
 
 @triton.jit
@@ -142,10 +147,22 @@ def times_prob(value, prob):
 
 
 @triton.jit
+def share_with_earlier(rows, weights, gap, share, quality, n, inside, exponent):
+    """The share [n] that distances to what was picked before this call leave to a step's."""
+    if rows.earlier is not None:
+        distance = gap * weight_of(weights, quality, exponent)
+        earlier = within_earlier(rows, tl.zeros_like(gap) + float("inf"), n, inside, exponent)
+        share = tl.where(distance < earlier, share, tl.where(distance == earlier, tl.minimum(share, 0.5), 0.0))
+    return share
+
+
+@triton.jit
 def route_min_grad(rows, kept, state, weights, min_grad, allowed, quality, n, inside, step, BUILD: tl.constexpr):
     """Divide the minimum's gradient [n] of step + 1 between the distance to pick ``step`` and those before it."""
-    _, _, share = load_gap(rows, kept, n, inside, step)
-    weight = whole_weight(weights, quality, exponent_of(kept, step + 1))
+    exponent = exponent_of(kept, step + 1)
+    gap, _, share = load_gap(rows, kept, n, inside, step)
+    share = share_with_earlier(rows, weights, gap, share, quality, n, inside, exponent)
+    weight = whole_weight(weights, quality, exponent)
     mine = tl.where(allowed, share * min_grad, 0.0)
     dcos = -weight * mine
     if not BUILD.NORMALIZED:  # a pick is 0 away from itself, wherever it moves; not where nothing is projected
@@ -184,12 +201,15 @@ def prepare_step(rows, part, kept, state, weights, step, mean, settle, tau, BUIL
         tl.store(state.min_grad + rows.first + n, min_grad, mask=inside)
         # -- this step's softmax
         gap, in_softmax, share = load_gap(rows, kept, n, inside, step - 1)
-        logits = gap * weight_of(weights, quality, exponent)
+        logits = within_earlier(rows, gap * weight_of(weights, quality, exponent), n, inside, exponent)
+        share = share_with_earlier(rows, weights, gap, share, quality, n, inside, exponent)
         prob = probabilities(rows, kept, logits, n, inside, step, tau, BUILD)
         tl.store(state.prob + rows.first + n, tl.where(allowed & in_softmax, prob, 0.0), mask=inside)
         slope = tl.where(allowed, -whole_weight(weights, quality, exponent) * share, 0.0)
         if not BUILD.NORMALIZED:
             slope = tl.where(n == pick, 0.0, slope)
+        if BUILD.EUCLIDEAN:
+            slope *= 2
         tl.store(state.slope + rows.first + n, slope, mask=inside)
 
 
@@ -201,11 +221,23 @@ def load_cols(pointer, C, j: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def load_tile(rows, n, inside, allowed, BUILD: tl.constexpr):
+def load_origin(rows, kept, step, j: tl.constexpr, BUILD: tl.constexpr):
+    """Columns of chunk j of the row from which a step sees the others [c]: the pick before it, or the first."""
+    pick = tl.maximum(pick_of(kept, tl.maximum(step - 1, 0)), 0).to(tl.int64)
+    cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
+    there = (cols < rows.C) & (kept.picks > 0)
+    return tl.load(rows.features + pick * rows.stride + cols, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_tile(rows, kept, n, inside, allowed, step, BUILD: tl.constexpr):
     """A tile's chunks [n, c], 0 in rows that may not be picked: 0 * NaN is NaN, and they must not meet the sums."""
     tile = ()
     for j in tl.static_range(BUILD.CHUNKS):
-        tile = tile + (tl.where(allowed[:, None], load_chunk(rows, n, inside, j, BUILD.CHUNK), 0.0),)
+        chunk = load_chunk(rows, n, inside, j, BUILD.CHUNK)
+        if BUILD.EUCLIDEAN:
+            chunk -= load_origin(rows, kept, step, j, BUILD)[None, :]
+        tile = tile + (tl.where(allowed[:, None], chunk, 0.0),)
     return tile
 
 
@@ -247,7 +279,7 @@ def sum_rows(rows, part, kept, state, step, centre, tau, BUILD: tl.constexpr):
         prob = tl.load(state.prob + at, mask=inside, other=0.0)
         slope = tl.load(state.slope + at, mask=inside, other=0.0)
         min_grad = tl.load(state.min_grad + at, mask=inside, other=0.0)
-        tile = load_tile(rows, n, inside, norm > 0, BUILD)
+        tile = load_tile(rows, kept, n, inside, norm > 0, step, BUILD)
         dot = tl.where(prob > 0, dot_rows(tile, arriving_ptr, rows.C, BUILD) - centre, 0.0)
         mean += prob * dot
         min_grad += prob * dot / tau
@@ -302,7 +334,7 @@ def arrive(rows, part, kept, state, step, later, BUILD: tl.constexpr):
     pull -= mean * tl.load(at + rows.C, mask=there & later, other=0.0, cache_modifier=".cg")
     values = load_row(rows.features, pick_of(kept, step), step < kept.picks, rows.stride, cols, rows.C).to(tl.float32)
     unit, length = values, 1.0
-    if not BUILD.NORMALIZED:
+    if not (BUILD.NORMALIZED or BUILD.EUCLIDEAN):
         unit, length = unit_vector(values, step < kept.picks)
         length = tl.where(length > 0, length, 1.0)
         pull = (pull - tl.sum(pull * unit, axis=0) * unit) / length
@@ -310,6 +342,9 @@ def arrive(rows, part, kept, state, step, later, BUILD: tl.constexpr):
     tl.store(state.arriving + (kept.base + step) * rows.C + cols, arriving, mask=cols < rows.C)
     tl.store(state.units + (kept.base + step) * rows.C + cols, unit, mask=cols < rows.C)
     tl.debug_barrier()
+    if BUILD.EUCLIDEAN:
+        before = tl.maximum(pick_of(kept, tl.maximum(step - 1, 0)), 0)
+        values -= load_row(rows.features, before, step < kept.picks, rows.stride, cols, rows.C).to(tl.float32)
     return mean, tl.sum(arriving * values, axis=0)
 
 
@@ -359,7 +394,7 @@ def dot_first(rows, part, kept, state, centre, BUILD: tl.constexpr):
         n = begin + tl.arange(0, BUILD.BLOCK_N)
         inside = n < part.high
         prob = tl.load(state.prob + rows.first + n, mask=inside, other=0.0)
-        tile = load_tile(rows, n, inside, prob > 0, BUILD)
+        tile = load_tile(rows, kept, n, inside, prob > 0, 0, BUILD)
         dot = dot_rows(tile, vector_ptr, rows.C, BUILD) - centre
         dot = tl.where(prob > 0, dot, 0.0)
         tl.store(state.dots + rows.first + n, dot, mask=inside)
@@ -391,7 +426,11 @@ def write_chunk(rows, kept, state, tile, n, inside, begin, inverse, radial, j: t
         if step + 1 < kept.picks:
             dcos = tl.load(state.dcos + step * rows.R + rows.first + n, mask=inside, other=0.0) * inverse
             unit = load_cols(state.units + (kept.base + step) * rows.C, rows.C, j, BUILD.CHUNK)
-            gradient += dcos[:, None] * unit[None, :]
+            if BUILD.EUCLIDEAN:
+                unit -= load_origin(rows, kept, 0, j, BUILD)
+                gradient += 2 * dcos[:, None] * (unit[None, :] - tile)
+            else:
+                gradient += dcos[:, None] * unit[None, :]
         row = pick_of(kept, step)
         if (row >= begin) & (row < begin + BUILD.BLOCK_N):
             arriving = load_cols(state.arriving + (kept.base + step) * rows.C, rows.C, j, BUILD.CHUNK)
@@ -410,9 +449,9 @@ def write_rows(rows, part, kept, state, grads, centre, extent, BUILD: tl.constex
         norm = tl.load(kept.norms + at, mask=inside, other=-1.0)
         allowed = norm > 0
         radial = tl.load(state.slope + at, mask=inside, other=0.0)
-        tile = load_tile(rows, n, inside, allowed, BUILD)
+        tile = load_tile(rows, kept, n, inside, allowed, 0, BUILD)
         inverse = 1 / tl.where(allowed, norm, 1.0)
-        if BUILD.NORMALIZED:
+        if BUILD.NORMALIZED or BUILD.EUCLIDEAN:
             inverse = tl.zeros_like(norm) + 1
             radial = tl.zeros_like(norm)
         else:
@@ -511,6 +550,7 @@ def select_backward(
     cu_seqlens_ptr,  # [B + 1], or None
     grad_ptr,  # see `Kept`
     indices_ptr,
+    earlier_ptr,  # [R] float32, or None
     counts_ptr,  # [B] int64
     softmax_ptr,
     gaps_ptr,
@@ -556,7 +596,9 @@ def select_backward(
         if part != parts - 1:
             extent = high
     seed = (seed_ptr, seed_value)
-    rows = Rows(rows_ptr + offset, stride_row, C, R, set_id, first, count, quality_ptr, None, noise_ptr, seed)
+    rows = Rows(
+        rows_ptr + offset, stride_row, C, R, set_id, first, count, quality_ptr, None, earlier_ptr, noise_ptr, seed
+    )
     mine = Part(low, high, part, parts, set_id * parts, sets * parts, barrier_ptr)
     base = set_id.to(tl.int64) * K
     picks = tl.load(counts_ptr + set_id).to(tl.int32)

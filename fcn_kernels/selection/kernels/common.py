@@ -14,9 +14,10 @@ from fcn_kernels.device.noise import gumbel_noise, seed_of
 
 NO_ROW = tl.constexpr(2147483647)  # above all rows, so that a minimum over rows passes it by
 
-# Rows that left the softmax under `distinct` carry this as their distance: below every distance, so that the running
-# minimum keeps it, and below -2, the lowest that a distance with the tie bit can be.
-TAKEN = tl.constexpr(-4.0)
+# Rows that left the softmax under `distinct` carry this as their gap: below every gap, so that the running minimum
+# keeps it, and below the lowest that a gap with the tie bit can be.
+TAKEN = tl.constexpr(-3.4028234663852886e38)
+MOST_GAP = tl.constexpr(3.4028232635611926e38)  # the number before the largest: squared distances end there
 
 # Norms outside are computed again from rows that were divided by a power of two: squares leave float32's range.
 LEAST_NORM = tl.constexpr(1e-15)
@@ -36,6 +37,7 @@ class Constants(NamedTuple):
 
     SEEDED: tl.constexpr  # noise is drawn
     NORMALIZED: tl.constexpr
+    EUCLIDEAN: tl.constexpr  # gaps are |x_n - x_i|^2, not 1 - cosine; norms are 1, or NaN of rows that are not finite
     SPLIT: tl.constexpr  # where the parts of a set meet: see `fcn_kernels.device.splits`
     BLOCK_N: tl.constexpr  # rows of a tile
     CHUNK: tl.constexpr  # columns at a time
@@ -46,9 +48,10 @@ class Constants(NamedTuple):
     # forward
     DISTINCT: tl.constexpr = tl.constexpr(False)
     KEEP: tl.constexpr = tl.constexpr(False)  # what the backward pass reads
+    STATE: tl.constexpr = tl.constexpr(False)  # what another call goes on from: a pass after the last pick, too
     EARLY: tl.constexpr = tl.constexpr(False)  # the first pick needs no pass: K > 1, and a quality or a start is given
     # backward
-    CHOSEN: tl.constexpr = tl.constexpr(False)  # the first pick was chosen by quality, not given
+    CHOSEN: tl.constexpr = tl.constexpr(False)  # the first pick was chosen by quality
     FOLD: tl.constexpr = tl.constexpr(0)  # rows of a tile in different threads
     BLOCK_S: tl.constexpr = tl.constexpr(0)  # columns at a time where the parts' sums are added
 
@@ -65,6 +68,7 @@ class Rows(NamedTuple):
     count: Any
     quality: Any  # [R] float32
     mask: Any  # [R] bool
+    earlier: Any  # [R] float32, distances to what was picked before this call; negative: never to be picked
     noise: Any  # [K, R] float32
     seed: Any  # (pointer, value), see `seed_of`
 
@@ -155,6 +159,23 @@ def weight_of(weights, quality, exponent):
     plain = (exponent == 0) & (tl.abs(log2) <= MOST_WEIGHT_LOG2)
     shift = tl.where(plain, 0.0, tl.log2(weights.scale) - exponent.to(tl.float32))
     return tl.where(plain, weights.scale, 1.0) * tl.exp2(log2 + shift)
+
+
+@triton.jit
+def opening_logits(rows, quality, n, inside):
+    """What the first pick is the best of [n]: the quality, or the distance to what was picked before this call."""
+    if rows.earlier is not None:
+        quality = tl.load(rows.earlier + rows.first + n, mask=inside, other=0.0)
+    return quality
+
+
+@triton.jit
+def within_earlier(rows, logits, n, inside, exponent):
+    """The lesser of logits [n] in units of 2^exponent and of the distances to what was picked before this call."""
+    if rows.earlier is not None:
+        earlier = tl.load(rows.earlier + rows.first + n, mask=inside, other=0.0)
+        logits = tl.minimum(logits, times_power_of_two(earlier, -exponent))
+    return logits
 
 
 @triton.jit

@@ -5,6 +5,8 @@ products with the pick; the pass that first sees them stores their norms, too. T
 minimum of the distances, a row to a thread, and finds the best score. Rows are read K - 1 times where a quality or a
 start is given, else K times, from L1 or L2 while the set fits there.
 
+Where squared distances are asked for, these stand for the products, and rows have no norms but 1.
+
 Each step reduces rows to a `Partial`. Partials merge, so that a set may be split between programs.
 """
 
@@ -17,6 +19,7 @@ from fcn_kernels.device.rows import load_row, locate
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE, divide, grid_barrier
 from fcn_kernels.selection.kernels.common import (
     MOST_FLOAT,
+    MOST_GAP,
     MOST_LOG2,
     NO_ROW,
     SAME_COSINE,
@@ -32,10 +35,12 @@ from fcn_kernels.selection.kernels.common import (
     is_usable_norm,
     log2_weight,
     noise_unit,
+    opening_logits,
     scalar,
     softmax_term,
     times_power_of_two,
     weight_of,
+    within_earlier,
 )
 
 
@@ -47,7 +52,9 @@ class Out(NamedTuple):
     indices: Any  # [B, K] int64
     counts: Any  # [B] int64
     softmax: Any  # [B, K, 3] float32 (KEEP): peak, denominator and unit's exponent of each step
-    gaps: Any  # [K - 1, R] float32 (KEEP): 1 - cosine to the nearest pick, the sign bit set where a step tied
+    gaps: Any  # [K - 1, R] float32 (KEEP): the gap to the nearest pick, the sign bit set where a step tied
+    least: Any  # [R] float32 (STATE): distances to the nearest pick
+    owners: Any  # [R] int64 (STATE): its number, set to -1 by the host
     steps: Any  # K
 
 
@@ -55,9 +62,9 @@ class State(NamedTuple):
     """What stands in memory between the loops and the steps."""
 
     norms: Any  # [R] float32, a result where KEEP: -1 of rows that may not be picked, NaN of those without a direction
-    products: Any  # [R] float32; of rows with extreme norms, cosines
-    nearest: Any  # [R] float32, the running minimum of 1 - cosine; before it, scores of the first pick
-    directions: Any  # [slots, C] float32, the pick's unit vector
+    products: Any  # [R] float32; of rows with extreme norms, cosines; EUCLIDEAN: squared distances
+    nearest: Any  # [R] float32, the running minimum of the gap; before it, scores of the first pick
+    directions: Any  # [slots, C] float32, the pick's unit vector; EUCLIDEAN: the pick
     exponents: Any  # [slots] int32: a part's distances are in units of 2^exponent
     extremes: Any  # [slots] int32: how many of its rows have extreme norms
 
@@ -87,6 +94,8 @@ def may_be_picked(rows, quality, n, inside):
     good = inside & (quality > 0) & (quality < float("inf"))
     if rows.mask is not None:
         good = good & tl.load(rows.mask + rows.first + n, mask=inside, other=0).to(tl.int1)
+    if rows.earlier is not None:
+        good = good & (tl.load(rows.earlier + rows.first + n, mask=inside, other=-1.0) >= 0)
     return good
 
 
@@ -122,13 +131,22 @@ def multiply_rows(
         for j in tl.static_range(BUILD.CHUNKS):
             tile = load_chunk(rows, n, inside, j, BUILD.CHUNK)
             if MULTIPLY:
-                dots += tile * load_direction(rows, direction_ptr, j, BUILD.CHUNK)
+                direction = load_direction(rows, direction_ptr, j, BUILD.CHUNK)
+                if BUILD.EUCLIDEAN:
+                    dots += (tile - direction) * (tile - direction)
+                else:
+                    dots += tile * direction
             if MEASURE:
-                squares += tile * tile
+                if BUILD.EUCLIDEAN:
+                    squares += tile - tile  # NaN of a number that is not finite
+                else:
+                    squares += tile * tile
         if MULTIPLY:
             tl.store(state.products + rows.first + n, tl.sum(dots, axis=1), mask=inside)
         if MEASURE:
             norm = tl.sqrt_rn(tl.sum(squares, axis=1))  # [n]
+            if BUILD.EUCLIDEAN:
+                norm += 1
             extreme += (inside & is_extreme(norm)).to(tl.int32)
             tl.store(state.norms + rows.first + n, norm, mask=inside)
     tl.debug_barrier()  # the scalar loop reads by other threads
@@ -209,12 +227,13 @@ def first_pick(rows, low, high, state, above, above_row, SAVE: tl.constexpr, BUI
         n = begin + tl.arange(0, BUILD.BLOCK_R)
         inside = n < high
         quality = tl.load(rows.quality + rows.first + n, mask=inside, other=-1.0)
-        score = add_noise(quality, rows, n, inside, 0, 1.0, BUILD.SEEDED)
+        logits = opening_logits(rows, quality, n, inside)
+        score = add_noise(logits, rows, n, inside, 0, 1.0, BUILD.SEEDED)
         if SAVE:
             tl.store(state.nearest + rows.first + n, score, mask=inside)
         allowed = may_be_picked(rows, quality, n, inside)
         allowed = allowed & ((score < above) | ((score == above) & (n > above_row)))
-        best = update_best(best, score, quality, n, allowed, 0, 1.0, False)
+        best = update_best(best, score, logits, n, allowed, 0, 1.0, False)
     return reduce_best(best, 0, 1.0, False)
 
 
@@ -248,8 +267,9 @@ def admit_rows(
         lowest = tl.minimum(lowest, tl.where(allowed, log2, 1e30))
         highest = tl.maximum(highest, tl.where(allowed, log2, -1e30))
         if SCORE:
-            score = add_noise(quality, rows, n, inside, 0, 1.0, BUILD.SEEDED)
-            best = update_best(best, score, quality, n, allowed, 0, tau, BUILD.KEEP)
+            logits = opening_logits(rows, quality, n, inside)
+            score = add_noise(logits, rows, n, inside, 0, 1.0, BUILD.SEEDED)
+            best = update_best(best, score, logits, n, allowed, 0, tau, BUILD.KEEP)
         if SAVED:
             score = tl.load(state.nearest + rows.first + n, mask=inside, other=0.0)
             total += tl.where(allowed, softmax_term(score, peak, 0, tau), 0.0)
@@ -264,44 +284,76 @@ def admit_rows(
 
 
 @triton.jit
-def score_rows(rows, low, high, state, gaps_ptr, weights, step, pick, own, exponent, tau, BUILD: tl.constexpr):
-    """Update the running minimum with the distance to ``pick``; the next step's partial.
+def fresh_gaps(n, norm, product, pick, own, BUILD: tl.constexpr):
+    """The gaps [n] to ``pick``, of the rows' products with it.
 
     A pick is 0 away from itself. NORMALIZED rows may be of length 1 but for rounding to 8 bits: there its duplicates
     are 0 away, too, by its product with itself, ``own``.
     """
+    if BUILD.EUCLIDEAN:
+        gap = tl.minimum(product, MOST_GAP)
+    else:
+        cosine = product
+        if not BUILD.NORMALIZED:
+            cosine = tl.where(is_extreme(norm), cosine, cosine / tl.where(norm > 0, norm, 1.0))
+        alike = n == pick
+        if BUILD.NORMALIZED:
+            alike = alike | (tl.abs(cosine - own) <= SAME_COSINE)
+        gap = tl.where(alike, 0.0, tl.maximum(1 - cosine, 0.0))  # rounding can take 1 - cosine below 0
+    return gap
+
+
+@triton.jit
+def write_state(rows, out, n, allowed, gap, fresh, before, weight, logits, step, exponent):
+    """The distances [n] to the nearest pick so far, and which picks are nearer than all before them."""
+    distance = fresh * weight
+    nearer = allowed & (fresh < float("inf")) & ((distance < before * weight) | (before == float("inf")))
+    if rows.earlier is not None:
+        nearer = nearer & (distance < within_earlier(rows, tl.zeros_like(gap) + float("inf"), n, allowed, exponent))
+    tl.store(out.owners + rows.first + n, tl.zeros_like(n).to(tl.int64) + step, mask=nearer)
+    least = times_power_of_two(logits, tl.minimum(tl.maximum(exponent, -252), 252))
+    least = tl.where(gap < float("inf"), tl.minimum(least, MOST_FLOAT), opening_logits(rows, gap, n, allowed))
+    least = tl.where(gap == TAKEN, float("-inf"), least)
+    tl.store(out.least + rows.first + n, least, mask=allowed)
+
+
+@triton.jit
+def score_rows(rows, low, high, state, out, weights, step, made, pick, own, exponent, tau, BUILD: tl.constexpr):
+    """Update the running minimum with the distance to ``pick``, if one was ``made``; the next step's partial."""
     best = nobody(BUILD.BLOCK_R)
     unit = noise_unit(exponent)
+    more = step + 1 < out.steps  # not so in the pass after the last pick (STATE)
     for begin in range(low, high, BUILD.BLOCK_R):  # @scalars
         n = begin + tl.arange(0, BUILD.BLOCK_R)
         inside = n < high
         # -- what is known of the rows
         norm = tl.load(state.norms + rows.first + n, mask=inside, other=-1.0)
-        cosine = tl.load(state.products + rows.first + n, mask=inside, other=0.0)
+        product = tl.load(state.products + rows.first + n, mask=inside, other=0.0)
         before = tl.load(state.nearest + rows.first + n, mask=inside & (step > 0), other=float("inf"))
         allowed = norm > 0
         quality = norm
         if rows.quality is not None:
             quality = tl.load(rows.quality + rows.first + n, mask=allowed, other=1.0)
         # -- update the running minimum
-        if not BUILD.NORMALIZED:
-            cosine = tl.where(is_extreme(norm), cosine, cosine / tl.where(allowed, norm, 1.0))
-        alike = n == pick
-        if BUILD.NORMALIZED:
-            alike = alike | (tl.abs(cosine - own) <= SAME_COSINE)
-        fresh = tl.where(alike, 0.0, tl.maximum(1 - cosine, 0.0))  # rounding can take 1 - cosine below 0
+        fresh = fresh_gaps(n, norm, product, pick, own, BUILD)
+        if BUILD.STATE:
+            fresh = tl.where(made, fresh, float("inf"))
         if BUILD.DISTINCT:
-            before = tl.where(n == pick, TAKEN, before)
+            before = tl.where((n == pick) & made, TAKEN, before)
         gap = tl.minimum(before, fresh)
         tl.debug_barrier()  # all have loaded what is stored here
         tl.store(state.nearest + rows.first + n, gap, mask=inside)
         if BUILD.KEEP:
             bits = tl.where(allowed, gap, 0.0).to(tl.int32, bitcast=True)
             bits |= tl.where((fresh == before) & allowed, -2147483648, 0)  # -gap would lose the sign of a tie at 0
-            tl.store(gaps_ptr + step * rows.R + rows.first + n, bits.to(tl.float32, bitcast=True), mask=inside)
+            at = out.gaps + step * rows.R + rows.first + n
+            tl.store(at, bits.to(tl.float32, bitcast=True), mask=inside & more)
         # -- score
-        logits = gap * weight_of(weights, tl.where(allowed, quality, 1.0), exponent)
-        score = add_noise(logits, rows, n, inside, step + 1, unit, BUILD.SEEDED)
+        weight = weight_of(weights, tl.where(allowed, quality, 1.0), exponent)
+        logits = within_earlier(rows, gap * weight, n, allowed, exponent)
+        if BUILD.STATE:
+            write_state(rows, out, n, allowed, gap, fresh, before, weight, logits, step, exponent)
+        score = add_noise(logits, rows, n, inside & more, step + 1, unit, BUILD.SEEDED)
         best = update_best(best, score, logits, n, allowed & (gap >= 0), exponent, tau, BUILD.KEEP)
     return reduce_best(best, exponent, tau, BUILD.KEEP)
 
@@ -352,11 +404,20 @@ def unit_vector(values, there):
 
 
 @triton.jit
+def norm_of(values, there, BUILD: tl.constexpr):
+    """A row's norm, as the tile loop has it."""
+    if BUILD.EUCLIDEAN:
+        norm = tl.sum(values - values, axis=0) + 1
+    else:
+        _, norm = unit_vector(values, there)
+    return norm
+
+
+@triton.jit
 def is_usable_pick(rows, row, BUILD: tl.constexpr):
     """Whether the features of one row are usable."""
     values = load_row(rows.features, row, row != NO_ROW, rows.stride, tl.arange(0, BUILD.BLOCK_C), rows.C)
-    _, norm = unit_vector(values.to(tl.float32), True)
-    return is_usable_norm(norm)
+    return is_usable_norm(norm_of(values.to(tl.float32), True, BUILD))
 
 
 @triton.jit
@@ -365,7 +426,7 @@ def given_start(rows, start_ptr, BUILD: tl.constexpr):
     row = tl.load(start_ptr + rows.set_id).to(tl.int32)
     inside = (row >= 0) & (row < rows.count)
     values = load_row(rows.features, row, inside, rows.stride, tl.arange(0, BUILD.BLOCK_C), rows.C).to(tl.float32)
-    _, norm = unit_vector(values, inside)
+    norm = norm_of(values, inside, BUILD)
     quality = norm
     if rows.quality is not None:
         quality = tl.load(rows.quality + rows.first + row, mask=inside, other=-1.0)
@@ -383,16 +444,19 @@ def next_usable(rows, partial, BUILD: tl.constexpr):
 
 
 @triton.jit
-def store_pick(rows, out, partial, step, there, values, pickable, K, BUILD: tl.constexpr):
-    """Write a pick, and what is known of the set with it."""
+def store_pick(rows, out, partial, step, there, values, count, BUILD: tl.constexpr):
+    """Write a pick, and what is known of the set with it: that ``count`` picks can be made."""
     cols = tl.arange(0, BUILD.BLOCK_C)
-    at = rows.set_id.to(tl.int64) * K + step
-    tl.store(out.counts + rows.set_id, tl.minimum(pickable, K).to(tl.int64))
+    at = rows.set_id.to(tl.int64) * out.steps + step
+    tl.store(out.counts + rows.set_id, count.to(tl.int64))
     tl.store(out.picked + at * rows.C + cols, values, mask=cols < rows.C)
     tl.store(out.indices + at, tl.where(there, partial.row, -1).to(tl.int64))
     distance = times_power_of_two(partial.logit, tl.minimum(tl.maximum(partial.exponent, -252), 252))
     distance = tl.where(distance == distance, tl.minimum(distance, MOST_FLOAT), 0.0)
-    distance = tl.where(step == 0, float("inf"), distance)  # no pick is before the first
+    if rows.earlier is None:
+        distance = tl.where(step == 0, float("inf"), distance)  # no pick is before the first
+    else:
+        distance = tl.where((step == 0) & (partial.logit == float("inf")), float("inf"), distance)
     tl.store(out.distances + at, tl.where(there, distance, 0.0))
     if BUILD.KEEP:
         tl.store(out.softmax + at * 3, partial.score)
@@ -450,8 +514,9 @@ def open_rows(rows, part, out, state, shared, weights, opened, given, tau, START
 
 
 @triton.jit
-def forward_set(rows, part, out, state, shared, weights, start_ptr, tau, K, turn, BUILD: tl.constexpr):
-    """One part of one set, all of it where it is not split; launch ``turn`` > 0 of several makes pick turn - 1."""
+def forward_set(rows, part, out, state, shared, weights, start_ptr, limit, tau, K, turn, BUILD: tl.constexpr):
+    """At most ``limit`` picks by one part of one set, all of it where it is not split; launch ``turn`` > 0 of several
+    makes pick turn - 1."""
     START: tl.constexpr = start_ptr is not None
     cols = tl.arange(0, BUILD.BLOCK_C)
     slot = part.slot + part.part
@@ -479,23 +544,25 @@ def forward_set(rows, part, out, state, shared, weights, start_ptr, tau, K, turn
         if step == 0:
             if START:
                 row, given = given_start(rows, start_ptr, BUILD)
-                partial = Partial(partial.score, tl.where(given, row, NO_ROW), 0.0, partial.denominator, 0)
+                logit = opening_logits(rows, 0.0, row, given)
+                partial = Partial(partial.score, tl.where(given, row, NO_ROW), logit, partial.denominator, 0)
                 pickable = tl.where(given, tl.maximum(pickable, 1), 0)  # BUILD.EARLY: no other is known of yet
             elif BUILD.EARLY:
                 partial = next_usable(rows, partial, BUILD)
                 pickable = tl.where(partial.row != NO_ROW, 1, 0)  # as far as is known
         # -- write it
-        there = (step < pickable) & (partial.row != NO_ROW)
+        count = tl.minimum(pickable, limit)
+        there = (step < count) & (partial.row != NO_ROW)
         values = load_row(rows.features, partial.row, there, rows.stride, cols, rows.C)
         if part.part == 0:
-            store_pick(rows, out, partial, step, there, values, pickable, K, BUILD)
-        if step + 1 < K:
+            store_pick(rows, out, partial, step, there, values, count, BUILD)
+        if BUILD.STATE or step + 1 < K:
             # -- products with it, a tile at a time
             direction = values.to(tl.float32)
             own = 1.0
             if BUILD.NORMALIZED:
                 own = tl.sum(direction * direction, axis=0)
-            else:
+            elif not BUILD.EUCLIDEAN:
                 direction, _ = unit_vector(direction, there)
             tl.debug_barrier()  # all have read what these loops write
             tl.store(state.directions + slot.to(tl.int64) * rows.C + cols, direction, mask=cols < rows.C)
@@ -512,7 +579,7 @@ def forward_set(rows, part, out, state, shared, weights, start_ptr, tau, K, turn
             # -- distances and scores, a row to a thread
             exponent = tl.load(state.exponents + slot)
             partial = score_rows(
-                rows, part.low, part.high, state, out.gaps, weights, step, partial.row, own, exponent, tau, BUILD
+                rows, part.low, part.high, state, out, weights, step, there, partial.row, own, exponent, tau, BUILD
             )
             if BUILD.SPLIT != WHOLE:
                 store_partial(shared, part, step + 1, partial)
@@ -533,12 +600,16 @@ def select_forward(
     mask_ptr,  # [R] bool, or None
     lengths_ptr,  # [B], or None
     cu_seqlens_ptr,  # [B + 1], or None
+    limits_ptr,  # [B] int64, or None for K
+    earlier_ptr,  # [R] float32, or None
     picked_ptr,  # out, as are the next: see `Out`
     distances_ptr,
     indices_ptr,
     counts_ptr,
     softmax_ptr,
     gaps_ptr,
+    least_ptr,
+    owners_ptr,
     norms_ptr,  # see `State`
     products_ptr,
     nearest_ptr,
@@ -574,12 +645,17 @@ def select_forward(
     if BUILD.SPLIT != WHOLE:
         low, high = divide(count, part, parts, BUILD.BLOCK_N)
     seed = (seed_ptr, seed_value)
-    rows = Rows(rows_ptr + offset, stride_row, C, R, set_id, first, count, quality_ptr, mask_ptr, noise_ptr, seed)
+    rows = Rows(
+        rows_ptr + offset, stride_row, C, R, set_id, first, count, quality_ptr, mask_ptr, earlier_ptr, noise_ptr, seed
+    )
     mine = Part(low, high, part, parts, set_id * parts, sets * parts, barrier_ptr)
-    out = Out(picked_ptr, distances_ptr, indices_ptr, counts_ptr, softmax_ptr, gaps_ptr, K)
+    out = Out(picked_ptr, distances_ptr, indices_ptr, counts_ptr, softmax_ptr, gaps_ptr, least_ptr, owners_ptr, K)
     state = State(norms_ptr, products_ptr, nearest_ptr, directions_ptr, exponents_ptr, extremes_ptr)
     shared = Shared(numbers_ptr, winners_ptr, pickable_ptr, openings_ptr)
     weights = Weights(finite_or_nan(scalar(gamma_ptr, gamma_value)), scale)
     tau = scalar(tau_ptr, tau_value)
+    limit = K
+    if limits_ptr is not None:
+        limit = tl.minimum(tl.maximum(tl.load(limits_ptr + set_id), 0), K).to(tl.int32)
     if (count >= shortest) & (count <= longest):
-        forward_set(rows, mine, out, state, shared, weights, start_ptr, tau, K, turn, BUILD)
+        forward_set(rows, mine, out, state, shared, weights, start_ptr, limit, tau, K, turn, BUILD)

@@ -69,6 +69,7 @@ class Plan(NamedTuple):
             Constants,
             SEEDED=p.seed is not None,
             NORMALIZED=p.normalized,
+            EUCLIDEAN=p.euclidean,
             SPLIT=self.split,
             BLOCK_N=self.block_n,
             CHUNK=self.chunk,
@@ -172,16 +173,20 @@ def forward(p: Problem, keep: bool, plans: Sequence[Plan] | None = None) -> Sele
         return p.features.new_empty(shape, dtype=dtype)
 
     softmax, gaps, norms = out.kept or (None, None, new(p.rows))
+    least, owners = out.state or (None, None)
     arguments = {
         **_given(p, out.indices),
-        "start_ptr": p.start,
-        "mask_ptr": p.mask,
+        "start_ptr": _dense(p.start),
+        "mask_ptr": _dense(p.mask),
+        "limits_ptr": _dense(p.limits),
         "picked_ptr": out.features,
         "distances_ptr": out.distances,
         "indices_ptr": out.indices,
         "counts_ptr": out.counts,
         "softmax_ptr": softmax,
         "gaps_ptr": gaps,
+        "least_ptr": least,
+        "owners_ptr": owners,
         "norms_ptr": norms,
         "products_ptr": new(p.rows),
         "nearest_ptr": new(p.rows),
@@ -196,7 +201,7 @@ def forward(p: Problem, keep: bool, plans: Sequence[Plan] | None = None) -> Sele
     early = p.k > 1 and (p.quality is not None or p.start is not None)
     with torch.cuda.device_of(p.features):
         for plan in plans:
-            build = plan.constants(p, DISTINCT=p.distinct, KEEP=keep, EARLY=early)
+            build = plan.constants(p, DISTINCT=p.distinct, KEEP=keep, STATE=p.return_state, EARLY=early)
             _launch(select_forward, p, plan, p.k + 1, arguments, build)
     return out
 
@@ -233,9 +238,13 @@ def backward(p: Problem, grad: Tensor, saved: Saved, plans: Sequence[Plan] | Non
             fold = min(plan.block_n, max(1, plan.warps * CHUNK_BYTES // p.features.itemsize // plan.chunk))
             columns = SUM_ELEMENTS * 32 * plan.warps // int(triton.next_power_of_2(plan.parts))
             columns = max(1, min(SUM_COLUMNS, columns))
-            build = plan.constants(p, CHOSEN=p.start is None, FOLD=fold, BLOCK_S=columns)
+            build = plan.constants(p, CHOSEN=p.by_quality, FOLD=fold, BLOCK_S=columns)
             _launch(select_backward, p, plan, 2 * p.k + 1, arguments, build)
     return Gradients(drows, dquality, dgamma.sum())
+
+
+def _dense(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.contiguous()
 
 
 def _given(p: Problem, stand_in: Tensor) -> dict[str, Any]:
@@ -247,16 +256,17 @@ def _given(p: Problem, stand_in: Tensor) -> dict[str, Any]:
     seed_ptr, seed_value = seed_argument(p.seed, stand_in)
     return {
         "rows_ptr": p.features,
-        "quality_ptr": p.quality,
+        "quality_ptr": _dense(p.quality),
         "gamma_ptr": gamma_ptr,
         "gamma_value": gamma_value,
         "tau_ptr": tau_ptr,
         "tau_value": tau_value,
-        "noise_ptr": p.noise,
+        "noise_ptr": _dense(p.noise),
         "seed_ptr": seed_ptr,
         "seed_value": seed_value,
-        "lengths_ptr": p.lengths,
-        "cu_seqlens_ptr": p.cu_seqlens,
+        "earlier_ptr": _dense(p.min_distances),
+        "lengths_ptr": _dense(p.lengths),
+        "cu_seqlens_ptr": _dense(p.cu_seqlens),
         "stride_set": stride_set,
         "stride_row": stride_row,
         "N": 0 if packed else p.features.shape[1],
