@@ -274,6 +274,18 @@ def selection_specs(target: str) -> Iterator[Spec]:
         yield from specs(
             "unit rows, distinct, argmax", 1000, None, 512, bf16, normalized=True, distinct=True, seed=None
         )
+        squared = {"metric": "sqeuclidean", "seed": None}
+        for dtype, dim in ((fp32, 3), (fp32, 4), (bf16, 8), (fp32, 64), (bf16, 512), (fp32, 1536)):
+            yield from specs("squared sets", 256, 1024, dim, dtype, k=64, **squared)
+            yield from specs("squared set", 1, 100000, dim, dtype, k=64, **squared)
+            yield from specs("squared, ragged", 1000, None, dim, dtype, **squared)
+        for metric in ("cosine", "sqeuclidean"):
+            for sets, rows, dim in ((256, 300, 512), (1, 100000, 512), (1000, None, 512), (256, 1024, 3)):
+                total = sets * (rows or 2)
+                going_on = {"min_distances": torch.empty(total), "limits": torch.empty(sets, dtype=torch.int64)}
+                yield from specs(
+                    f"{metric} going on", sets, rows, dim, fp32, return_state=True, metric=metric, **going_on
+                )
         gpu.INTERPRETER = gpu.Device(PROCESSORS[target], cooperative=False)
         yield from specs("one set, launches", 1, 8000, 512, bf16)
     finally:

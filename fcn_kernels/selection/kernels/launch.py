@@ -24,6 +24,7 @@ MAX_DIM = 4096  # a row must fit a program
 MAX_ROWS = 2**31 - 1
 CHUNK_BYTES = 512  # of a row at a time: 16 bytes a thread, so that its sum stays within a warp
 TILE_ELEMENTS = 32  # of a tile that a thread holds
+POINT = 8  # columns up to which a thread has whole rows, and a tile as many as fill its registers
 WIDE = 1024  # columns above which a row takes all of a program's threads, and not a warp, a chunk at a time
 WARPS = 4
 WIDE_WARPS = 8
@@ -114,8 +115,10 @@ def backward_plans(
 
 
 def _chunk(dim: int, itemsize: int) -> int:
-    block_c = max(16, int(triton.next_power_of_2(dim)))
-    return block_c if dim > WIDE else min(block_c, CHUNK_BYTES // itemsize)
+    block_c = int(triton.next_power_of_2(dim))
+    if dim <= POINT:
+        return max(2, block_c)
+    return block_c if dim > WIDE else min(max(16, block_c), CHUNK_BYTES // itemsize)
 
 
 def _plans(
@@ -126,7 +129,7 @@ def _plans(
 
     def plan(warps: int, parts: int = 1, split: int = WHOLE.value, **bounds: int) -> Plan:
         block_n = 1 << max(1, (TILE_ELEMENTS * 32 * warps // held).bit_length() - 1)
-        block_r = SCALAR_ROWS * warps // WARPS
+        block_r = max(SCALAR_ROWS * warps // WARPS, block_n if dim <= POINT else 0)
         if rows is not None:
             each = int(triton.next_power_of_2(-(-max(rows, 1) // parts)))
             block_n, block_r = max(2, min(block_n, each)), max(16, min(block_r, each))
