@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CALLS = ("quality", "norms", "norms, start")
-"""What a call is given: a quality, nothing, or a start."""
+CALLS = ("quality", "norms", "norms, start", "squared distances", "squared distances, state")
+"""What a call is given: a quality, nothing, or a start; and squared distances without and with the state after it."""
 
 
 class Reads(NamedTuple):
@@ -62,9 +62,11 @@ def passes(rows: int, k: int, dim: int = 16, given: str = CALLS[0], sets: int = 
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(sets, rows, dim, generator=generator).requires_grad_()
     quality = torch.rand(sets, rows, generator=generator) + 0.5 if given == "quality" else None
-    start = rows // 2 if given.endswith("start") else None
+    options: dict[str, Any] = {"start": rows // 2} if given.endswith("start") else {}
+    if given.startswith("squared"):
+        options = {"metric": "sqeuclidean", "return_min_distances": given.endswith("state")}
     with counted(features) as forward:
-        coreset = coreset_select(features, k, quality, 0.5, start=start, backend="triton")
+        coreset = coreset_select(features, k, quality, 0.5, backend="triton", **options)
     with counted(features) as backward:
         coreset.features.sum().backward()
     return forward[0] / features.numel(), backward[0] / features.numel()

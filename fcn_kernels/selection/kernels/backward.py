@@ -234,7 +234,7 @@ def load_tile(rows, kept, n, inside, allowed, step, BUILD: tl.constexpr):
     """A tile's chunks [n, c], 0 in rows that may not be picked: 0 * NaN is NaN, and they must not meet the sums."""
     tile = ()
     for j in tl.static_range(BUILD.CHUNKS):
-        chunk = load_chunk(rows, n, inside, j, BUILD.CHUNK)
+        chunk = load_chunk(rows, n, inside, j, BUILD)
         if BUILD.EUCLIDEAN:
             chunk -= load_origin(rows, kept, step, j, BUILD)[None, :]
         tile = tile + (tl.where(allowed[:, None], chunk, 0.0),)
@@ -589,6 +589,8 @@ def select_backward(
         part = set_id % parts
         set_id = set_id // parts
     first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
+    if BUILD.TIGHT:
+        offset = offset // BUILD.CHUNK * BUILD.CHUNK  # which the compiler would not know
     extent = count if cu_seqlens_ptr is not None else N
     low, high = 0, count
     if BUILD.SPLIT != WHOLE:

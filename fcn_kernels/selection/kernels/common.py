@@ -38,6 +38,7 @@ class Constants(NamedTuple):
     SEEDED: tl.constexpr  # noise is drawn
     NORMALIZED: tl.constexpr
     EUCLIDEAN: tl.constexpr  # gaps are |x_n - x_i|^2, not 1 - cosine; norms are 1, or NaN of rows that are not finite
+    TIGHT: tl.constexpr  # rows are of CHUNK columns and lie side by side: what the compiler has to know of short ones
     SPLIT: tl.constexpr  # where the parts of a set meet: see `fcn_kernels.device.splits`
     BLOCK_N: tl.constexpr  # rows of a tile
     CHUNK: tl.constexpr  # columns at a time

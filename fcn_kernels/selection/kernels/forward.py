@@ -103,11 +103,14 @@ def may_be_picked(rows, quality, n, inside):
 
 
 @triton.jit
-def load_chunk(rows, n, inside, j: tl.constexpr, CHUNK: tl.constexpr):
+def load_chunk(rows, n, inside, j: tl.constexpr, BUILD: tl.constexpr):
     """Columns of chunk j of a tile, [n, c] float32. With 512 bytes to a chunk a row's sum stays within a warp."""
-    cols = j * CHUNK + tl.arange(0, CHUNK)
-    at = n.to(tl.int64)[:, None] * rows.stride + cols[None, :]
-    return tl.load(rows.features + at, mask=inside[:, None] & (cols < rows.C)[None, :], other=0.0).to(tl.float32)
+    cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
+    stride, mask = rows.stride, inside[:, None] & (cols < rows.C)[None, :]
+    if BUILD.TIGHT:
+        stride, mask = BUILD.CHUNK, inside[:, None]
+    at = n.to(tl.int64)[:, None] * stride + cols[None, :]
+    return tl.load(rows.features + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -129,7 +132,7 @@ def multiply_rows(
         dots = tl.zeros((BUILD.BLOCK_N, BUILD.CHUNK), tl.float32)  # [n, c]
         squares = tl.zeros((BUILD.BLOCK_N, BUILD.CHUNK), tl.float32)  # [n, c]
         for j in tl.static_range(BUILD.CHUNKS):
-            tile = load_chunk(rows, n, inside, j, BUILD.CHUNK)
+            tile = load_chunk(rows, n, inside, j, BUILD)
             if MULTIPLY:
                 direction = load_direction(rows, direction_ptr, j, BUILD.CHUNK)
                 if BUILD.EUCLIDEAN:
@@ -166,12 +169,12 @@ def multiply_extreme_rows(
         if tl.max(again.to(tl.int32), axis=0) > 0:
             largest = tl.zeros((BUILD.BLOCK_N,), tl.float32)
             for j in tl.static_range(BUILD.CHUNKS):
-                largest = tl.maximum(largest, tl.max(tl.abs(load_chunk(rows, n, again, j, BUILD.CHUNK)), axis=1))
+                largest = tl.maximum(largest, tl.max(tl.abs(load_chunk(rows, n, again, j, BUILD)), axis=1))
             down = downscale_of(largest)
             dots = tl.zeros((BUILD.BLOCK_N,), tl.float32)
             squares = tl.zeros((BUILD.BLOCK_N,), tl.float32)
             for j in tl.static_range(BUILD.CHUNKS):
-                tile = load_chunk(rows, n, again, j, BUILD.CHUNK) * down[:, None]
+                tile = load_chunk(rows, n, again, j, BUILD) * down[:, None]
                 squares += tl.sum(tile * tile, axis=1)
                 if MULTIPLY:
                     dots += tl.sum(tile * load_direction(rows, direction_ptr, j, BUILD.CHUNK), axis=1)
@@ -641,6 +644,8 @@ def select_forward(
         part = set_id % parts
         set_id = set_id // parts
     first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
+    if BUILD.TIGHT:
+        offset = offset // BUILD.CHUNK * BUILD.CHUNK  # which the compiler would not know
     low, high = 0, count
     if BUILD.SPLIT != WHOLE:
         low, high = divide(count, part, parts, BUILD.BLOCK_N)

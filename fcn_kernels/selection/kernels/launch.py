@@ -71,6 +71,7 @@ class Plan(NamedTuple):
             SEEDED=p.seed is not None,
             NORMALIZED=p.normalized,
             EUCLIDEAN=p.euclidean,
+            TIGHT=self.chunk == p.dim <= POINT and _lie_side_by_side(p.features),
             SPLIT=self.split,
             BLOCK_N=self.block_n,
             CHUNK=self.chunk,
@@ -90,6 +91,11 @@ class Plan(NamedTuple):
             most = REGISTERS // (32 * self.warps * self.at_once) // 8 * 8
             options["maxnreg"] = min(255, most) if self.split == COOPERATIVE.value else 255
         return options | ({"launch_cooperative_grid": True} if self.split == COOPERATIVE.value else {})
+
+
+def _lie_side_by_side(features: Tensor) -> bool:
+    *sets, row, column = features.stride()
+    return column == 1 and row == features.shape[-1] and all(stride % row == 0 for stride in sets)
 
 
 def forward_plans(
@@ -125,7 +131,7 @@ def _plans(
     sets: int, rows: int | None, dim: int, chunk: int, held: int, ragged: bool, device: Device, at_once: int
 ) -> tuple[Plan, ...]:
     chunks = -(-dim // chunk)
-    wide = held > WIDE
+    wide, held = held > WIDE, max(held, POINT)
 
     def plan(warps: int, parts: int = 1, split: int = WHOLE.value, **bounds: int) -> Plan:
         block_n = 1 << max(1, (TILE_ELEMENTS * 32 * warps // held).bit_length() - 1)
