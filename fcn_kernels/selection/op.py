@@ -85,13 +85,9 @@ def _asks_for_gradient(features: Tensor, quality: Tensor | None, gamma: Tensor) 
 
 def _backend(name: str, p: Problem) -> ModuleType:
     if name == "triton":
-        if p.euclidean or p.limits is not None or p.min_distances is not None or p.return_state:
-            return torch_backend
         from fcn_kernels.selection.kernels import launch  # triton is imported only where it is used
 
         return launch
-    if p.euclidean or p.limits is not None or p.min_distances is not None or p.return_state:
-        return torch_backend
     return cpp if runs_on(name, p.features.dtype, cpp.unavailable) == "cpp" else torch_backend
 
 
