@@ -143,6 +143,29 @@ def test_inference_compares_few_rows_and_picks_the_same(options: dict[str, Any],
 
 
 @needs_compiler
+@pytest.mark.parametrize("where", ["line", "shell", "clusters", "one place"])
+def test_many_points_wherever_they_lie(where: str) -> None:
+    """Picks by buckets are those of all comparisons, with equal points and rows left out among them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, 3, generator=generator)
+    if where == "line":
+        x[:, 1:] = 1e6
+    elif where == "shell":
+        x = torch.nn.functional.normalize(x, dim=-1) * 1e-3
+    elif where == "clusters":
+        x = x * 1e-3 + torch.randint(0, 4, (5000, 1), generator=generator) * 1e3
+    else:
+        x[:] = x[0]
+    x[::7], x[3::50] = x[0], torch.nan
+    known = torch.rand(5000, generator=generator).where(torch.rand(5000, generator=generator) > 0.1, -torch.inf)
+    for options in ({}, {"distinct": True}, {"min_distances": known * 1e-5}, {"mask": known > 0.5}):
+        options = {"metric": "sqeuclidean", "return_nearest": True, "backend": "cpp", **options}
+        every = coreset_select(x.clone().requires_grad_(), 60, **options)
+        few = coreset_select(x, 60, **options)
+        assert all(torch.equal(a, b) for a, b in zip(few, every, strict=True))
+
+
+@needs_compiler
 @pytest.mark.parametrize("dim", [1, 3, 8])
 @pytest.mark.parametrize("options", [{}, {"distinct": True, "duplicates": True}, {"noise": 0.3}], ids=str)
 def test_points_are_compared_side_by_side(dim: int, options: dict[str, Any], threads: Any) -> None:
@@ -158,9 +181,12 @@ def test_points_are_compared_side_by_side(dim: int, options: dict[str, Any], thr
     assert torch.equal(got.coreset.indices, want.coreset.indices)
     torch.testing.assert_close(got.coreset.distances, want.coreset.distances)
     torch.testing.assert_close(got.features, want.features[..., :dim], rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        few = coreset_select(case.features, 7, case.quality, case.gamma, backend="cpp", **case.options)
-    assert all(torch.equal(a, b) for a, b in zip(few, got.coreset, strict=True))
+    options = {**case.options, "return_nearest": True, "backend": "cpp"}
+    every = coreset_select(case.features.requires_grad_(), 7, case.quality, case.gamma, **options)
+    with torch.no_grad():  # then only points near a pick meet it
+        few = coreset_select(case.features, 7, case.quality, case.gamma, **options)
+    assert all(torch.equal(a, b) for a, b in zip(few, every, strict=True))
+    assert torch.equal(few.indices, got.coreset.indices)
 
 
 @needs_compiler

@@ -10,8 +10,8 @@
 #include <numeric>
 #include <vector>
 
+#include "buckets.h"
 #include "noise.h"
-#include "points.h"
 #include "weights.h"
 
 namespace fcn_kernels {
@@ -114,7 +114,8 @@ class Selection {
     // to itself as it rounds.
     std::vector<Acc> directions, pick_norms, own_cosines;
     std::vector<int64_t> picks;
-    Points points;  // none where rows are long, or not compared by their differences
+    Points points;                     // none where rows are long, or not compared by their differences
+    std::unique_ptr<Buckets> buckets;  // of many points, from the third pick on; then they have the logits
 
     static constexpr uint8_t TAKEN = 2;  // picked, with `distinct`
 
@@ -291,11 +292,13 @@ class Selection {
         barred[i] = TAKEN;
         if (nearest && least[i] > 0) nearest[i] = step;
         if (points) least[i] = -1;
+        if (buckets) buckets->take_out();
         for (int64_t pick = step; keep && pick < call.k - 1; ++pick) out.gaps[pick * call.all_rows + set.at + i] = 0;
     }
 
     // Least distances and nearest picks as the next call takes them.
     void write_state(int64_t count, bool any) {
+        if (buckets) buckets->write(least.get());
         if (call.distinct && count) take_out(count - 1);
         set.for_blocks([&](int64_t, int64_t begin, int64_t end) {
             if (any && count > 1 && points) meet_points(begin, end, count - 1);
@@ -352,7 +355,8 @@ class Selection {
     }
 
     int64_t farthest_point(int64_t step) {
-        const bool plain = !call.noise && !call.seed;
+        const bool plain = !call.noise && !call.seed && weights.are_numbers();
+        if (plain && !keep && set.n >= Buckets::LEAST_ROWS) return farthest_of_buckets(step);
         return best_of_blocks([&](int64_t begin, int64_t end) {
                    Best best;
                    if (step > 1) best = meet_points(begin, end, step - 1);
@@ -363,6 +367,17 @@ class Selection {
                    return best;
                })
             .row;
+    }
+
+    int64_t farthest_of_buckets(int64_t step) {
+        if (!buckets) buckets.reset(new Buckets(points, set.n, barred.get(), least.get(), weight.get()));
+        buckets->meet(&directions[(step - 1) * padded(call.dim)], [&](int64_t i) {
+            if (nearest) nearest[i] = step - 1;
+        });
+        Acc logit = 0;
+        const int64_t row = buckets->farthest(logit);
+        least[row] = logit;
+        return row;
     }
 
     void record(int64_t step, int64_t pick, Acc distance) {

@@ -3,7 +3,8 @@
 // The algorithm is torch_backend.py's, row by row instead of operation by operation, so that a row is read once a step
 // while it is in cache, and many rows not at all: the running minimum only falls, so in inference a row is compared
 // with a pick only when its distance to the picks before could still make it the farthest. Points of up to 8
-// coordinates are compared all, a register of them at a time (points.h).
+// coordinates are compared a register of them at a time (points.h), and where there are many, only those near a pick
+// (buckets.h).
 //
 // Sets go to threads whole, or, where a set is a large part of all the work, in blocks of rows. Blocks depend on the
 // set's size alone, and so does every sum: the same input gives the same bits on any number of threads.

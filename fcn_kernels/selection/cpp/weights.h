@@ -45,6 +45,7 @@ class Weights {
     // A distance in units of 2^exponent.
     Acc in_units(Acc distance) const { return plain ? distance : std::scalbn(distance, -exponent); }
 
+    bool are_numbers() const { return !std::isnan(gamma); }
     Acc gamma_or_zero() const { return std::isnan(gamma) ? 0 : gamma; }
     Acc shifted(Acc difference) const { return plain ? difference : std::scalbn(difference, exponent); }
     Acc noise_scale() const { return Acc(std::exp2(-std::max(exponent, 0))); }  // where there is noise, it is not below
