@@ -247,3 +247,23 @@ def test_one_call_in_a_compiled_graph() -> None:
     compiled = torch.compile(picks, fullgraph=True, backend="aot_eager")
     for mine, theirs in zip(compiled(rows, rows[0, :3]), picks(rows, rows[0, :3]), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_many_columns_meet_the_nearest_anchor(offset: float) -> None:
+    """A product in float64 finds it, also where another one is a bit away, or a copy."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 200, 100, generator=generator) + offset
+    anchors = torch.cat(
+        [rows[0, :40], rows[0, :40], rows[0, 40:60], torch.randn(30, 100, generator=generator) + offset]
+    )
+    anchors[:20, 3] = anchors[:20, 3].nextafter(torch.tensor(torch.inf))  # these come before the copies
+    got = coreset_select(rows, [0], metric="sqeuclidean", anchors=anchors, return_min_distances=True).min_distances
+    want = (rows[0].double()[:, None] - anchors.double()).square().sum(-1).amin(-1)
+    assert (got[0, :60] == 0).all()
+    torch.testing.assert_close(got[0].double(), want, rtol=1e-6, atol=0)
+    for row in (0, 30, 150):
+        alone = coreset_select(
+            rows[:, row : row + 1], [0], metric="sqeuclidean", anchors=anchors, return_min_distances=True
+        )
+        assert torch.equal(alone.min_distances[0, 0], got[0, row])
