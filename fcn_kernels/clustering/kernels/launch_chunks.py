@@ -131,7 +131,8 @@ def chunks_backward(p: Chunks, grad: Summed, out: Clustered, wanted: bool) -> Ch
         return found._replace(features=found.features.zero_(), **given)
     with torch.cuda.device_of(p.features):
         tokens = _tokens(p)
-        _embed(p, tokens, None)
+        # which rows have shares, the forward pass knows
+        _embed(p._replace(valid=out.shares.any(-1)), tokens, None, look=p.quality is None)
         inputs = [tokens.hidden, *out.hidden[: p.depth]]
         keys = torch.empty_like(inputs[-1])
         rstd = _layer_norm(inputs[-1], keys)
@@ -205,12 +206,14 @@ def _given(p: Chunks, tokens: Tokens) -> dict[str, Any]:
     }
 
 
-def _embed(p: Chunks, tokens: Tokens, working: Tensor | None) -> None:
-    """Fill in the tokens: of all chunks, or of those that are not small, which `working` (R,) then names."""
+def _embed(p: Chunks, tokens: Tokens, working: Tensor | None, look: bool = True) -> None:
+    """Fill in the tokens: of all chunks, or of those that are not small, which `working` (R,) then names.
+
+    Without a `look` at the rows, given their norms, those that are valid are usable.
+    """
     fewest = 0 if working is None else SMALL + 1
-    embed[(tokens.slots,)](
-        **_given(p, tokens), working_ptr=working, fewest=fewest, BLOCK_N=tokens.tile, BLOCK_C=32, **OPTIONS
-    )
+    given = _given(p, tokens) | ({} if look else {"features_ptr": None})
+    embed[(tokens.slots,)](**given, working_ptr=working, fewest=fewest, BLOCK_N=tokens.tile, BLOCK_C=32, **OPTIONS)
 
 
 def _run_small(p: Chunks, tokens: Tokens, keys: Tensor, kept: Tensor | None) -> None:

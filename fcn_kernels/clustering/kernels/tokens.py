@@ -23,7 +23,7 @@ LEAST_FLOAT = tl.constexpr(1.1754943508222875e-38)  # the smallest normal number
 class Given(NamedTuple):
     """What a call has for its rows, from the first of all, and for its tokens; pointers are None for what it lacks."""
 
-    features: Any  # [T, C] by stride
+    features: Any  # [T, C] by stride; None: given the norms, of rows of which `valid` names those that take part
     quality: Any  # [T] float32
     styles: Any  # [T, STYLE] float32
     valid: Any  # [T] bool
@@ -82,11 +82,12 @@ def codes_of(norm, edges_ptr):
 @triton.jit
 def usable_rows(g, first, lane, taking, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """Norms [n] of a chunk's rows, and which of those `taking` have all that they need, and finite."""
-    norm, largest = norms_of(g.features + first * g.stride, lane, taking, g.stride, g.C, BLOCK_N, BLOCK_C)
     usable = taking
+    if g.features is not None:
+        norm, largest = norms_of(g.features + first * g.stride, lane, taking, g.stride, g.C, BLOCK_N, BLOCK_C)
+        usable = usable & (largest < INFINITY_BITS)
     if g.quality is not None:
         norm = tl.load(g.quality + first + lane, mask=taking, other=0.0)
-        usable = usable & (largest < INFINITY_BITS)
     usable = usable & (norm >= 0) & (norm < float("inf"))
     if g.valid is not None:
         usable = usable & (tl.load(g.valid + first + lane, mask=taking, other=0) != 0)
