@@ -42,18 +42,20 @@ def picked(picker: Picker, k: int) -> Known:
 @pytest.mark.parametrize(
     ("gamma", "with_quality", "start"), [(0.0, False, 2), (0.0, True, None), (1.0, True, None), (40.0, True, 20)]
 )
+@pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
 def test_picks_are_those_of_the_whole_to_the_bit(
-    dtype: torch.dtype, gamma: float, with_quality: bool, start: int | None
+    dtype: torch.dtype, gamma: float, with_quality: bool, start: int | None, metric: str
 ) -> None:
     x = clustered(300, 24, seed=1, dtype=dtype)
     quality = torch.rand(300, generator=torch.Generator().manual_seed(2)) * 30 + 1 if with_quality else None
     if quality is not None:
         quality[30:33] = torch.tensor([0.0, math.nan, -1.0])
-    picker = Picker(x, quality, gamma, start=start)
+    picker = Picker(x, quality, gamma, start=start, metric=metric)
     picker.block = 17
     found = picked(picker, 40)
     of_sums = None if quality is None else quality.to(picker.dtype)
-    whole = coreset_select(x, 41, of_sums, gamma, start=start, distinct=True, backend="torch")
+    options = {"start": start, "distinct": True, "metric": metric, "backend": "torch"}
+    whole = coreset_select(x, 41, of_sums, gamma, **options)
     assert torch.equal(found.picks, whole.indices[:40])
     assert torch.equal(found.distances, whole.distances[:40])
     assert picker.radius() == float(whole.distances[40])
@@ -83,6 +85,21 @@ def test_from_anchors_the_farthest_comes_first() -> None:
         distance[pick] = -1
 
 
+def test_labelled_rows_in_squared_distances(tmp_path: Path) -> None:
+    """Rows of zeros count, among the labelled too; picks are those of coreset_select with anchors."""
+    x, anchors = clustered(200, 8, seed=4), torch.randn(5, 8)
+    anchors[2] = 0
+    np.save(tmp_path / "rows.npy", x.numpy())
+    np.save(tmp_path / "labelled.npy", anchors.numpy())
+    out = tmp_path / "out.npz"
+    files = (tmp_path / "rows.npy", "--labelled", tmp_path / "labelled.npy", "--out", out)
+    assert run(*files, "--k", 7, "--metric", "sqeuclidean") == 0
+    want = coreset_select(x, 7, anchors=anchors, metric="sqeuclidean", distinct=True)
+    with np.load(out) as file:
+        assert file["picks"].tolist() == want.indices.tolist()
+        np.testing.assert_allclose(file["distances"], want.distances.numpy(), rtol=1e-5)
+
+
 def test_few_rows_are_read() -> None:
     x = clustered(10_000, 16, seed=5)
     read = []
@@ -96,15 +113,18 @@ def run(*arguments: object) -> int:
     return main(["select", *map(str, arguments)])
 
 
-def test_the_command_writes_picks_and_says_the_radius(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
+def test_the_command_writes_picks_and_says_the_radius(
+    metric: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     x = clustered(500, 12, seed=6)
     np.save(tmp_path / "rows.npy", x.numpy())
     quality = np.linspace(1, 2, 500)
     np.savez(tmp_path / "rows.npz", features=x.numpy(), quality=quality)
     for name, given in (("rows.npy", None), ("rows.npz", torch.from_numpy(quality).float())):
         out = tmp_path / f"{name}.out.npz"
-        assert run(tmp_path / name, "--k", 9, "--gamma", 0.5, "--out", out) == 0
-        whole = coreset_select(x, 10, given, 0.5, distinct=True, backend="torch")
+        assert run(tmp_path / name, "--k", 9, "--gamma", 0.5, "--metric", metric, "--out", out) == 0
+        whole = coreset_select(x, 10, given, 0.5, distinct=True, metric=metric, backend="torch")
         with np.load(out) as file:
             assert file["picks"].tolist() == whole.indices[:9].tolist()
             assert file["distances"].tolist() == whole.distances[:9].tolist()

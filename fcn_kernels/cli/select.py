@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fcn_kernels.checks import METRICS
 from fcn_kernels.cli.arguments import EXIT_STATUS, add_max_unpacked, at_least_one, finite, run_to_status
 from fcn_kernels.extras import require
 from fcn_kernels.files.embeddings import Keys, read_rows
@@ -23,9 +24,10 @@ from fcn_kernels.sets import accumulator
 SAVE_SECONDS = 20.0  # between states
 ABOUT = f"""
 Picked is the row of best quality, then repeatedly the row n that is farthest from all picks:
-  distance  q_n^gamma (1 - cosine to the nearest pick)
-With gamma 0, the default, that is k-center-greedy (farthest-point) sampling on unit rows. Rows that are NaN, infinite
-or zero, or whose quality is not above 0, are never picked. The picks are those of coreset_select on the whole file.
+  distance  q_n^gamma (1 - cosine to the nearest pick), or with --metric sqeuclidean q_n^gamma |x_n - nearest pick|^2
+With gamma 0, the default, that is k-center-greedy (farthest-point) sampling. Without a column of qualities these are
+the rows' norms, and 1 for squared distances. Rows that are NaN or infinite, or whose quality is not above 0, are never
+picked, nor are rows of zeros by cosines. The picks are those of coreset_select on the whole file.
 
 INPUT is an .npy of rows (T, C), or has a column of them: .npz, .pt, .safetensors, .parquet, as `aggregate` reads them.
 It may be larger than memory. It is read once in order, and then, for each pick, only those rows that could still win:
@@ -51,10 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace OUTPUT if it is there")
     add("--resume", action="store_true", help="go on from OUTPUT.state")
     add("--labelled", type=Path, metavar="FILE", help="rows that are chosen already")
+    add("--metric", choices=METRICS, default=METRICS[0], help="distance (default: %(default)s)")
     add("--gamma", type=finite, default=0.0, help="exponent of the quality (default: %(default)s)")
     add("--start", type=int, metavar="ROW", help="first pick (default: the row of best quality)")
     add("--features", metavar="KEY", default=Keys().features, help="name of that column (default: %(default)s)")
-    add("--quality", metavar="KEY", help="name of that column (default: quality if there is one, else the norms)")
+    add("--quality", metavar="KEY", help="name of that column (default: quality if there is one)")
     add_max_unpacked(parser)
 
 
@@ -70,7 +73,7 @@ def run_checked(args: argparse.Namespace) -> str:
     check_state(args.out, inputs, args.resume or args.overwrite)
     scratch, keys = Scratch(args.out.absolute().parent, args.max_unpacked), Keys(args.features, quality=args.quality)
     rows, quality = read_rows(args.input, keys, scratch)
-    anchors = None if args.labelled is None else _anchors(args.labelled, keys, scratch, rows)
+    anchors = None if args.labelled is None else _anchors(args, keys, scratch, rows)
     if not rows.is_floating_point():
         raise InputError(f"{args.input}: expected floating-point rows, got {rows.dtype}")
     if args.start is not None and not 0 <= args.start < len(rows):
@@ -81,6 +84,7 @@ def run_checked(args: argparse.Namespace) -> str:
         "size": args.input.stat().st_size,
         "modified": args.input.stat().st_mtime_ns,
         "labelled": 0 if anchors is None else float(anchors.double().sum()),
+        "metric": args.metric,
         "gamma": args.gamma,
         "start": args.start,
         "quality": None if quality is None else float(quality.sum()),
@@ -113,7 +117,7 @@ def _pick(
             read += count
             bar.set_postfix(read=f"{read / max(1, len(rows)):.2f}x", refresh=False)
 
-        picker = Picker(rows, quality, args.gamma, anchors, args.start, known, progress)
+        picker = Picker(rows, quality, args.gamma, anchors, args.start, known, progress, args.metric)
         save_state(args.out, picker.known._asdict(), fixed)
         while len(picker.known.picks) < args.k and picker.pick():
             bar.update()
@@ -123,13 +127,14 @@ def _pick(
     return picker, read
 
 
-def _anchors(path: Path, keys: Keys, scratch: Scratch, rows: Tensor) -> Tensor:
+def _anchors(args: argparse.Namespace, keys: Keys, scratch: Scratch, rows: Tensor) -> Tensor:
+    path = args.labelled
     anchors, _ = read_rows(path, keys, scratch)
     if anchors.shape[1] != rows.shape[1]:
         raise InputError(f"{path}: expected rows of {rows.shape[1]} columns, as in the input, got {anchors.shape[1]}")
     anchors = anchors.to(accumulator(rows.dtype))
     norms = torch.linalg.vector_norm(anchors, dim=1)
-    bad = ~((norms > 0) & norms.isfinite())
+    bad = ~norms.isfinite() | ((norms == 0) & (args.metric == "cosine"))
     if bad.any():
         raise InputError(f"{path}: row {int(bad.int().argmax())}: is not finite, or zero")
     return anchors

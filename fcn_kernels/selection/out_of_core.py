@@ -22,7 +22,6 @@ from fcn_kernels.sets import accumulator, row_norms, usable
 
 BLOCK_BYTES = 8 << 20  # of rows at a time, in file order
 FIRST_ROWS = 64  # that a step reads; if they do not settle it, twice as many, and so on up to a block
-LARGEST_GAP = 4.0  # above any 1 - cosine
 Progress = Callable[[int], None]
 """Called with a number of rows that were read."""
 
@@ -30,8 +29,8 @@ Progress = Callable[[int], None]
 class Known(NamedTuple):
     """What is known of T rows and the picks so far: all that is needed to go on."""
 
-    norms: Tensor  # (T,), |x_n|; -1 for a row that cannot be picked
-    gap: Tensor  # (T,), 1 - the largest cosine to the anchors and to the picks that the row has met
+    norms: Tensor  # (T,), |x_n|, or 1 where distances are squared; -1 for a row that cannot be picked
+    gap: Tensor  # (T,), the least distance, without its weight, to the anchors and to the picks that the row has met
     met: Tensor  # (T,) int32, how many picks that are
     picks: Tensor  # (P,) int64
     distances: Tensor  # (P,), of each pick to the picks before it; inf for the first
@@ -40,12 +39,12 @@ class Known(NamedTuple):
 class _Pick(NamedTuple):
     """P picks."""
 
-    direction: Tensor  # (P, C), unit
+    direction: Tensor  # (P, C), unit; as they are where distances are squared
     own: Tensor  # (P,), the cosine to itself, as it rounds
 
     @classmethod
     def of(cls, x: Tensor, norm: Tensor) -> _Pick:
-        """A row (C,) and its norm."""
+        """A row (C,) and its norm, 1 to leave it as it is."""
         direction, zero = (x / norm)[None], torch.zeros(1, dtype=torch.int64)
         return cls(direction, pair_products(x[None], direction, zero, zero) / norm)
 
@@ -61,6 +60,7 @@ class Picker:
             farthest, not the best.
         start: the first pick, if it is given.
         known: to go on from; None reads the rows once.
+        metric: "cosine" or "sqeuclidean".
         progress: told of rows as they are read.
     """
 
@@ -73,10 +73,15 @@ class Picker:
         start: int | None = None,
         known: Known | None = None,
         progress: Progress = lambda _: None,
+        metric: str = "cosine",
     ) -> None:
         self.rows, self.dtype, self.start, self.progress = rows, accumulator(rows.dtype), start, progress
+        self.euclidean = metric == "sqeuclidean"
+        self.unknown = torch.finfo(self.dtype).max if self.euclidean else 4.0  # at least any gap
         self.has_anchors = anchors is not None and len(anchors) > 0
         self.block = max(1, BLOCK_BYTES // max(1, rows.shape[1] * self.dtype.itemsize))
+        if quality is None and self.euclidean:
+            quality = torch.ones(len(rows))
         self._given = None if quality is None else quality.to(self.dtype)
         if known is None:
             _advise(rows, mmap.MADV_SEQUENTIAL)
@@ -97,23 +102,49 @@ class Picker:
         """Norms; gaps to the anchors, or to the first pick if it is known before the norms are."""
         first = None if anchors is not None else self._foreseen()
         count = len(self.rows)
-        norms, gap = torch.empty(count, dtype=self.dtype), torch.full((count,), LARGEST_GAP, dtype=self.dtype)
+        norms, gap = torch.empty(count, dtype=self.dtype), torch.full((count,), self.unknown, dtype=self.dtype)
         others = torch.empty(0, self.rows.shape[1], dtype=self.dtype)
         if anchors is not None:
             others = anchors.to(self.dtype)
-            others = others / row_norms(others)[:, None]
+            if not self.euclidean:
+                others = others / row_norms(others)[:, None]
         for at in self._blocks(count):
             x = self.rows[at].to(self.dtype)
-            norms[at] = row_norms(x)
-            if len(others):
+            norms[at] = self._norms(x)
+            if len(others) and self.euclidean:
+                gap[at] = _distances(x, others).amin(1).square_()
+            elif len(others):
                 gap[at] = (1 - (x @ others.T).amax(1) / norms[at]).clamp(min=0)
             elif first is not None:
-                gap[at] = _gaps(x, norms[at], first, torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64))
+                numbers = torch.arange(len(x))
+                gap[at] = self._gaps(x, norms[at], first, numbers, torch.zeros_like(numbers))
             self.progress(len(x))
         quality = norms if self._given is None else self._given
         norms = torch.where(usable(norms, quality), norms, -1)
         met = torch.full((count,), 0 if first is None else 1, dtype=torch.int32)
         return Known(norms, gap, met, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=self.dtype))
+
+    def _norms(self, x: Tensor) -> Tensor:
+        """|x_n|; where distances are squared, 1 for rows that are finite, else NaN."""
+        return x.mul(0).sum(-1).add(1) if self.euclidean else row_norms(x)
+
+    def _gaps(self, x: Tensor, norms: Tensor, picks: _Pick, i: Tensor, j: Tensor) -> Tensor:
+        """1 - cos(x_i, pick_j), or |x_i - pick_j|^2 (P,), exactly 0 for a pick and its duplicates."""
+        if self.euclidean:
+            return (x[i] - picks.direction[j]).square_().sum(-1).clamp_(max=self.unknown)
+        cosine = pair_products(x, picks.direction, i, j) / norms[i]
+        return torch.where(cosine == picks.own[j], 0, 1 - cosine).clamp_(min=0)
+
+    def _nearest(self, x: Tensor, norms: Tensor, picks: _Pick) -> tuple[Tensor, Tensor]:
+        """Pairs of a row and a pick (P,), (P,), among them each row's nearest: what rounding leaves in doubt."""
+        if self.euclidean:
+            distance = _distances(x, picks.direction)
+            near = distance <= distance.amin(1, keepdim=True) * (1 + 4 * (x.shape[1] + 2) * torch.finfo(self.dtype).eps)
+        else:
+            cosine = x @ picks.direction.T / norms[:, None]
+            near = cosine >= cosine.amax(1, keepdim=True) - 4 * (x.shape[1] + 2) * torch.finfo(self.dtype).eps
+        i, j = near.nonzero(as_tuple=True)
+        return i, j
 
     def _foreseen(self) -> _Pick | None:
         """The first pick, where start or quality tell it and it can be picked."""
@@ -124,7 +155,7 @@ class Picker:
         if row is None:
             return None
         x = self.rows[row].to(self.dtype)
-        norm = row_norms(x)
+        norm = self._norms(x)
         quality = norm if self._given is None else self._given[row]
         return _Pick.of(x, norm) if bool(usable(norm, quality)) else None
 
@@ -171,7 +202,7 @@ class Picker:
             stale = (~exact & self.open & (score >= best)).nonzero()[:, 0]
             if not len(stale):
                 break
-            unknown = stale[self.known.gap[stale] == LARGEST_GAP]
+            unknown = stale[self.known.gap[stale] == self.unknown]
             if len(unknown):  # nothing tells these apart
                 stale = unknown
             elif len(stale) > most:  # the highest bounds; in file order
@@ -191,11 +222,9 @@ class Picker:
         x = self.rows[numbers].to(self.dtype)
         first = int(met[numbers].min())
         picks = _Pick(self._picks.direction[first:step], self._picks.own[first:step])
-        # A product of matrices says which picks can be a row's nearest; the cosines of these are summed pair by pair
-        cosine = x @ picks.direction.T / norms[numbers, None]
-        margin = 4 * (x.shape[1] + 2) * torch.finfo(self.dtype).eps
-        i, j = (cosine >= cosine.amax(1, keepdim=True) - margin).nonzero(as_tuple=True)
-        gap[numbers] = gap[numbers].scatter_reduce(0, i, _gaps(x, norms[numbers], picks, i, j), "amin")
+        # Products of matrices say which picks can be a row's nearest; distances to these are summed pair by pair
+        i, j = self._nearest(x, norms[numbers], picks)
+        gap[numbers] = gap[numbers].scatter_reduce(0, i, self._gaps(x, norms[numbers], picks, i, j), "amin")
         met[numbers] = step
         self.progress(len(numbers))
 
@@ -204,10 +233,9 @@ class Picker:
         self._picks = _Pick(*(torch.cat(parts) for parts in zip(self._picks, new, strict=True)))
 
 
-def _gaps(x: Tensor, norms: Tensor, picks: _Pick, i: Tensor, j: Tensor) -> Tensor:
-    """1 - cos(x_i, pick_j) (P,), exactly 0 for a pick and its duplicates."""
-    cosine = pair_products(x, picks.direction, i, j) / norms[i]
-    return torch.where(cosine == picks.own[j], 0, 1 - cosine).clamp_(min=0)
+def _distances(x: Tensor, others: Tensor) -> Tensor:
+    """|x_n - other| of all pairs, made of differences."""
+    return torch.cdist(x, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _advise(rows: Tensor, advice: int) -> None:
