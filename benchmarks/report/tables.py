@@ -31,6 +31,7 @@ def report(results: Results) -> str:
         _cost,
         _clustering,
         _host,
+        _threads,
         _missing,
     )
     return "\n".join(line for section in sections for line in section(results)) + "\n"
@@ -281,6 +282,18 @@ def _host(results: Results) -> Iterator[str]:
     yield ""
     lines = [(*_shape(r), r.work, r.implementation, _time(r), r.clock) for r in rows]
     yield from table(("B", "N", "C", "K", "dtype", "work", "", "time", "clock"), lines)
+
+
+def _threads(results: Results) -> Iterator[str]:
+    rows = results.of("threads")
+    if not rows:
+        return
+    yield "## Threads on a busy machine"
+    yield ""
+    yield from table(
+        ("B", "N", "C", "K", "dtype", "work", "", "time"),
+        [(*_shape(r), r.work, r.implementation, _time(r)) for r in rows],
+    )
 
 
 def _missing(results: Results) -> Iterator[str]:
