@@ -118,6 +118,8 @@ def picks_per_set(k: Any, sets: int, device: torch.device) -> tuple[Any, Tensor 
             raise ValueError(f"expected k of shape ({sets},), a number for each set, got {tuple(k.shape)}")
         each = k.tolist()
     else:
+        if not all(hasattr(number, "__index__") and not isinstance(number, bool) for number in k):
+            raise TypeError(f"expected k of integers, one for each set, got {k!r}")
         each = [operator.index(number) for number in k]
         if len(each) != sets:
             raise ValueError(f"expected k of {sets} numbers, one for each set, got {len(each)}")

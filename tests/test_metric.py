@@ -223,6 +223,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"min_distances": -torch.ones(2, 5)}, ValueError, "expected min_distances of at least 0"),
     ({"min_distances": torch.full((2, 5), torch.nan)}, ValueError, "expected min_distances of at least 0"),
     ({"k": [1, 2, 3]}, ValueError, "expected k of 2 numbers"),
+    ({"k": [1, 2.0]}, TypeError, "expected k of integers, one for each set"),
+    ({"k": [1, True]}, TypeError, "expected k of integers, one for each set"),
     ({"k": torch.tensor([1, -1])}, ValueError, "expected k of each set from 0"),
     ({"k": torch.tensor([1.0, 2.0])}, TypeError, "expected k of dtype int32 or int64"),
     ({"k": torch.tensor([1])}, ValueError, r"expected k of shape \(2,\)"),
