@@ -171,6 +171,20 @@ def test_earlier_distances_of_inf_leave_the_lowest_row_first(select: Select) -> 
     assert got.distances[0, 0] == torch.inf
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_earlier_distances_are_kept_beside_extreme_weights(metric: str, select: Select) -> None:
+    """Weights of 1e30 are held in a unit of their own; what was given before comes back as it was given."""
+    rows = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
+    quality = torch.tensor([[1.0, 1e3, 1.0, 1e3, 1e3, 1.0]])
+    known = torch.tensor([[1e-30, 1e-30, torch.inf, 3e38, 0.0, 0.5]])
+    got = state(select, rows, 1, quality, 10.0, metric=metric, min_distances=known)
+    assert got.indices.tolist() == [[2]]
+    assert got.distances.tolist() == [[torch.inf]]
+    assert torch.equal(got.min_distances[0, [0, 1, 4, 5]], known[0, [0, 1, 4, 5]])
+    assert got.nearest[0, [0, 1, 4, 5]].tolist() == [-1, -1, -1, -1]
+    assert got.min_distances[0, 2] == 0
+
+
 @pytest.mark.parametrize("where", WHERE[:2], indirect=True)  # what they make is min_distances
 @pytest.mark.parametrize("metric", METRICS)
 def test_anchors_are_picks_made_before(metric: str, select: Select) -> None:

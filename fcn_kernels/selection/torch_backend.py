@@ -246,10 +246,10 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
     norms = _norms(p, group)
     quality = norms if p.quality is None else group.take(p.quality)
     allowed = _takes_part(p, group) & usable(norms, quality)  # (G, n)
-    before = None  # distances to what was picked earlier
+    given = before = None  # distances to what was picked earlier, in units of 1 and of 2^shift
     if p.min_distances is not None:
-        before = group.take(p.min_distances)
-        allowed &= before >= 0
+        given = before = group.take(p.min_distances)
+        allowed &= given >= 0
     first = None
     if p.start is not None:
         first, in_range = _given_start(p, group)
@@ -264,7 +264,7 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
         shift = exponent
         logits = before = before if shift is None else before * torch.exp2(-shift).to(before.dtype)
     nearest = torch.full_like(quality, -1, dtype=torch.int64)
-    picks, rows, distances = [], [], []
+    picks, rows, distances, infinite = [], [], [], norms.new_full((), math.inf)
     most = min(p.k, norms.shape[1])
     for step, noise in zip(range(most), _noise(p, group), strict=False):
         scores = _scores(logits, noise, shift, open_to)
@@ -272,7 +272,7 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
         picks.append(pick)
         rows.append(x.take(pick[:, None])[:, 0])
         known = step > 0 or before is not None
-        distances.append(reported(logits.gather(1, pick[:, None]), shift) if known else norms.new_full((), math.inf))
+        distances.append(_reached(logits, shift, before, given).gather(1, pick[:, None]) if known else infinite)
         made = (step < counts)[:, None]
         if out.kept:
             group.put(_softmax(scores, shift, float(p.tau)) * made, out.kept[0][step])
@@ -305,7 +305,15 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
     if out.kept:
         group.put(torch.where(allowed, norms, -1), out.kept[2])
     if out.state:
-        _put_state(p, group, out, allowed, reported(logits if picks else quality, shift), nearest)
+        _put_state(p, group, out, allowed, _reached(logits, shift, before, given), nearest)
+
+
+def _reached(logits: Tensor, shift: Tensor | None, before: Tensor | None, given: Tensor | None) -> Tensor:
+    """Distances (G, n) in units of 1; as they were ``given`` where that is what they are."""
+    distances = reported(logits, shift)
+    if shift is None or before is None or given is None:
+        return distances
+    return torch.where(logits == before, given, distances)
 
 
 def _put_state(p: Problem, group: _Group, out: Selected, allowed: Tensor, least: Tensor, nearest: Tensor) -> None:

@@ -180,6 +180,17 @@ def within_earlier(rows, logits, n, inside, exponent):
 
 
 @triton.jit
+def distance_of(rows, logits, n, inside, exponent):
+    """Distances [n] in units of 1, at most the largest number; as they were given where that is what they are."""
+    distance = times_power_of_two(logits, tl.minimum(tl.maximum(exponent, -252), 252))
+    distance = tl.where(distance == distance, tl.minimum(distance, MOST_FLOAT), 0.0)
+    if rows.earlier is not None:
+        earlier = tl.load(rows.earlier + rows.first + n, mask=inside, other=0.0)
+        distance = tl.where(logits == times_power_of_two(earlier, -exponent), earlier, distance)
+    return distance
+
+
+@triton.jit
 def add_noise(logits, rows, n, inside, step, unit, SEEDED: tl.constexpr):
     """Scores [n]: logits in units of 1 / ``unit`` with the step's Gumbel noise; NaN counts as -inf.
 

@@ -18,7 +18,6 @@ import triton.language as tl
 from fcn_kernels.device.rows import load_row, locate
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE, divide, grid_barrier
 from fcn_kernels.selection.kernels.common import (
-    MOST_FLOAT,
     MOST_GAP,
     MOST_LOG2,
     NO_ROW,
@@ -29,6 +28,7 @@ from fcn_kernels.selection.kernels.common import (
     Rows,
     Weights,
     add_noise,
+    distance_of,
     downscale_of,
     finite_or_nan,
     is_extreme,
@@ -314,8 +314,8 @@ def write_state(rows, out, n, allowed, gap, fresh, before, weight, logits, step,
     if rows.earlier is not None:
         nearer = nearer & (distance < within_earlier(rows, tl.zeros_like(gap) + float("inf"), n, allowed, exponent))
     tl.store(out.owners + rows.first + n, tl.zeros_like(n).to(tl.int64) + step, mask=nearer)
-    least = times_power_of_two(logits, tl.minimum(tl.maximum(exponent, -252), 252))
-    least = tl.where(gap < float("inf"), tl.minimum(least, MOST_FLOAT), opening_logits(rows, gap, n, allowed))
+    least = distance_of(rows, logits, n, allowed, exponent)
+    least = tl.where(gap < float("inf"), least, opening_logits(rows, gap, n, allowed))  # inf: no pick was made
     least = tl.where(gap == TAKEN, float("-inf"), least)
     tl.store(out.least + rows.first + n, least, mask=allowed)
 
@@ -454,12 +454,9 @@ def store_pick(rows, out, partial, step, there, values, count, BUILD: tl.constex
     tl.store(out.counts + rows.set_id, count.to(tl.int64))
     tl.store(out.picked + at * rows.C + cols, values, mask=cols < rows.C)
     tl.store(out.indices + at, tl.where(there, partial.row, -1).to(tl.int64))
-    distance = times_power_of_two(partial.logit, tl.minimum(tl.maximum(partial.exponent, -252), 252))
-    distance = tl.where(distance == distance, tl.minimum(distance, MOST_FLOAT), 0.0)
+    distance = distance_of(rows, partial.logit, partial.row, there, partial.exponent)
     if rows.earlier is None:
         distance = tl.where(step == 0, float("inf"), distance)  # no pick is before the first
-    else:
-        distance = tl.where((step == 0) & (partial.logit == float("inf")), float("inf"), distance)
     tl.store(out.distances + at, tl.where(there, distance, 0.0))
     if BUILD.KEEP:
         tl.store(out.softmax + at * 3, partial.score)
