@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_alignment_reference import problem
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.test_neighbors import peak_resident
@@ -364,26 +365,55 @@ def _compile(dtype: torch.dtype, processor: str) -> None:
     subprocess.run([*compiler._compiler(), *flags, *defined, str(launch._SOURCE)], check=True)
 
 
+@pytest.mark.parametrize("selected", [8192, 0], ids=["kernel", "topk"])
 @pytest.mark.parametrize("k", [3, 30])
-def test_triton_filters_again_where_there_was_no_room(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows alike, half of them copies: more reach the bound than are expected."""
+def test_triton_searches_again_where_there_was_no_room(k: int, selected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows alike, half of them copies: more reach the bound than there is room for, and again."""
     pytest.importorskip("triton")
     from fcn_kernels.neighbors.kernels import launch as triton_launch
 
     bank = draw(300, 16, seed=1)
     bank[100:250] = bank[:1]
     x = torch.cat([bank[:1] + 0.1 * draw(3, 16, seed=2), draw(3, 16, seed=3)])
-    rooms = []
-    run = triton_launch._filter
-    monkeypatch.setattr(triton_launch, "_filter", lambda *a: rooms.append(a[-1]) or run(*a))
+    fulls = []
+    run = triton_launch._select
+
+    def select(*arguments: Any, **buffers: Any) -> None:
+        run(*arguments, **buffers)
+        fulls.append(arguments[4].tolist())
+
+    monkeypatch.setattr(triton_launch, "_select", select)
+    monkeypatch.setattr(triton_launch, "MOST_SELECTED", selected)
     monkeypatch.setattr(triton_launch, "EXPECTED", 0)
     found = context_statistics(x, bank, k, backend="triton")
-    assert len(rooms) == 2
+    assert fulls[0][:3] == fulls[1][:3] == [1, 1, 1]
     monkeypatch.setattr(triton_launch, "EXPECTED", 1000)
     assert same_bits(context_statistics(x, bank, k, backend="triton"), found)
-    assert len(rooms) == 3
+    assert fulls[2] == [0] * 6
     expected = [0, *range(100, 100 + k - 1)]
     assert found.indices[:3].tolist() == [expected] * 3
+
+
+def test_triton_never_waits_for_the_device() -> None:
+    """No operation whose result, or its size, the host would have to know."""
+    pytest.importorskip("triton")
+    from fcn_kernels.neighbors.kernels import launch as triton_launch
+
+    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero", "equal")
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.__name__.split(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    problem = Problem(draw(5, 16), draw(90, 16, seed=1), torch.arange(5), torch.arange(90) % 7, k=4)
+    with Watch():
+        found = triton_launch.forward(problem)
+        triton_launch.backward(problem, Arriving(torch.ones(5), torch.ones(5)), found, (True, True))
+    assert "sort" in seen
+    assert not set(seen) & set(waiting)
+    assert not any(name.startswith("unique") for name in seen)
 
 
 def test_the_same_at_a_lower_precision_of_products(backend: str) -> None:

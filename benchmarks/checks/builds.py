@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +41,16 @@ CHUNK_KERNELS = (
     "layer_norm_backward",
     "attend_queries",
     "attend_keys",
+)
+NEIGHBORS_KERNELS = (
+    "measure_rows",
+    "filter_scores",
+    "select_best",
+    "find_kth",
+    "collect_best",
+    "sum_moments",
+    "gather_rows",
+    "gather_bank",
 )
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_cooperative_grid")
 POINTERS: dict[Any, str] = {}
@@ -72,7 +81,7 @@ class Build(NamedTuple):
     shared: int
     """Bytes of shared memory a program."""
     row_loads: dict[str, int]
-    """Global loads by width in bits, PTX mnemonic's vector times element."""
+    """Global loads by width in bits, PTX mnemonic's vector times element, or as long as an asynchronous copy."""
     races: list[str]
     """Arguments whose memory is stored to while other threads may still have to load it."""
     tensor_cores: int
@@ -206,6 +215,9 @@ def _load_widths(ptx: str) -> dict[str, int]:
     widths: dict[str, int] = {}
     for vector, bits in re.findall(r"ld\.global(?:\.\w+)*?(?:\.(v[248]))?\.[bfsu](\d+)", ptx):
         width = str(int(vector[1:] or 1) * int(bits) if vector else int(bits))
+        widths[width] = widths.get(width, 0) + 1
+    for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)[,;]", ptx):
+        width = str(8 * int(size, 0))  # straight to shared memory
         widths[width] = widths.get(width, 0) + 1
     return widths
 
@@ -412,12 +424,12 @@ def chunks_specs() -> Iterator[Spec]:
 
 
 def neighbors_specs(target: str) -> Iterator[Spec]:
-    """The bank walked by a filter and for moments, with and without identities."""
+    """Forward and backward by the k nearest, and the moments of all, with and without identities."""
     import torch
 
     from fcn_kernels.device import gpu
     from fcn_kernels.neighbors.kernels import launch
-    from fcn_kernels.neighbors.problem import Problem
+    from fcn_kernels.neighbors.problem import Arriving, Problem, Statistics
 
     original = gpu.INTERPRETER
     gpu.INTERPRETER = gpu.Device(PROCESSORS[target], cooperative=target.startswith("sm"))
@@ -430,8 +442,16 @@ def neighbors_specs(target: str) -> Iterator[Spec]:
                     problem = Problem(x, bank, *numbers, k=k)
                     kind = str(dtype).removeprefix("torch.")
                     label = f"{kind} neighbors (70, 1000, 512) K={k}{' ids' if ids else ''}"
-                    run = partial(launch.forward, problem)
-                    yield from record(label, launch, ("filter_scores", "sum_moments"), run)[:1]
+
+                    def both(problem: Problem = problem) -> None:
+                        launch.forward(problem)
+                        if problem.k:
+                            arriving = Arriving(torch.ones(70), torch.ones(70))
+                            found = Statistics.empty(problem)._replace(indices=torch.zeros(70, problem.k).long())
+                            launch.backward(problem, arriving, found, (True, True))
+
+                    specs = record(label, launch, NEIGHBORS_KERNELS, both)
+                    yield from {str(spec): spec for spec in specs}.values()
     finally:
         gpu.INTERPRETER = original
 

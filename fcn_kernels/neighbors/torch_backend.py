@@ -68,25 +68,26 @@ def unit_rows(p: Problem, rows: Tensor, ids: Tensor | None) -> Rows:
     return Rows(unit.where(good[:, None], 0), norms, good, ids)
 
 
-def _slices(length: int, step: int) -> Iterator[slice]:
+def slices(length: int, step: int) -> Iterator[slice]:
+    """Of so many, step at a time."""
     yield from (slice(at, min(at + step, length)) for at in range(0, length, step))
 
 
 def _bank_tiles(p: Problem) -> Iterator[tuple[int, Rows]]:
     """Pieces of the bank, with where they begin."""
-    for part in _slices(p.bank.shape[0], TILE_BANK):
+    for part in slices(p.bank.shape[0], TILE_BANK):
         yield part.start, unit_rows(p, p.bank[part], None if p.bank_ids is None else p.bank_ids[part])
 
 
 def _row_tiles(rows: Rows) -> Iterator[tuple[slice, Rows]]:
-    for part in _slices(rows.unit.shape[0], TILE_ROWS):
+    for part in slices(rows.unit.shape[0], TILE_ROWS):
         yield part, Rows(*(None if t is None else t[part] for t in rows))  # type: ignore[arg-type]
 
 
 def pair_scores(u: Tensor, v: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """u_i . v_j (P,) of places i, j (P,): the score of a pair, which depends on its two rows alone."""
     scores = u.new_empty(i.shape[0])
-    for part in _slices(i.shape[0], _pairs_at_a_time(u)):
+    for part in slices(i.shape[0], _pairs_at_a_time(u)):
         scores[part] = (u[i[part]] * v[j[part]]).sum(-1)
     return scores
 
@@ -213,7 +214,7 @@ def _gather(
     dv = du.new_zeros(p.bank.shape if of_bank else (0,))
     if not len(p.bank):
         return du, dv
-    for part in _slices(len(du), max(1, _pairs_at_a_time(du) // p.k)):
+    for part in slices(len(du), max(1, _pairs_at_a_time(du) // p.k)):
         places = found.indices[part]
         there = places >= 0
         v = unit_rows(p, p.bank[places.clamp(min=0).flatten()], None).unit.view(*places.shape, -1)  # [n, k, c]
@@ -230,7 +231,7 @@ def _sum_by_place(out: Tensor, places: Tensor, weights: Tensor, unit: Tensor) ->
     """out_j += sum of weight u_i over the pairs (i, j), in the order of i."""
     places, order = places.sort(stable=True)
     k = max(1, len(places) // max(1, len(unit)))
-    for part in _slices(len(places), _pairs_at_a_time(unit)):
+    for part in slices(len(places), _pairs_at_a_time(unit)):
         pairs = order[part][places[part] >= 0]
         where, many = places[part][places[part] >= 0].unique_consecutive(return_counts=True)
         if len(where):

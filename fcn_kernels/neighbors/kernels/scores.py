@@ -62,11 +62,12 @@ def score_tile(x, bank, row, column, C, BUILD: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "M", "tiles", "room"])
 def filter_scores(
     rows_ptr, bank_ptr, row_scale_ptr, bank_scale_ptr, row_ids_ptr, bank_ids_ptr, N, M, C, stride_rows, stride_bank,
-    tiles, floor_ptr, scores_ptr, places_ptr, counts_ptr, room, BUILD: tl.constexpr,
+    tiles, live_ptr, floor_ptr, scores_ptr, places_ptr, counts_ptr, room, BUILD: tl.constexpr,
 ):  # fmt: skip
     """Scores (N, S, room) of at least floor (N,) with their bank rows, in the order of these, and how many (N, S).
 
-    A program takes BLOCK_N rows past the tiles of one of S parts of the bank. A count may be more than the room.
+    A program takes BLOCK_N rows past the tiles of one of S parts of the bank. A count may be more than the room. Rows
+    that are not live are left as they are, and a tile of none but these walks nothing.
     """
     x = Side(rows_ptr, row_scale_ptr, row_ids_ptr, N, stride_rows)
     bank = Side(bank_ptr, bank_scale_ptr, bank_ids_ptr, M, stride_bank)
@@ -74,23 +75,27 @@ def filter_scores(
     first = tl.program_id(0) * BUILD.BLOCK_N
     rows = first + tl.arange(0, BUILD.BLOCK_N)
     floor = tl.load(floor_ptr + rows, rows < N, float("inf"))
+    live, last = rows < N, tl.minimum((split + 1) * tiles, tl.cdiv(M, BUILD.BLOCK_M))
+    if live_ptr is not None:
+        live = live & (tl.load(live_ptr + rows, rows < N, 0) != 0)
+        last = tl.where(tl.max(live.to(tl.int32), 0) > 0, last, 0)
     begin = (first.to(tl.int64) * splits + split) * room  # of the first row's entries
     scores_ptr += begin
     places_ptr += begin
     slot = tl.arange(0, BUILD.BLOCK_N) * splits * room
     kept = tl.zeros([BUILD.BLOCK_N], tl.int32)
-    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(M, BUILD.BLOCK_M))):
+    for tile in range(split * tiles, last):
         scores, part = score_tile(x, bank, first, tile * BUILD.BLOCK_M, C, BUILD)
         columns = tl.arange(0, BUILD.BLOCK_M) + tile * BUILD.BLOCK_M
         # -- places by a prefix sum: no atomics, and always in one order --
-        stays = (part & (scores >= floor[:, None])).to(tl.int32)  # [n, m]
+        stays = (part & live[:, None] & (scores >= floor[:, None])).to(tl.int32)  # [n, m]
         at = kept[:, None] + tl.cumsum(stays, 1) - 1
         stored = (stays > 0) & (at < room)
         where = slot[:, None] + at
         tl.store(scores_ptr + where, scores, stored)
         tl.store(places_ptr + where, tl.broadcast_to(columns[None, :], (BUILD.BLOCK_N, BUILD.BLOCK_M)), stored)
         kept += tl.sum(stays, 1)
-    tl.store(counts_ptr + rows.to(tl.int64) * splits + split, kept, rows < N)
+    tl.store(counts_ptr + rows.to(tl.int64) * splits + split, kept, live)
 
 
 @triton.jit(do_not_specialize=["N", "M", "tiles", "least"])
