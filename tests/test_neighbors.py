@@ -116,7 +116,7 @@ def test_gradcheck(options: dict[str, Any], normalized: bool, double_backend: st
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
 def test_a_gradient_that_is_not_wanted_changes_no_bit_of_the_other(wanted: tuple[bool, bool], backend: str) -> None:
     def gradients(asked: tuple[bool, bool]) -> list[Tensor | None]:
-        tensors = [draw(n, 20, seed=n).requires_grad_(w) for n, w in zip((30, 50), asked, strict=True)]
+        tensors = [draw(n, 20, seed=n).requires_grad_(w) for n, w in zip((12, 40), asked, strict=True)]
         got = context_statistics(*tensors, 5, backend=backend)
         (got.mean.cumsum(0).sum() + got.std.sum()).backward()
         return [t.grad for t in tensors]
@@ -299,7 +299,7 @@ def test_a_bank_in_rising_order(backend: str) -> None:
 def test_a_row_gives_the_same_bits_in_any_batch_tiling_and_number_of_threads(
     options: dict[str, Any], threads: Any, backend: str
 ) -> None:
-    n, m = (70, 200) if backend == "triton" else (300, 700)  # the interpreter is slow
+    n, m = (40, 130) if backend == "triton" else (300, 700)  # the interpreter is slow
     x, bank = draw(n, 33), draw(m, 33, seed=1)
     ids = {"ids": torch.arange(n) // 4, "bank_ids": torch.arange(m) // 7}
     threads(1)
@@ -309,7 +309,7 @@ def test_a_row_gives_the_same_bits_in_any_batch_tiling_and_number_of_threads(
     for part in (slice(0, 1), slice(5, 12), slice(37, n)):
         some = {"ids": ids["ids"][part], "bank_ids": ids["bank_ids"]}
         assert same_bits(context_statistics(x[part], bank, **options, **some, backend=backend), whole, part)
-    if options["k"]:
+    if options["k"] and backend != "triton":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch_backend, "TILE_BANK", 64)
             patch.setattr(torch_backend, "TILE_ROWS", 10)

@@ -11,9 +11,9 @@ import triton.language as tl
 def unit_row(rows_ptr, scale_ptr, row, there, stride, cols, C):
     """A row [c] times its scale, float32; 0 where it is not usable or not there."""
     scale = tl.load(scale_ptr + row, there, 0.0)
-    inside = tl.where(cols < C, scale, 0.0) > 0
-    elements = tl.load(rows_ptr + tl.cast(row, tl.int64) * stride + cols, inside, 0.0)
-    return elements.to(tl.float32) * scale
+    elements = tl.load(rows_ptr + tl.cast(row, tl.int64) * stride + cols, cols < C, 0.0).to(tl.float32)
+    scales = tl.where(cols < C, scale, 0.0)  # a mask of them would have the elements loaded one by one
+    return tl.where(scales > 0, elements * scales, 0.0)
 
 
 @triton.jit
