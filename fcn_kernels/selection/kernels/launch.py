@@ -117,7 +117,8 @@ def backward_plans(
 ) -> tuple[Plan, ...]:
     """As :func:`forward_plans`."""
     chunk = _chunk(dim, itemsize)
-    return _plans(sets, rows, dim, chunk, -(-dim // chunk) * chunk, ragged, device, BACKWARD_AT_ONCE)
+    held = max(2 * POINT, -(-dim // chunk) * chunk)  # a row has two weights and two sums beside it
+    return _plans(sets, rows, dim, chunk, held, ragged, device, BACKWARD_AT_ONCE)
 
 
 def _chunk(dim: int, itemsize: int) -> int:
