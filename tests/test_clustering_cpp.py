@@ -191,6 +191,9 @@ def test_what_is_kept_of_parameters_is_never_stale():
     check()
     head.blocks[1].fc2.weight.data = head.blocks[1].fc2.weight.data.mT.contiguous().mT * 2
     check()
+    head.blocks[0].fc1.weight.data[1, 2] += 1  # one number, which no sample need hold
+    head.eval()
+    check()
     assert len({id(one) for one in made}) >= 5
     for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
         assert not other._kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -469,6 +469,11 @@ class ClusterAggregate(nn.Module):
         norm = torch.linalg.vector_norm(aggregate, dim=-1)
         descriptor = aggregate / torch.where(norm > 0, norm, 1)[:, None]
         return Fused(descriptor.to(self.centers.dtype), norm, means, confidence, state.counts, None)
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module's; ``eval()`` also forgets what was made of parameters, should ``.data`` have changed them."""
+        self._kept = MappingProxyType({})
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_kept"}
