@@ -471,7 +471,7 @@ class ClusterAggregate(nn.Module):
         return Fused(descriptor.to(self.centers.dtype), norm, means, confidence, state.counts, None)
 
     def train(self, mode: bool = True) -> Self:
-        """As every module's; ``eval()`` also forgets what was made of parameters, should ``.data`` have changed them."""
+        """As every module's; ``eval()`` also forgets what was made of parameters, as ``.data`` may have changed."""
         self._kept = MappingProxyType({})
         return super().train(mode)
 
