@@ -1,4 +1,4 @@
-"""Fixtures that run a test on every backend and, of the Triton kernels, every tier."""
+"""Fixtures that run a test on every backend and, of the Triton kernels, on whole sets and on sets in parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if HAS_TRITON:
 else:
     TIERS = ()
 
-WHERE = ("torch", "cpp", *(f"triton, {tier}" for tier in TIERS))
+# Launches of two lengths are those of whole sets, twice: `test_kernels.py` has them.
+WHERE = ("torch", "cpp", *(f"triton, {tier}" for tier in TIERS if tier != "two lengths"))
 
 
 @pytest.fixture(params=WHERE)

@@ -137,8 +137,8 @@ def test_squared_distances_far_from_the_origin(where: str, select: Select) -> No
             torch.testing.assert_close(got.min_distances.double(), want.min_distances, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_gradients_far_from_the_origin(offset: float, select: Select) -> None:
+def test_gradients_far_from_the_origin(select: Select) -> None:
+    offset = 1e4
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(2, 15, 3, generator=generator) + offset
     grad = torch.randn(2, 4, 3, generator=generator)
