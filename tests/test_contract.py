@@ -1,4 +1,4 @@
-"""What a call promises at its edges, on every backend and, of the Triton kernels, on whole sets and on sets in parts."""
+"""What a call promises at its edges, on every backend; Triton's kernels on whole sets and on sets in parts."""
 
 from __future__ import annotations
 
