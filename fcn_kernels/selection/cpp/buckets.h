@@ -66,7 +66,13 @@ class Buckets {
 
     // The farthest row, the lowest of equals; -1 where there is none.
     int64_t farthest(Acc& logit) {
-        const Acc highest = *std::max_element(farthest_in.begin(), farthest_in.end());
+        Vec most = load_work(&farthest_in[0]);
+        for (int64_t b = LANES; b < boxes; b += LANES) {
+            const Vec next = load_work(&farthest_in[b]);
+            most = next > most ? next : most;
+        }
+        Acc highest = most[0];
+        for (int lane = 1; lane < LANES; ++lane) highest = std::max(highest, most[lane]);
         last = -1;
         for (int64_t b = 0; highest >= 0 && b < count; ++b) {
             if (farthest_in[b] != highest) continue;

@@ -371,9 +371,11 @@ class Selection {
 
     int64_t farthest_of_buckets(int64_t step) {
         if (!buckets) buckets.reset(new Buckets(points, set.n, barred.get(), least.get(), weight.get()));
-        buckets->meet(&directions[(step - 1) * padded(call.dim)], [&](int64_t i) {
-            if (nearest) nearest[i] = step - 1;
-        });
+        const Acc* const point = &directions[(step - 1) * padded(call.dim)];
+        if (nearest)
+            buckets->meet(point, [&](int64_t i) { nearest[i] = step - 1; });
+        else
+            buckets->meet(point, [](int64_t) {});  // without a look at each row
         Acc logit = 0;
         const int64_t row = buckets->farthest(logit);
         least[row] = logit;
