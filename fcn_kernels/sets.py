@@ -39,6 +39,11 @@ def row_norms(rows: Tensor) -> Tensor:
     return norms
 
 
+def finite_marks(rows: Tensor) -> Tensor:
+    """1 for rows of finite numbers, NaN for others, (..., C) -> (...): what stands for norms where none are wanted."""
+    return rows.mul(0).sum(-1).add(1)
+
+
 def unpack_nested(
     features: Tensor, quality: Quality, mask: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Quality, Tensor | None]:

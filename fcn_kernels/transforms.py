@@ -12,6 +12,15 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def one_by_one(function: Any, count: int, dims: Any, args: Any) -> Any:
+    """Under vmap: outputs of a function for each of ``count`` calls, stacked, and where."""
+    each = [
+        function.apply(*(a if d is None else a.select(d, i).contiguous() for a, d in zip(args, dims, strict=True)))
+        for i in range(count)
+    ]
+    return tuple(torch.stack(found) for found in zip(*each, strict=True)), (0,) * len(each[0])
+
+
 def transformable(
     run: Callable[..., Any], save: Callable[..., None], differentiate: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
@@ -29,11 +38,7 @@ def transformable(
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-            each = [
-                Transformable.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
-                for i in range(info.batch_size)
-            ]
-            return tuple(torch.stack(found) for found in zip(*each, strict=True)), (0,) * len(each[0])
+            return one_by_one(Transformable, info.batch_size, in_dims, args)
 
         setup_context = staticmethod(save)
         backward = staticmethod(differentiate)

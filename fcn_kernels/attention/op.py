@@ -23,6 +23,7 @@ from fcn_kernels.attention.inputs import Arriving, Gradients, Inputs, Outputs
 from fcn_kernels.backends import has_tangent, resolve_backend, without_autocast
 from fcn_kernels.noise import draw_seed
 from fcn_kernels.sets import RowSets, accumulator
+from fcn_kernels.transforms import is_transformed
 
 
 def set_attention(
@@ -82,7 +83,7 @@ def set_attention(
     inputs = Inputs(
         queries.to(dtype), features, quality.to(dtype), encoding_weight.to(dtype), *sets, seed, dropout, encoding_eps
     )
-    out, weight_sum, _ = (_Transformed.apply if _transformed() else _run)(*inputs)
+    out, weight_sum, _ = (_Transformed.apply if is_transformed() else _run)(*inputs)
     return out, weight_sum
 
 
@@ -149,7 +150,7 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_weight_sum: Tensor, _: Tenso
     *tensors, out, weight_sum, lse = ctx.saved_tensors
     delta = (grad_out * out).sum(-1) + grad_weight_sum * weight_sum
     arriving = Arriving(lse, grad_out, grad_weight_sum, delta)
-    run = _TransformedBackward.apply if _transformed() else _run_backward
+    run = _TransformedBackward.apply if is_transformed() else _run_backward
     grads = run(*tensors, *ctx.constants, *arriving)
     return *grads, *(None,) * (_FIELDS - len(grads))
 
@@ -160,10 +161,6 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
 
 torch.library.register_autograd("fcn_kernels::set_attention", _differentiate, setup_context=_save, lib=_library)
 torch.library.register_autograd("fcn_kernels::set_attention_backward", _no_second_derivative, lib=_library)
-
-
-def _transformed() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 class _Transformed(torch.autograd.Function):

@@ -31,7 +31,7 @@ def anchor_distances(p: Problem, anchors: Tensor, offsets: Tensor | None) -> Ten
                 at = slice(begin, min(begin + step, last))
                 x = rows[at].to(dtype)
                 quality = row_norms(x) if p.quality is None else p.quality[at]
-                gaps = _squared_distances(x, chosen) if p.euclidean else _cosine_gaps(p, x, chosen, norms)
+                gaps = squared_distances(x, chosen) if p.euclidean else cosine_gaps(x, chosen, norms, p.normalized)
                 out[at] = p.distance_scale * quality**gamma * gaps
     return out.nan_to_num_(math.inf, math.inf)  # rows that are not finite cannot be picked
 
@@ -48,36 +48,31 @@ def _pairs(p: Problem, anchors: Tensor, offsets: Tensor | None) -> list[tuple[in
     return list(zip(bounds[:-1], bounds[1:], theirs[:-1], theirs[1:], strict=True))
 
 
-def _cosine_gaps(p: Problem, x: Tensor, anchors: Tensor, norms: Tensor) -> Tensor:
+def cosine_gaps(x: Tensor, anchors: Tensor, norms: Tensor, normalized: bool = False) -> Tensor:
     """1 - max_a cos(x_n, a): a matrix product finds the nearest, and a product of the two alone says how near it is, so
     that a copy of an anchor is exactly 0 away."""
-    units = anchors if p.normalized else anchors / norms[:, None]
+    units = anchors if normalized else anchors / norms[:, None]
     nearest = (x @ units.T).argmax(-1)
     each = torch.arange(len(anchors), device=x.device)
-    own, along = _products(anchors, units, each), _products(x, units, nearest)
-    if not p.normalized:
+    own = pair_products(anchors, units, each, each)
+    along = pair_products(x, units, torch.arange(len(x), device=x.device), nearest)
+    if not normalized:
         own, along = own / norms, along / row_norms(x)
     return torch.where(along == own[nearest], 0, 1 - along).clamp_(min=0)
 
 
-def _products(rows: Tensor, vectors: Tensor, at: Tensor) -> Tensor:
-    """x_n . v_at(n), (n,)."""
-    if not rows.is_cpu:
-        return (rows * vectors[at]).sum(-1)
-    return pair_products(rows, vectors, torch.arange(len(rows)), at)
-
-
-def _squared_distances(x: Tensor, anchors: Tensor) -> Tensor:
+def squared_distances(x: Tensor, anchors: Tensor) -> Tensor:
     """min_a |x_n - a|^2, of differences: norms and products would lose what is small beside the norms."""
     if x.is_cpu and x.dtype == torch.float32 and x.shape[1] > FEW_COLUMNS:
         nearest = _nearest(x.double(), anchors.double())
     else:
-        nearest = _nearest_by_differences(x, anchors)
+        nearest = distances_by_differences(x, anchors).argmin(-1)
     return (x - anchors[nearest]).square_().sum(-1)
 
 
-def _nearest_by_differences(x: Tensor, anchors: Tensor) -> Tensor:
-    return torch.cdist(x, anchors, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
+def distances_by_differences(x: Tensor, others: Tensor) -> Tensor:
+    """|x_n - other| of all pairs, each made of differences."""
+    return torch.cdist(x, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _nearest(x: Tensor, anchors: Tensor) -> Tensor:
@@ -92,7 +87,7 @@ def _nearest(x: Tensor, anchors: Tensor) -> Tensor:
     best, nearest = scores.min(-1)
     unsure = ((scores <= (best + 2 * error)[:, None]).sum(-1) > 1).nonzero()[:, 0]
     if len(unsure):
-        nearest[unsure] = _nearest_by_differences(x[unsure], around)
+        nearest[unsure] = distances_by_differences(x[unsure], around).argmin(-1)
     return nearest
 
 

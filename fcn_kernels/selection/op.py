@@ -20,6 +20,7 @@ from fcn_kernels.selection.anchors import anchor_distances
 from fcn_kernels.selection.cpp import launch as cpp
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
 from fcn_kernels.sets import accumulator
+from fcn_kernels.transforms import one_by_one
 
 _FIELDS = len(Problem._fields)
 _TENSORS = tensors(Problem)
@@ -186,7 +187,7 @@ class _Select(torch.autograd.Function):
         """A dimension more is sets more: one call takes them all, where they share gamma, tau and seed."""
         folded = _folded(info.batch_size, Problem(*in_dims[1:]), Problem(*args[1:]))
         if folded is None:
-            return _one_by_one(_Select, info.batch_size, in_dims, args)
+            return one_by_one(_Select, info.batch_size, in_dims, args)
         out = _Select.apply(args[0], *folded)
         # (R,); (K, R); or sets first
         along = [0] * 4 + [1 if found.ndim == 2 else 0 for found in out[4:]]
@@ -222,15 +223,6 @@ def _folded(count: int, dims: Problem, p: Problem) -> Problem | None:
     )
 
 
-def _one_by_one(function: Any, count: int, dims: Any, args: Any) -> Any:
-    """Outputs of a function for each of ``count`` calls, stacked."""
-    each = [
-        function.apply(*(a if d is None else a.select(d, i).contiguous() for a, d in zip(args, dims, strict=True)))
-        for i in range(count)
-    ]
-    return tuple(torch.stack(found) for found in zip(*each, strict=True)), (0,) * len(each[0])
-
-
 # Function.apply without its look at the signature of `forward`, which takes 70 us a call.
 _apply = super(torch.autograd.Function, _Select).apply
 
@@ -254,7 +246,7 @@ class _SelectBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         """jacrev asks for the gradients of many outputs of one call."""
-        return _one_by_one(_SelectBackward, info.batch_size, in_dims, args)
+        return one_by_one(_SelectBackward, info.batch_size, in_dims, args)
 
 
 def _select_autograd(*args: Any) -> tuple[Tensor | list[Tensor], ...]:

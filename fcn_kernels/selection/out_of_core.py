@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fcn_kernels.selection.anchors import cosine_gaps, distances_by_differences, squared_distances
 from fcn_kernels.selection.problem import Problem
 from fcn_kernels.selection.torch_backend import pair_products, reported, weights_of
-from fcn_kernels.sets import accumulator, row_norms, usable
+from fcn_kernels.sets import accumulator, finite_marks, row_norms, usable
 
 BLOCK_BYTES = 8 << 20  # of rows at a time, in file order
 FIRST_ROWS = 64  # that a step reads; if they do not settle it, twice as many, and so on up to a block
@@ -103,18 +104,15 @@ class Picker:
         first = None if anchors is not None else self._foreseen()
         count = len(self.rows)
         norms, gap = torch.empty(count, dtype=self.dtype), torch.full((count,), self.unknown, dtype=self.dtype)
-        others = torch.empty(0, self.rows.shape[1], dtype=self.dtype)
-        if anchors is not None:
-            others = anchors.to(self.dtype)
-            if not self.euclidean:
-                others = others / row_norms(others)[:, None]
+        others = torch.empty(0, self.rows.shape[1], dtype=self.dtype) if anchors is None else anchors.to(self.dtype)
+        lengths = row_norms(others)
         for at in self._blocks(count):
             x = self.rows[at].to(self.dtype)
             norms[at] = self._norms(x)
             if len(others) and self.euclidean:
-                gap[at] = _distances(x, others).amin(1).square_()
+                gap[at] = squared_distances(x, others)
             elif len(others):
-                gap[at] = (1 - (x @ others.T).amax(1) / norms[at]).clamp(min=0)
+                gap[at] = cosine_gaps(x, others, lengths)
             elif first is not None:
                 numbers = torch.arange(len(x))
                 gap[at] = self._gaps(x, norms[at], first, numbers, torch.zeros_like(numbers))
@@ -126,7 +124,7 @@ class Picker:
 
     def _norms(self, x: Tensor) -> Tensor:
         """|x_n|; where distances are squared, 1 for rows that are finite, else NaN."""
-        return x.mul(0).sum(-1).add(1) if self.euclidean else row_norms(x)
+        return finite_marks(x) if self.euclidean else row_norms(x)
 
     def _gaps(self, x: Tensor, norms: Tensor, picks: _Pick, i: Tensor, j: Tensor) -> Tensor:
         """1 - cos(x_i, pick_j), or |x_i - pick_j|^2 (P,), exactly 0 for a pick and its duplicates."""
@@ -138,7 +136,7 @@ class Picker:
     def _nearest(self, x: Tensor, norms: Tensor, picks: _Pick) -> tuple[Tensor, Tensor]:
         """Pairs of a row and a pick (P,), (P,), among them each row's nearest: what rounding leaves in doubt."""
         if self.euclidean:
-            distance = _distances(x, picks.direction)
+            distance = distances_by_differences(x, picks.direction)
             near = distance <= distance.amin(1, keepdim=True) * (1 + 4 * (x.shape[1] + 2) * torch.finfo(self.dtype).eps)
         else:
             cosine = x @ picks.direction.T / norms[:, None]
@@ -231,11 +229,6 @@ class Picker:
     def _remember(self, row: int) -> None:
         new = _Pick.of(self.rows[row].to(self.dtype), self.known.norms[row])
         self._picks = _Pick(*(torch.cat(parts) for parts in zip(self._picks, new, strict=True)))
-
-
-def _distances(x: Tensor, others: Tensor) -> Tensor:
-    """|x_n - other| of all pairs, made of differences."""
-    return torch.cdist(x, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _advise(rows: Tensor, advice: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fcn_kernels.backends import without_autocast
 from fcn_kernels.noise import STEPS_PER_DRAW, gumbel_noise
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
-from fcn_kernels.sets import GROUP_BYTES, accumulator, row_norms, usable
+from fcn_kernels.sets import GROUP_BYTES, accumulator, finite_marks, row_norms, usable
 
 # Sets of a packed batch share a padded group only if none is padded to more than twice its length.
 MAX_PADDING = 2
@@ -185,9 +185,9 @@ class _Rows:
         """|x_n|, (G, n)."""
         return _joined([row_norms(rows) for _, rows in self.blocks()])
 
-    def are_finite(self) -> Tensor:
+    def finite_marks(self) -> Tensor:
         """1 for rows of finite numbers, NaN for others, (G, n)."""
-        return _joined([rows.mul(0).sum(-1).add(1) for _, rows in self.blocks()])
+        return _joined([finite_marks(rows) for _, rows in self.blocks()])
 
     def squared_distances(self, vectors: Tensor) -> Tensor:
         """|x_n - v|^2 for each set's own v (G, C), (G, n): of differences, which rows far from the origin have, too."""
@@ -217,11 +217,13 @@ def row_products(rows: Tensor, vectors: Tensor) -> Tensor:
 
 
 def pair_products(rows: Tensor, vectors: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """rows_i . vectors_j of rows (n, C) and vectors (m, C) on a CPU, for places i, j (P,): each pair by itself.
+    """rows_i . vectors_j of rows (n, C) and vectors (m, C), for places i, j (P,): each pair by itself.
 
-    A matrix product adds up the last rows of a block otherwise than the rest. An embedding bag's gradient of its
-    weights is such products, made in one read; the plain form reads and writes the rows once more.
+    A matrix product adds up the last rows of a block otherwise than the rest. On CPUs an embedding bag's gradient of
+    its weights is such products, made in one read; the plain form reads and writes the rows once more.
     """
+    if not rows.is_cpu:
+        return (rows[i] * vectors[j]).sum(-1)
     along: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         vectors, rows, i, offsets=j[:0], offset2bag=j, mode=0
     )
@@ -235,7 +237,7 @@ def _joined(blocks: list[Tensor]) -> Tensor:
 def _norms(p: Problem, group: _Group) -> Tensor:
     """|x_n| (G, n); of the Euclidean metric, which has no use for them, 1 for rows that are finite, else NaN."""
     x = _Rows(group.raw)
-    return x.are_finite() if p.euclidean else x.norms()
+    return x.finite_marks() if p.euclidean else x.norms()
 
 
 # --- the steps ----------------------------------------------------------------------------------------------------
