@@ -33,11 +33,12 @@ from fcn_kernels.selection.kernels.common import (
     Weights,
     add_noise,
     finite_or_nan,
+    load_earlier,
     noise_unit,
     scalar,
     softmax_term,
+    times_power_of_two,
     weight_of,
-    within_earlier,
 )
 from fcn_kernels.selection.kernels.forward import load_chunk, unit_vector
 
@@ -147,13 +148,9 @@ def times_prob(value, prob):
 
 
 @triton.jit
-def share_with_earlier(rows, weights, gap, share, quality, n, inside, exponent):
+def share_with_earlier(share, distance, earlier):
     """The share [n] that distances to what was picked before this call leave to a step's."""
-    if rows.earlier is not None:
-        distance = gap * weight_of(weights, quality, exponent)
-        earlier = within_earlier(rows, tl.zeros_like(gap) + float("inf"), n, inside, exponent)
-        share = tl.where(distance < earlier, share, tl.where(distance == earlier, tl.minimum(share, 0.5), 0.0))
-    return share
+    return tl.where(distance < earlier, share, tl.where(distance == earlier, tl.minimum(share, 0.5), 0.0))
 
 
 @triton.jit
@@ -161,7 +158,9 @@ def route_min_grad(rows, kept, state, weights, min_grad, allowed, quality, n, in
     """Divide the minimum's gradient [n] of step + 1 between the distance to pick ``step`` and those before it."""
     exponent = exponent_of(kept, step + 1)
     gap, _, share = load_gap(rows, kept, n, inside, step)
-    share = share_with_earlier(rows, weights, gap, share, quality, n, inside, exponent)
+    if rows.earlier is not None:
+        earlier = times_power_of_two(load_earlier(rows, n, inside), -exponent)
+        share = share_with_earlier(share, gap * weight_of(weights, quality, exponent), earlier)
     weight = whole_weight(weights, quality, exponent)
     mine = tl.where(allowed, share * min_grad, 0.0)
     dcos = -weight * mine
@@ -201,8 +200,11 @@ def prepare_step(rows, part, kept, state, weights, step, mean, settle, tau, BUIL
         tl.store(state.min_grad + rows.first + n, min_grad, mask=inside)
         # -- this step's softmax
         gap, in_softmax, share = load_gap(rows, kept, n, inside, step - 1)
-        logits = within_earlier(rows, gap * weight_of(weights, quality, exponent), n, inside, exponent)
-        share = share_with_earlier(rows, weights, gap, share, quality, n, inside, exponent)
+        logits = gap * weight_of(weights, quality, exponent)
+        if rows.earlier is not None:
+            earlier = times_power_of_two(load_earlier(rows, n, inside), -exponent)
+            share = share_with_earlier(share, logits, earlier)
+            logits = tl.minimum(logits, earlier)
         prob = probabilities(rows, kept, logits, n, inside, step, tau, BUILD)
         tl.store(state.prob + rows.first + n, tl.where(allowed & in_softmax, prob, 0.0), mask=inside)
         slope = tl.where(allowed, -whole_weight(weights, quality, exponent) * share, 0.0)

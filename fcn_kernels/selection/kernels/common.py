@@ -163,31 +163,24 @@ def weight_of(weights, quality, exponent):
 
 
 @triton.jit
+def load_earlier(rows, n, inside):
+    """Distances [n] to what was picked before this call, where there are any."""
+    return tl.load(rows.earlier + rows.first + n, mask=inside, other=0.0)
+
+
+@triton.jit
 def opening_logits(rows, quality, n, inside):
     """What the first pick is the best of [n]: the quality, or the distance to what was picked before this call."""
     if rows.earlier is not None:
-        quality = tl.load(rows.earlier + rows.first + n, mask=inside, other=0.0)
+        quality = load_earlier(rows, n, inside)
     return quality
 
 
 @triton.jit
-def within_earlier(rows, logits, n, inside, exponent):
-    """The lesser of logits [n] in units of 2^exponent and of the distances to what was picked before this call."""
-    if rows.earlier is not None:
-        earlier = tl.load(rows.earlier + rows.first + n, mask=inside, other=0.0)
-        logits = tl.minimum(logits, times_power_of_two(earlier, -exponent))
-    return logits
-
-
-@triton.jit
-def distance_of(rows, logits, n, inside, exponent):
-    """Distances [n] in units of 1, at most the largest number; as they were given where that is what they are."""
+def distance_of(logits, exponent):
+    """Distances [n] in units of 1, at most the largest number."""
     distance = times_power_of_two(logits, tl.minimum(tl.maximum(exponent, -252), 252))
-    distance = tl.where(distance == distance, tl.minimum(distance, MOST_FLOAT), 0.0)
-    if rows.earlier is not None:
-        earlier = tl.load(rows.earlier + rows.first + n, mask=inside, other=0.0)
-        distance = tl.where(logits == times_power_of_two(earlier, -exponent), earlier, distance)
-    return distance
+    return tl.where(distance == distance, tl.minimum(distance, MOST_FLOAT), 0.0)
 
 
 @triton.jit

@@ -33,6 +33,7 @@ from fcn_kernels.selection.kernels.common import (
     finite_or_nan,
     is_extreme,
     is_usable_norm,
+    load_earlier,
     log2_weight,
     noise_unit,
     opening_logits,
@@ -40,7 +41,6 @@ from fcn_kernels.selection.kernels.common import (
     softmax_term,
     times_power_of_two,
     weight_of,
-    within_earlier,
 )
 
 
@@ -307,15 +307,16 @@ def fresh_gaps(n, norm, product, pick, own, BUILD: tl.constexpr):
 
 
 @triton.jit
-def write_state(rows, out, n, allowed, gap, fresh, before, weight, logits, step, exponent):
+def write_state(rows, out, n, allowed, gap, fresh, before, weight, logits, earlier, step, exponent):
     """The distances [n] to the nearest pick so far, and which picks are nearer than all before them."""
     distance = fresh * weight
     nearer = allowed & (fresh < float("inf")) & ((distance < before * weight) | (before == float("inf")))
+    least = tl.where(gap < float("inf"), distance_of(logits, exponent), float("inf"))  # inf: no pick was made
     if rows.earlier is not None:
-        nearer = nearer & (distance < within_earlier(rows, tl.zeros_like(gap) + float("inf"), n, allowed, exponent))
+        scaled = times_power_of_two(earlier, -exponent)
+        nearer = nearer & (distance < scaled)
+        least = tl.where((logits == scaled) | (gap == float("inf")), earlier, least)  # as it was given
     tl.store(out.owners + rows.first + n, tl.zeros_like(n).to(tl.int64) + step, mask=nearer)
-    least = distance_of(rows, logits, n, allowed, exponent)
-    least = tl.where(gap < float("inf"), least, opening_logits(rows, gap, n, allowed))  # inf: no pick was made
     least = tl.where(gap == TAKEN, float("-inf"), least)
     tl.store(out.least + rows.first + n, least, mask=allowed)
 
@@ -353,9 +354,13 @@ def score_rows(rows, low, high, state, out, weights, step, made, pick, own, expo
             tl.store(at, bits.to(tl.float32, bitcast=True), mask=inside & more)
         # -- score
         weight = weight_of(weights, tl.where(allowed, quality, 1.0), exponent)
-        logits = within_earlier(rows, gap * weight, n, allowed, exponent)
+        logits = gap * weight
+        earlier = logits
+        if rows.earlier is not None:
+            earlier = load_earlier(rows, n, allowed)
+            logits = tl.minimum(logits, times_power_of_two(earlier, -exponent))
         if BUILD.STATE:
-            write_state(rows, out, n, allowed, gap, fresh, before, weight, logits, step, exponent)
+            write_state(rows, out, n, allowed, gap, fresh, before, weight, logits, earlier, step, exponent)
         score = add_noise(logits, rows, n, inside & more, step + 1, unit, BUILD.SEEDED)
         best = update_best(best, score, logits, n, allowed & (gap >= 0), exponent, tau, BUILD.KEEP)
     return reduce_best(best, exponent, tau, BUILD.KEEP)
@@ -454,9 +459,12 @@ def store_pick(rows, out, partial, step, there, values, count, BUILD: tl.constex
     tl.store(out.counts + rows.set_id, count.to(tl.int64))
     tl.store(out.picked + at * rows.C + cols, values, mask=cols < rows.C)
     tl.store(out.indices + at, tl.where(there, partial.row, -1).to(tl.int64))
-    distance = distance_of(rows, partial.logit, partial.row, there, partial.exponent)
+    distance = distance_of(partial.logit, partial.exponent)
     if rows.earlier is None:
         distance = tl.where(step == 0, float("inf"), distance)  # no pick is before the first
+    else:
+        earlier = load_earlier(rows, partial.row, there)
+        distance = tl.where(partial.logit == times_power_of_two(earlier, -partial.exponent), earlier, distance)
     tl.store(out.distances + at, tl.where(there, distance, 0.0))
     if BUILD.KEEP:
         tl.store(out.softmax + at * 3, partial.score)
