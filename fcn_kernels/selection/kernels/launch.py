@@ -30,6 +30,7 @@ WARPS = 4
 WIDE_WARPS = 8
 SHORT_ROWS = 64  # sets of a packed batch that a program of one warp takes
 FORWARD_AT_ONCE = 3  # programs of 4 warps on a multiprocessor
+STATE_AT_ONCE = 2  # with the state asked for: three left it 8 bytes short of registers on sm_80
 BACKWARD_AT_ONCE = 2
 REGISTERS = 65536  # of a multiprocessor
 SPLIT_ROWS = 32  # a part with less work than that costs more at the barrier than it saves
@@ -99,7 +100,7 @@ def _lie_side_by_side(features: Tensor) -> bool:
 
 
 def forward_plans(
-    sets: int, rows: int | None, dim: int, itemsize: int, ragged: bool, device: Device
+    sets: int, rows: int | None, dim: int, itemsize: int, ragged: bool, device: Device, at_once: int = FORWARD_AT_ONCE
 ) -> tuple[Plan, ...]:
     """The forward launches for ``sets`` sets of up to ``rows`` rows (None: known on the device alone).
 
@@ -109,7 +110,7 @@ def forward_plans(
     """
     chunk = _chunk(dim, itemsize)
     held = max(chunk, -(-dim // chunk) * chunk // 2)  # the compiler loads all chunks ahead, where they are few
-    return _plans(sets, rows, dim, chunk, held, ragged, device, FORWARD_AT_ONCE)
+    return _plans(sets, rows, dim, chunk, held, ragged, device, at_once)
 
 
 def backward_plans(
@@ -173,7 +174,7 @@ def forward(p: Problem, keep: bool, plans: Sequence[Plan] | None = None) -> Sele
     reads."""
     if p.dim > MAX_DIM:
         raise ValueError(f'expected at most {MAX_DIM} columns for backend="triton", got {p.dim}')
-    plans = plans or forward_plans(*_plan_sizes(p))
+    plans = plans or forward_plans(*_plan_sizes(p), STATE_AT_ONCE if p.return_state else FORWARD_AT_ONCE)
     out = Selected.empty(p, keep, normalizers=True)
     slots = p.sets * plans[0].parts
     if p.sets == 0:
