@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include <bit>
+
 #include "call.h"
 #include "integers.h"
 #include "support.h"
@@ -28,11 +30,12 @@ constexpr int64_t ALWAYS = 2;                      // of a call's filter; 0 is n
 constexpr int64_t LEAST_ROWS = 24;                 // of a call, below which memory is what is waited for
 constexpr int64_t LEAST_DIM = 48;                  // below, the product is not what takes time
 constexpr int64_t LEAST_BANK = 16;                 // times k: of fewer, most would be kept
+constexpr int64_t SPARE = 16;                      // of k entries, one more may be left by a bound that is found sooner
 constexpr int64_t SETTLED = 8;                     // where one score in so many wants float32, integers do not pay
 
 class Filter {
   public:
-    static int64_t room_for(int64_t k) { return 3 * k + 64; }
+    static int64_t room_for(int64_t k) { return 2 * k + 64 + LANES; }
 
     static bool suits(const Call& call) {
         const bool pays = call.n >= LEAST_ROWS && call.dim >= LEAST_DIM && call.m >= LEAST_BANK * call.k;
@@ -50,7 +53,8 @@ class Filter {
           error(error_of_integers(call.dim)),
           nearest(nearest),
           integers(call.rows + first * call.dim, rows, call.dim),
-          entries(rows * room),
+          scores(rows * room),
+          places(rows * room),
           sizes(rows),
           floors(rows),
           exact_columns(TILE_BANK * call.dim) {
@@ -85,7 +89,8 @@ class Filter {
     const Acc error;
     Nearest& nearest;  // of those with a score of float32
     const IntegerRows integers;
-    std::vector<Entry> entries;  // those with a score of integers
+    std::vector<Acc> scores;  // of integers, [row][room], in the order of the bank rows
+    std::vector<int32_t> places;
     std::vector<int64_t> sizes;
     std::vector<Acc> floors;  // what is not above has lost
     const Aligned exact_columns;
@@ -110,81 +115,110 @@ class Filter {
     }
 
     void tile(int64_t row, int64_t column, const IntegerPanel& bank, int64_t groups) {
-        alignas(BYTES) Acc scores[TILE_ROWS * TILE_BANK];
-        multiply(integers.panel_of(row), bank, groups, scores, std::make_index_sequence<TILE_ROWS * VECTORS>());
+        alignas(BYTES) Acc found[TILE_ROWS * TILE_BANK];
+        multiply(integers.panel_of(row), bank, groups, found, std::make_index_sequence<TILE_ROWS * VECTORS>());
         const int64_t used = std::min(TILE_ROWS, rows - row);
-        for (int64_t r = 0; r < used; ++r) keep(row + r, scores + r * TILE_BANK, column, bank.usable);
+        for (int64_t r = 0; r < used; ++r) keep(row + r, found + r * TILE_BANK, column, bank.usable);
     }
 
-    void keep(int64_t row, const Acc* scores, int64_t column, const bool* usable) {
-        for (int64_t v = 0; v < TILE_BANK; v += LANES) {
-            for (uint32_t bits = above(scores + v, floors[row]); bits; bits &= bits - 1) {
-                const int64_t j = v + __builtin_ctz(bits);
-                const bool own = call.ids && call.bank_ids[column + j] == call.ids[first + row];
-                if (usable[j] && !own && scores[j] > floors[row]) append(row, {scores[j], int32_t(column + j - begin)});
-            }
+    void keep(int64_t row, const Acc* found, int64_t column, uint32_t usable) {
+        const uint32_t any = (above(found, floors[row]) | above(found + LANES, floors[row]) << LANES) & usable;
+        for (int64_t v = 0; any && v < TILE_BANK; v += LANES) {
+            const uint32_t bits = any >> v & first_bits(LANES);
+            if (bits) append(row, load_work(found + v), column + v, of_others(row, column + v, bits));
         }
     }
 
-    Entry* of_row(int64_t row) { return entries.data() + row * room; }
+    // Of these bank rows, those of other identities.
+    uint32_t of_others(int64_t row, int64_t column, uint32_t bits) const {
+        if (!call.ids) return bits;
+        const __m512i own = _mm512_set1_epi64(call.ids[first + row]);
+        const auto half = [&](__mmask8 of, const int64_t* ids) -> uint32_t {
+            return _mm512_mask_cmpneq_epi64_mask(of, _mm512_maskz_loadu_epi64(of, ids), own);
+        };
+        return half(bits, call.bank_ids + column) | half(bits >> 8, call.bank_ids + column + 8) << 8;
+    }
 
-    void append(int64_t row, Entry entry) {
-        of_row(row)[sizes[row]++] = entry;
-        if (sizes[row] < room) return;
-        cut(row);
+    void append(int64_t row, Vec found, int64_t column, uint32_t bits) {
+        const int64_t at = row * room + sizes[row];
+        store_selected(&scores[at], found, bits);
+        store_selected(&places[at], COUNTING + int32_t(column - begin), bits);
+        sizes[row] += std::popcount(bits);
+        if (sizes[row] > room - LANES) make_room(row);
+    }
+
+    void make_room(int64_t row) {
+        cut(row, call.k / SPARE);
         if (sizes[row] <= room - room / 4) return;
         settled += sizes[row];
         settle(row);
+        if (nearest.cut(row) == call.k) floors[row] = std::max(floors[row], floor_below(nearest.threshold(row)));
     }
 
-    // The k best by integers come first; what cannot be among the k best is left out.
-    void cut(int64_t row) {
-        Entry* const from = of_row(row);
+    // Leaves out what loses by a score that at least k are above, and about `spare` more.
+    void cut(int64_t row, int64_t spare) {
         if (sizes[row] <= call.k) return;
-        std::nth_element(from, from + (call.k - 1), from + sizes[row], is_better);
-        leave_out(row, call.k, from[call.k - 1].score / (UNIT * UNIT) - error);
+        floors[row] = std::max(floors[row], floor_below(below_kth(row, spare) / (UNIT * UNIT) - error));
+        Acc* const score = &scores[row * room];
+        int32_t* const place = &places[row * room];
+        int64_t kept = 0;
+        for (int64_t i = 0; i < sizes[row]; i += LANES) {
+            const uint32_t bits = above_in(row, i, floors[row]);
+            const Ints from = load_ints(place + i);
+            store_selected(score + kept, load_work(score + i), bits);
+            store_selected(place + kept, from, bits);
+            kept += std::popcount(bits);
+        }
+        sizes[row] = kept;
     }
 
-    // Of the entries from `at` on those that lose by the k-th best score, or a lower one.
-    void leave_out(int64_t row, int64_t at, Acc kth) {
-        floors[row] = std::max(floors[row], floor_below(kth));
-        Entry *const from = of_row(row), *const end = from + sizes[row];
-        sizes[row] = std::remove_if(from + at, end, [&](auto& e) { return !(e.score > floors[row]); }) - from;
+    // By bisection, which counts a vector at a time; the branches of a selection by comparisons cannot be foreseen.
+    Acc below_kth(int64_t row, int64_t spare) const {
+        Acc low = std::max(floors[row], -2 * UNIT * UNIT), high = 2 * UNIT * UNIT;
+        for (int64_t count = sizes[row]; count > call.k + spare;) {
+            const Acc middle = (low + high) / 2;
+            if (middle <= low || middle >= high) break;
+            int64_t higher = 0;
+            for (int64_t i = 0; i < sizes[row]; i += LANES) higher += std::popcount(above_in(row, i, middle));
+            if (higher >= call.k) count = higher;
+            (higher >= call.k ? low : high) = middle;
+        }
+        return low;
+    }
+
+    // Of the row's entries from i on.
+    uint32_t above_in(int64_t row, int64_t i, Acc threshold) const {
+        return above(&scores[row * room + i], threshold) & first_bits(sizes[row] - i);
     }
 
     // What may be among the k best gets its score of float32, and goes to `nearest`.
     void settle(int64_t row) {
-        cut(row);
-        Entry* const from = of_row(row);
-        const int64_t sure = std::min(sizes[row], call.k);
-        rescore(row, from, sure);
-        if (sure < sizes[row]) {
-            const auto worst = std::min_element(from, from + sure, [](auto& a, auto& b) { return a.score < b.score; });
-            leave_out(row, sure, worst->score);
-            rescore(row, from + sure, sizes[row] - sure);
+        cut(row, 0);
+        alignas(BYTES) Acc found[TILE_BANK];
+        for (int64_t at = 0; at < sizes[row]; at += LANES) {
+            rescore(row, at, found);
+            for (int64_t j = 0; j < std::min<int64_t>(LANES, sizes[row] - at); ++j)
+                if (found[j] > nearest.threshold(row)) nearest.append(row, {found[j], places[row * room + at + j]});
         }
-        std::sort(from, from + sizes[row], [](auto& a, auto& b) { return a.place < b.place; });
-        for (int64_t i = 0; i < sizes[row]; ++i)
-            if (from[i].score > nearest.threshold(row)) nearest.append(row, from[i]);
         sizes[row] = 0;
-        if (nearest.cut(row) == call.k) floors[row] = std::max(floors[row], floor_below(nearest.threshold(row)));
     }
 
     // By the product that there is without a filter.
-    void rescore(int64_t row, Entry* of, int64_t count) {
-        alignas(BYTES) Acc scores[TILE_BANK];
-        const Row *these[TILE_BANK], *next[TILE_BANK];
-        const auto bank_row = [&](int64_t i) { return call.bank + (begin + of[i].place) * call.stride; };
-        for (int64_t at = 0; at < count; at += TILE_BANK) {
-            const int64_t n = std::min(TILE_BANK, count - at);
-            for (int64_t j = 0; j < n; ++j) {
-                these[j] = bank_row(at + j);
-                next[j] = bank_row(std::min(at + TILE_BANK + j, count - 1));
-            }
-            exact.pack(these, next, n, call.dim, call.normalized);
-            multiply<1, 1>(call.rows + (first + row) * call.dim, exact, call.dim, scores);
-            for (int64_t j = 0; j < n; ++j) of[at + j].score = scores[j];
+    void rescore(int64_t row, int64_t at, Acc* found) {
+        const Row *these[LANES], *next[LANES];
+        const int64_t n = std::min<int64_t>(LANES, sizes[row] - at);
+        const auto bank_row = [&](int64_t i) {
+            return call.bank + (begin + places[row * room + std::min(i, sizes[row] - 1)]) * call.stride;
+        };
+        for (int64_t j = 0; j < n; ++j) {
+            these[j] = bank_row(at + j);
+            next[j] = bank_row(at + LANES + j);
         }
+        const Acc* u = call.rows + (first + row) * call.dim;
+        exact.clear();
+        if (multiply_lanes<1, 1>(u, exact, 0, these, next, n, call.dim, call.normalized, found)) return;
+        exact.pack(these, next, n, call.dim, call.normalized);
+        multiply<1, 1>(u, exact, call.dim, found);
     }
 };
 

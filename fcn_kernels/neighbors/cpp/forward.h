@@ -17,7 +17,7 @@ namespace fcn_kernels {
 
 constexpr int64_t BLOCK_BYTES = 256 << 10;  // of packed bank rows, which stay in L2 while rows pass
 constexpr int64_t WALK_BYTES = 8 << 20;     // of a walk's packed rows, and of its entries
-constexpr int64_t MOST_ROWS = 1024;         // of a walk: the bank is packed once for them
+constexpr int64_t MOST_ROWS = 2048;         // of a walk: the bank is packed once for them
 constexpr int64_t LEAST_SHARE = 128;        // rows of a walk below which packing the bank costs more than they do
 constexpr int64_t FEW = TILE_ROWS / 3;      // rows for which packing the bank costs more than it saves
 constexpr int64_t SEGMENT = 4096;           // bank rows whose moments are summed by themselves; parts are whole ones
@@ -57,6 +57,8 @@ class Walk {
         const int64_t panels = (rows + TILE_ROWS - 1) / TILE_ROWS, size = TILE_BANK * call.dim;
         const int64_t block = std::max<int64_t>(1, BLOCK_BYTES / int64_t(size * sizeof(Acc)));
         const Aligned packed(panels * TILE_ROWS * call.dim), columns(block * size);
+        packed.clear();  // what stands for rows that there are not
+        columns.clear();
         std::vector<Panel> bank(block);
         for (int64_t t = 0; t < block; ++t) bank[t].columns = columns + t * size;
         pack_rows(call.rows + first * call.dim, rows, call.dim, packed);

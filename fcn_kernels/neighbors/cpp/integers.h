@@ -79,13 +79,14 @@ class IntegerRows {
 // TILE_BANK bank rows.
 struct IntegerPanel {
     int32_t* columns;  // [group][TILE_BANK] of GROUP integers
-    bool usable[TILE_BANK];
+    uint32_t usable;   // bit j: of bank row j
 
     // `n` rows, or TILE_BANK if there are more; `shorts` has room for LANES, and is 0. False where a row is called unit
     // and is not.
     bool pack(const Row* rows, int64_t stride, int64_t n, int64_t dim, bool normalized, int16_t* shorts) {
         const int64_t width = padded_shorts(dim), groups = groups_of(dim);
         bool unit = true;
+        usable = 0;
         for (int64_t at = 0; at < TILE_BANK; at += LANES) {
             for (int64_t j = 0; j < LANES; ++j)
                 unit &=
@@ -108,11 +109,11 @@ struct IntegerPanel {
   private:
     bool set(int64_t j, const Row* row, int64_t dim, bool normalized, int16_t* to) {
         const Acc norm = row ? norm_of(row, dim) : 0;
-        usable[j] = is_usable(norm);
-        if (!usable[j]) {
+        if (!is_usable(norm)) {
             std::fill_n(to, dim, int16_t(0));
             return true;
         }
+        usable |= uint32_t(1) << j;
         const Acc square = norm * norm;
         if (normalized) {
             if (square > MOST_SQUARE) return false;
@@ -131,6 +132,19 @@ struct IntegerPanel {
 // GCC 12 writes each sum of the intrinsic's to memory, which takes twice as long.
 inline void add_products(Ints& sums, Ints rows, Ints bank) {
     asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(rows), "v"(bank));
+}
+
+constexpr Ints COUNTING = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+inline uint32_t first_bits(int64_t count) { return count < LANES ? (1u << count) - 1 : (1u << LANES) - 1; }
+
+// Those lanes whose bits are set, one after the other; the rest of `to`, a vector, is 0.
+inline void store_selected(Acc* to, Vec from, uint32_t bits) {
+    store_work(to, _mm512_maskz_compress_ps(__mmask16(bits), from));
+}
+inline void store_selected(int32_t* to, Ints from, uint32_t bits) {
+    *reinterpret_cast<LooseInts*>(to) =
+        reinterpret_cast<Ints>(_mm512_maskz_compress_epi32(__mmask16(bits), reinterpret_cast<__m512i>(from)));
 }
 
 inline Ints load_ints(const int32_t* from) { return *reinterpret_cast<const LooseInts*>(from); }

@@ -11,10 +11,10 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <new>
 #include <type_traits>
 #include <vector>
 
+#include "aligned.h"
 #include "columns.h"
 #include "transpose.h"
 
@@ -22,21 +22,6 @@ namespace fcn_kernels {
 
 // A tile has as many sums as registers hold beside what they are made of: 24 of 32, or 12 of 16.
 constexpr int64_t TILE_ROWS = BYTES == 64 ? 12 : 6, VECTORS = 2, TILE_BANK = VECTORS * LANES;
-
-// Zeroed, and aligned to vectors.
-class Aligned {
-  public:
-    explicit Aligned(int64_t size)
-        : values(static_cast<Acc*>(::operator new(size * sizeof(Acc), std::align_val_t(BYTES)))) {
-        std::fill_n(values, size, Acc(0));
-    }
-    Aligned(const Aligned&) = delete;
-    ~Aligned() { ::operator delete(values, std::align_val_t(BYTES)); }
-    operator Acc*() const { return values; }
-
-  private:
-    Acc* values;
-};
 
 // As sets.py has it: NaN is not.
 inline bool is_usable(Acc norm) { return norm >= std::numeric_limits<Acc>::min() && norm < INFINITE; }
@@ -170,8 +155,21 @@ inline void multiply(int64_t used, const Acc* rows, const Panel& bank, int64_t d
         multiply<TILE_ROWS>(rows, bank, dim, scores);
 }
 
-// The same of USED rows and the bank rows themselves, which are not written to memory anew. False where a bank row's
-// square leaves the type's range: then there are no scores.
+// The same of USED rows and up to LANES bank rows themselves, which are not written to memory anew. False where a bank
+// row's square leaves the type's range: then there are no scores.
+template <int USED, int STRIDE = TILE_ROWS>
+inline bool multiply_lanes(const Acc* rows, Panel& bank, int64_t at, const Row* const* these, const Row* const* next,
+                           int64_t n, int64_t dim, bool normalized, Acc* scores) {
+    Vec sums[USED] = {};
+    const bool plain = bank.measure(at, these, next, n, dim, normalized, [&](int64_t c, Vec x) {
+#pragma GCC unroll 12
+        for (int r = 0; r < USED; ++r) sums[r] += rows[c * STRIDE + r] * x;
+    });
+    for (int r = 0; r < USED; ++r) store_work(scores + r * TILE_BANK + at, sums[r] * load_work(bank.factors + at));
+    return plain;
+}
+
+// The same of TILE_BANK bank rows, or the `n` that are left.
 template <int USED>
 inline bool multiply_few(const Acc* rows, Panel& bank, const Row* from, int64_t stride, int64_t n, int64_t dim,
                          bool normalized, Acc* scores) {
@@ -182,14 +180,8 @@ inline bool multiply_few(const Acc* rows, Panel& bank, const Row* from, int64_t 
             these[i] = from + (j + i) * stride;
             next[i] = from + (j + i + TILE_BANK) * stride;
         }
-        Vec sums[USED] = {};
         const int64_t count = std::min<int64_t>(LANES, n - j);
-        const bool plain = bank.measure(j, these, next, count, dim, normalized, [&](int64_t c, Vec x) {
-#pragma GCC unroll 12
-            for (int r = 0; r < USED; ++r) sums[r] += rows[c * TILE_ROWS + r] * x;
-        });
-        if (!plain) return false;
-        for (int r = 0; r < USED; ++r) store_work(scores + r * TILE_BANK + j, sums[r] * load_work(bank.factors + j));
+        if (!multiply_lanes<USED>(rows, bank, j, these, next, count, dim, normalized, scores)) return false;
     }
     return true;
 }
