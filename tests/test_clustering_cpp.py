@@ -56,6 +56,28 @@ def test_error_is_within_twice_eagers(lengths, options, dtype):
     assert got.counts.tolist() == list(lengths)
 
 
+@pytest.mark.parametrize("offset", [0.0, -12.0, 12.0])
+@pytest.mark.parametrize("scale", [1.0, 8.0, 200.0])
+def test_scores_of_any_size_keep_their_digits_and_their_bits(scale, offset):
+    """Scores to 1e5, all of them far below 0 or above it, and chunks whose later keys leave the earlier ones behind."""
+    lengths = (300, 7, 150)
+    p = _to(chunks(lengths, depth=1, dim=64, norm_dim=32), torch.float32)
+    weight, bias = p.qkv_weight.clone(), p.qkv_bias.clone()
+    weight[:, :64] *= scale
+    bias[:, :64], bias[:, 64:128] = bias[:, :64] + offset, bias[:, 64:128] + abs(offset)  # queries, keys
+    later = torch.arange(len(p.styles))[:, None] > 200
+    p = p._replace(qkv_weight=weight, qkv_bias=bias, styles=torch.where(later, 3 * p.styles, p.styles))
+    exact = torch_backend.chunks_forward(_to(p, torch.float64), True)
+    eager = [plain_chunk(p, b) for b in range(len(lengths))]
+    eager = [torch.stack(t) for t in list(zip(*eager, strict=True))[:3]]
+    got = launch.chunks_forward(p, True)
+    for truth, theirs, ours in zip(exact[:3], eager, got, strict=False):
+        assert (ours - truth).abs().mean() <= 2 * (theirs - truth).abs().mean() + 1e-6 * truth.abs().max()
+    for b, n in enumerate(lengths):
+        alone = launch.chunks_forward(_of(p, slice(int(p.offsets[b]), int(p.offsets[b + 1])), [n]), False)
+        assert all(torch.equal(a[0], w[b]) for a, w in zip(alone[:3], got[:3], strict=True))
+
+
 def _of(p, rows, lengths, **more):
     """A call with some of the rows."""
     features, styles = p.features[rows], p.styles[rows]

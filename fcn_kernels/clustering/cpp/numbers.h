@@ -2,6 +2,10 @@
 
 #pragma once
 
+#ifdef __AVX512DQ__
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 
@@ -28,36 +32,45 @@ inline Acc sum_of_lanes(Vec x) {
     return total;
 }
 
-// exp(x) for x <= 88, within 2e-7 of itself; 2e-38 below -87.
-inline Vec exponential(Vec x) {
-    constexpr Acc LOG2_E = 1.44269504f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
+// 2^x for x < 128, within 1.5e-7 of itself; 0, or 1e-38, below -126.
+inline Vec power_of_two(Vec x) {
+#ifdef __AVX512DQ__
+    const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), 1));  // x - floor(x)
+#else
     constexpr Acc WHOLE = 12582912;  // 1.5 * 2^23: what is added to it is rounded to a whole number, in the lowest bits
-    const Vec kept = larger(fill(-87), x);  // NaN stays
-    const Vec shifted = kept * LOG2_E + WHOLE, power = shifted - WHOLE;
-    const Vec rest = (kept - power * LN2_HIGH) - power * LN2_LOW;  // in +-ln(2) / 2
-    Vec series = fill(1.38144672e-3f);
-    series = series * rest + 8.36878084e-3f;
-    series = series * rest + 4.16683927e-2f;
-    series = series * rest + 1.66665196e-1f;
-    series = series * rest + 0.49999994f;
-    const Vec value = series * (rest * rest) + rest + 1;
-    return reinterpret_cast<Vec>(reinterpret_cast<Bits>(value) + (reinterpret_cast<Bits>(shifted) << 23));
+    const Vec kept = larger(fill(-126), x);  // NaN stays
+    const Vec shifted = (kept - Acc(0.5)) + WHOLE;
+    const Vec r = kept - (shifted - WHOLE);
+#endif
+    Vec series = fill(1.86713007e-3f);
+    series = series * r + 9.01703032e-3f;
+    series = series * r + 5.57999131e-2f;
+    series = series * r + 2.40164450e-1f;
+    series = series * r + 6.93151312e-1f;
+    series = series * r + 1;
+#ifdef __AVX512DQ__
+    return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(series), reinterpret_cast<__m512>(x)));
+#else
+    return reinterpret_cast<Vec>(reinterpret_cast<Bits>(series) + (reinterpret_cast<Bits>(shifted) << 23));
+#endif
 }
 
-// x Phi(x) = max(x, 0) - t Q(t), with t = |x| and the normal distribution's upper tail Q(t) = exp(g(t) - t^2 / 2), of
-// which g is smooth. Within 5e-8; nothing cancels.
+inline Vec exponential(Vec x) { return power_of_two(x * Acc(1.44269504)); }
+
+// x Phi(x) = max(x, 0) - t Q(t), with t = |x| and the normal distribution's upper tail Q(t) = 2^(g(t) - log2(e) t^2 /
+// 2) of a smooth g. Within 5e-8; nothing cancels.
 inline Vec gelu(Vec x) {
     const Vec t = larger(x, -x), s = t < 8 ? t : fill(8);
-    Vec g = fill(-1.17169816e-6f);
-    g = g * s + 1.73864391e-5f;
-    g = g * s - 7.93395739e-5f;
-    g = g * s - 2.24123403e-4f;
-    g = g * s + 5.08311391e-3f;
-    g = g * s - 3.65386978e-2f;
-    g = g * s + 1.81765422e-1f;
-    g = g * s - 7.97897816e-1f;
-    g = g * s - 6.93146408e-1f;
-    return larger(x, Vec{}) - t * exponential(g - t * t * 0.5f);
+    Vec g = fill(-1.69040312e-06f);
+    g = g * s + 2.50833295e-05f;
+    g = g * s - 1.14462810e-04f;
+    g = g * s - 3.23341722e-04f;
+    g = g * s + 7.33338323e-03f;
+    g = g * s - 5.27141981e-02f;
+    g = g * s + 2.62232073e-01f;
+    g = g * s - 1.15112322e+00f;
+    g = g * s - 9.99998885e-01f;
+    return larger(x, Vec{}) - t * power_of_two(g - t * t * 0.72134752f);
 }
 
 // LayerNorm without weight and bias, of `dim` columns; `to` is 0 from there to the next multiple of LANES.

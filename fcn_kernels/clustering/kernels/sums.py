@@ -33,7 +33,8 @@ class Constants(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A set's rows, from its first; pointers are None for what is not given."""
+    """A set's rows, from its first; pointers are None for what is not given. Keys of one set are followed by KEY_GAP
+    others, then by those of the next. (Made where it is used: Triton 3.6 returns no None from a function.)"""
 
     value: Any  # [count, C] by stride
     key: Any  # [count, D] by stride; None: the values
@@ -65,19 +66,6 @@ class Softmax(NamedTuple):
     total: Any
     arriving: Any  # sum of the shares' gradients, weighted
     reach: Any  # and of values . gradients of the sums
-
-
-@triton.jit
-def rows_of(p, values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, KEY_GAP, C, D):
-    """The rows of a piece's set. Keys of one set are followed by KEY_GAP others, then by those of the next."""
-    if keys_ptr is not None:
-        keys_ptr += (p.first + p.set_id * KEY_GAP) * key_stride
-    if scale_ptr is not None:
-        scale_ptr += p.first
-    if valid_ptr is not None:
-        valid_ptr += p.first
-    values_ptr += p.first * value_stride
-    return Rows(values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, C, D, p.count)
 
 
 @triton.jit
@@ -260,7 +248,14 @@ def share_forward(
     p = find_piece(offsets_ptr, lengths_ptr, slot, sets, T, BUILD.PIECE)
     if (p.begin >= p.count) & (p.index > 0):
         return
-    rows = rows_of(p, values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, KEY_GAP, C, D)
+    values_ptr += p.first * value_stride
+    if keys_ptr is not None:
+        keys_ptr += (p.first + p.set_id * KEY_GAP) * key_stride
+    if scale_ptr is not None:
+        scale_ptr += p.first
+    if valid_ptr is not None:
+        valid_ptr += p.first
+    rows = Rows(values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, C, D, p.count)
     centers = Centers(weight_ptr, bias_ptr, every, M, None, None, None)
     shares_ptr += p.first * M
     place = tl.cast(p.set_id, tl.int64)
@@ -374,7 +369,14 @@ def share_backward(
     """
     slot = tl.program_id(0).to(tl.int64)
     p = find_piece(offsets_ptr, lengths_ptr, slot, sets, T, BUILD.PIECE)
-    rows = rows_of(p, values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, KEY_GAP, C, D)
+    values_ptr += p.first * value_stride
+    if keys_ptr is not None:
+        keys_ptr += (p.first + p.set_id * KEY_GAP) * key_stride
+    if scale_ptr is not None:
+        scale_ptr += p.first
+    if valid_ptr is not None:
+        valid_ptr += p.first
+    rows = Rows(values_ptr, keys_ptr, scale_ptr, valid_ptr, value_stride, key_stride, C, D, p.count)
     clear_rows_of_no_set(
         slot, offsets_ptr, dvalues_ptr, None if KEY_GAP else dkeys_ptr, dscale_ptr, T, C, D, sets, BUILD
     )
