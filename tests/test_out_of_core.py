@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ from torch import Tensor
 
 from fcn_kernels import coreset_select
 from fcn_kernels.__main__ import main
+from fcn_kernels.files.embeddings import Keys, read_rows
+from fcn_kernels.files.formats import Scratch, format_of
+from fcn_kernels.selection.mapped import MappedRows
 from fcn_kernels.selection.out_of_core import Known, Picker
 
 np = pytest.importorskip("numpy")
@@ -51,7 +56,7 @@ def test_picks_are_those_of_the_whole_to_the_bit(
     if quality is not None:
         quality[30:33] = torch.tensor([0.0, math.nan, -1.0])
     picker = Picker(x, quality, gamma, start=start, metric=metric)
-    picker.block = 17
+    picker.mapped.block = 17
     found = picked(picker, 40)
     of_sums = None if quality is None else quality.to(picker.dtype)
     options = {"start": start, "distinct": True, "metric": metric, "backend": "torch"}
@@ -100,13 +105,105 @@ def test_labelled_rows_in_squared_distances(tmp_path: Path) -> None:
         np.testing.assert_allclose(file["distances"], want.distances.numpy(), rtol=1e-5)
 
 
-def test_few_rows_are_read() -> None:
-    x = clustered(10_000, 16, seed=5)
-    read = []
-    picker = Picker(x, progress=read.append)
-    picker.block = 250
-    picked(picker, 50)
-    assert sum(read) < 3.5 * len(x)  # 50 passes, if each pick met every row
+def passes(x: Tensor, k: int, **options: Any) -> float:
+    """Bytes read for k picks, in whole pages, in sizes of the file."""
+    read: list[int] = []
+    picker = Picker(x, progress=read.append, **options)
+    picker.mapped.block = 500
+    picked(picker, k)
+    picker.radius()
+    return sum(read) / (x.numel() * x.itemsize)
+
+
+def test_few_bytes_are_read() -> None:
+    """30 passes, if each pick met every row. The largest norm, which comes first, is in the middle, or at the end."""
+    x = clustered(3000, 1024, seed=5)
+    norms = 1 + torch.rand(3000, generator=torch.Generator().manual_seed(1)) / 4
+    norms[1500] = 2
+    rows = torch.nn.functional.normalize(x, dim=1) * norms[:, None]
+    assert passes(rows, 30) < 3.6
+    rows[-1] *= 4
+    assert passes(rows, 30) < 5
+    assert passes(rows, 30, start=0) < 3.6  # before the first pass
+    assert passes(rows, 2, start=0) < 1.1
+
+
+def test_a_wrong_guess_costs_reads_and_no_picks() -> None:
+    """Norms that rise: each block's best replaces every guess. Picks are those of the whole in either order."""
+    x = torch.nn.functional.normalize(clustered(2000, 512, seed=8).nan_to_num(1, 1, 1) + 1e-3, dim=1)
+    for norms in (torch.linspace(1, 2, 2000), torch.linspace(2, 1, 2000)):
+        rows = x * norms[:, None]
+        picker = Picker(rows)
+        picker.mapped.block = 60
+        whole = coreset_select(rows, 30, distinct=True, backend="torch")
+        assert torch.equal(picked(picker, 30).picks, whole.indices)
+        assert torch.equal(picker.known.distances, whole.distances)
+
+
+@pytest.mark.parametrize(("columns", "offset"), [(3, 0), (100, 5), (512, 32), (700, 1), (1024, 0), (3000, 7)])
+def test_rows_on_the_same_pages(columns: int, offset: int) -> None:
+    page = mmap.PAGESIZE
+    floats = torch.zeros(40 * columns + 3 * page)
+    shift = (-floats.data_ptr() % page) // 4 + offset
+    mapped = MappedRows(floats[shift : shift + 40 * columns].view(40, columns), torch.float32)
+    begin = (floats.data_ptr() + 4 * shift + torch.arange(40) * 4 * columns).tolist()
+    pages = [{*range(at // page, (at + 4 * columns - 1) // page + 1)} for at in begin]
+    for numbers in (torch.tensor([17]), torch.tensor([30, 2, 31]), torch.arange(40)):
+        want = {row for row in range(40) for at in numbers.tolist() if pages[row] <= pages[at]}
+        assert mapped.on_pages_of(numbers).tolist() == sorted(want)
+
+
+def write(path: Path, x: Tensor) -> None:
+    """Rows as a file of the suffix; "packed.npz" is compressed, "big.npy" of another byte order."""
+    features = {"features": x.numpy()}
+    if path.name == "packed.npz":
+        np.savez_compressed(path, **features)
+    elif path.name == "big.npy":
+        np.save(path, x.numpy().astype(">f4"))
+    elif path.suffix == ".npy":
+        np.save(path, x.numpy())
+    elif path.suffix == ".parquet":
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        lists = arrow.FixedSizeListArray.from_arrays(x.numpy().reshape(-1), x.shape[1])
+        parquet.write_table(arrow.table({"features": lists}), path, row_group_size=70)
+    else:
+        with path.open("wb") as file:
+            format_of(path).write(file, features)
+
+
+def file_of(rows: Tensor) -> str | None:
+    """The file that rows are mapped from."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, name = line.split(maxsplit=5) if "/" in line else (line, "")
+        begin, _, end = addresses.split()[0].partition("-")
+        if int(begin, 16) <= rows.data_ptr() < int(end, 16):
+            return name.strip() or None
+    return None
+
+
+FORMATS = ("rows.npy", "big.npy", "rows.npz", "packed.npz", "rows.pt", "rows.safetensors", "rows.parquet")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_mapped_and_gives_the_same_picks(name: str, tmp_path: Path) -> None:
+    x = clustered(500, 40, seed=9)
+    write(tmp_path / name, x)
+    out = tmp_path / "out.npz"
+    assert run(tmp_path / name, "--k", 12, "--out", out) == 0
+    whole = coreset_select(x, 12, distinct=True, backend="torch")
+    with np.load(out) as file:
+        assert file["picks"].tolist() == whole.indices.tolist()
+        assert file["distances"].tolist() == whole.distances.tolist()
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("the system does not say which files are mapped")
+    rows, _ = read_rows(tmp_path / name, Keys(), Scratch(tmp_path, 1 << 30))
+    unpacked = name in ("big.npy", "packed.npz", "rows.parquet")  # into an unnamed file in the folder
+    mapped = str(file_of(rows))
+    assert (
+        mapped.startswith(str(tmp_path)) and mapped.endswith("(deleted)")
+        if unpacked
+        else mapped == str(tmp_path / name)
+    )
 
 
 def run(*arguments: object) -> int:
@@ -128,6 +225,7 @@ def test_the_command_writes_picks_and_says_the_radius(
         with np.load(out) as file:
             assert file["picks"].tolist() == whole.indices[:9].tolist()
             assert file["distances"].tolist() == whole.distances[:9].tolist()
+            assert file["covering_radius"].tolist() == whole.distances[1:].tolist()  # after 1, 2, ... picks
         assert f"9 of 500 rows, covering radius {float(whole.distances[9]):.6g}; read" in capsys.readouterr().out
         assert not Path(f"{out}.state").exists()
 

@@ -2,29 +2,29 @@
 
 A running minimum only falls, so that what is known of a row from the picks that it has met bounds its score from above.
 A step reads the rows of the highest bounds until none that is left could win (lazy evaluation, as in Minoux,
-"Accelerated greedy algorithms for maximizing submodular set functions", 1978). In memory are some numbers for each row.
+"Accelerated greedy algorithms for maximizing submodular set functions", 1978), and brings up to date what else is on
+their pages. In memory are some numbers for each row.
+
+The first picks are known when all rows have been read. Meanwhile rows meet guesses, the picks of the rows up to there:
+where a guess turns out right, the rows that came after it have met that pick already.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fcn_kernels.selection.anchors import cosine_gaps, distances_by_differences, squared_distances
+from fcn_kernels.selection.mapped import MappedRows, Progress
 from fcn_kernels.selection.problem import Problem
 from fcn_kernels.selection.torch_backend import pair_products, reported, weights_of
 from fcn_kernels.sets import accumulator, finite_marks, row_norms, usable
 
-BLOCK_BYTES = 8 << 20  # of rows at a time, in file order
+GUESSES = 4  # of the first picks; with more, the last are seldom right
 FIRST_ROWS = 64  # that a step reads; if they do not settle it, twice as many, and so on up to a block
-Progress = Callable[[int], None]
-"""Called with a number of rows that were read."""
 
 
 class Known(NamedTuple):
@@ -50,6 +50,23 @@ class _Pick(NamedTuple):
         return cls(direction, pair_products(x[None], direction, zero, zero) / norm)
 
 
+class _Guesses:
+    """The first picks among the rows that were read up to here."""
+
+    def __init__(self, count: int, dtype: torch.dtype) -> None:
+        self.rows: list[int] = []
+        self.picks: list[_Pick] = []
+        self.best = [-math.inf] * GUESSES  # scores of these; inf for what is known
+        self.gap = torch.empty(GUESSES, count, dtype=dtype)  # to the first, the first two, ...
+        self.met = torch.zeros(count, dtype=torch.int8)  # how many of them a row has met
+
+    def replace(self, level: int, row: int, pick: _Pick, score: float) -> None:
+        """Another guess: those after it fall with it."""
+        self.rows[level:], self.picks[level:] = [row], [pick]
+        self.best[level:] = [score] + [-math.inf] * (GUESSES - level - 1)
+        self.met.clamp_(max=level)
+
+
 class Picker:
     """Picks rows one after another, exactly as ``coreset_select(..., distinct=True, backend="torch")`` does.
 
@@ -62,7 +79,7 @@ class Picker:
         start: the first pick, if it is given.
         known: to go on from; None reads the rows once.
         metric: "cosine" or "sqeuclidean".
-        progress: told of rows as they are read.
+        progress: told of bytes as they are read.
     """
 
     def __init__(
@@ -76,18 +93,19 @@ class Picker:
         progress: Progress = lambda _: None,
         metric: str = "cosine",
     ) -> None:
-        self.rows, self.dtype, self.start, self.progress = rows, accumulator(rows.dtype), start, progress
+        self.rows, self.dtype, self.start = rows, accumulator(rows.dtype), start
+        self.mapped = MappedRows(rows, self.dtype, progress)
         self.euclidean = metric == "sqeuclidean"
         self.unknown = torch.finfo(self.dtype).max if self.euclidean else 4.0  # at least any gap
+        self.gamma = gamma
+        self._guesses: _Guesses | None = None
         self.has_anchors = anchors is not None and len(anchors) > 0
-        self.block = max(1, BLOCK_BYTES // max(1, rows.shape[1] * self.dtype.itemsize))
         if quality is None and self.euclidean:
             quality = torch.ones(len(rows))
         self._given = None if quality is None else quality.to(self.dtype)
         if known is None:
-            _advise(rows, mmap.MADV_SEQUENTIAL)
             known = self._first_pass(anchors)
-        _advise(rows, mmap.MADV_RANDOM)
+        self.mapped.read_no_further()
         self.known = known
         self.open = known.norms > 0  # may be picked
         self.open[known.picks] = False
@@ -100,27 +118,72 @@ class Picker:
             self._remember(pick)
 
     def _first_pass(self, anchors: Tensor | None) -> Known:
-        """Norms; gaps to the anchors, or to the first pick if it is known before the norms are."""
-        first = None if anchors is not None else self._foreseen()
+        """Norms; gaps to the anchors, if there are any, and to guesses."""
         count = len(self.rows)
         norms, gap = torch.empty(count, dtype=self.dtype), torch.full((count,), self.unknown, dtype=self.dtype)
         others = torch.empty(0, self.rows.shape[1], dtype=self.dtype) if anchors is None else anchors.to(self.dtype)
         lengths = row_norms(others)
-        for at in self._blocks(count):
-            x = self.rows[at].to(self.dtype)
-            norms[at] = self._norms(x)
+        self._guesses = _Guesses(count, self.dtype)
+        if anchors is None:
+            self._foresee()
+        for numbers, x in self.mapped.blocks():
+            norms[numbers] = self._norms(x)
             if len(others) and self.euclidean:
-                gap[at] = squared_distances(x, others)
+                gap[numbers] = squared_distances(x, others)
             elif len(others):
-                gap[at] = cosine_gaps(x, others, lengths)
-            elif first is not None:
-                numbers = torch.arange(len(x))
-                gap[at] = self._gaps(x, norms[at], first, numbers, torch.zeros_like(numbers))
-            self.progress(len(x))
-        quality = norms if self._given is None else self._given
-        norms = torch.where(usable(norms, quality), norms, -1)
-        met = torch.full((count,), 0 if first is None else 1, dtype=torch.int32)
+                gap[numbers] = cosine_gaps(x, others, lengths)
+            self._guess(numbers, x, norms[numbers], gap[numbers])
+        norms = torch.where(self._quality_of(norms, slice(None)) > 0, norms, -1)
+        met = torch.zeros(count, dtype=torch.int32)
         return Known(norms, gap, met, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=self.dtype))
+
+    def _foresee(self) -> None:
+        """The first pick is no guess where start or quality tell it and it can be picked."""
+        row = self.start
+        if row is None and self._given is not None:
+            score = torch.where((self._given > 0) & (self._given < math.inf), self._given, -1)
+            row = int((score == score.amax()).nonzero()[0])
+        if row is None or self._guesses is None:
+            return
+        x = self.rows[row].to(self.dtype)
+        norm = self._norms(x)
+        if bool(usable(norm, norm if self._given is None else self._given[row])):
+            self._guesses.replace(0, row, _Pick.of(x, norm), math.inf)
+
+    def _guess(self, numbers: slice | Tensor, x: Tensor, norms: Tensor, gap: Tensor) -> None:
+        """Let rows (n, C) meet the guesses, or become one."""
+        if (guesses := self._guesses) is None:
+            return
+        quality, of_block = self._quality_of(norms, numbers), torch.arange(len(x))
+        weight = torch.where(quality > 0, quality.pow(self.gamma), -math.inf)
+        score = gap * weight if self.has_anchors else quality
+        for level in range(GUESSES):
+            best = float(score.amax())
+            if best > guesses.best[level]:
+                at = int((score == best).nonzero()[0])
+                row = at + numbers.start if isinstance(numbers, slice) else int(numbers[at])
+                guesses.replace(level, row, _Pick.of(x[at], norms[at]), best)
+            if level == len(guesses.picks):  # no row could be picked yet
+                return
+            gap = torch.minimum(gap, self._gaps(x, norms, guesses.picks[level], of_block, torch.zeros_like(of_block)))
+            guesses.gap[level, numbers] = gap
+            guesses.met[numbers] = level + 1
+            score = torch.where(quality > 0, gap * weight, -math.inf)
+
+    def _confirm(self, row: int) -> None:
+        """If the next pick was guessed, rows have met it; if not, the other guesses are wrong as well."""
+        level = len(self.known.picks)
+        if (guesses := self._guesses) is None or level >= len(guesses.rows) or guesses.rows[level] != row:
+            self._guesses = None
+            return
+        have = guesses.met > level
+        self.known.gap[have], self.known.met[have] = guesses.gap[level][have], level + 1
+        guesses.best[level] = math.inf
+
+    def _quality_of(self, norms: Tensor, at: slice | Tensor) -> Tensor:
+        """The quality of rows (n,) of known norms; -inf where they cannot be picked."""
+        quality = norms if self._given is None else self._given[at]
+        return torch.where(usable(norms, quality), quality, -math.inf)
 
     def _norms(self, x: Tensor) -> Tensor:
         """|x_n|; where distances are squared, 1 for rows that are finite, else NaN."""
@@ -144,28 +207,13 @@ class Picker:
         i, j = near.nonzero(as_tuple=True)
         return i, j
 
-    def _foreseen(self) -> _Pick | None:
-        """The first pick, where start or quality tell it and it can be picked."""
-        row = self.start
-        if row is None and self._given is not None:
-            score = torch.where((self._given > 0) & (self._given < math.inf), self._given, -1)
-            row = int((score == score.amax()).nonzero()[0])
-        if row is None:
-            return None
-        x = self.rows[row].to(self.dtype)
-        norm = self._norms(x)
-        quality = norm if self._given is None else self._given[row]
-        return _Pick.of(x, norm) if bool(usable(norm, quality)) else None
-
-    def _blocks(self, count: int) -> Iterator[slice]:
-        yield from (slice(at, at + self.block) for at in range(0, count, self.block))
-
     def pick(self) -> bool:
         """Make one more pick; False if no row is left to pick, or the start cannot be picked."""
         found = self._first() if not len(self.known.picks) else self._farthest()
         if found is None:
             return False
         row, distance = found
+        self._confirm(row)
         self.open[row] = False
         self._remember(row)
         self.known = self.known._replace(
@@ -191,51 +239,48 @@ class Picker:
 
     def _farthest(self) -> tuple[int, float] | None:
         """The row of the largest distance to the picks, the lowest on ties, and that distance."""
-        step = len(self.known.picks)
-        score = torch.where(self.open, self.known.gap * self.weight, -math.inf)  # or a bound from above
+        step, gap, met = len(self.known.picks), self.known.gap, self.known.met
+        unknown = (self.open & (gap == self.unknown) & (met < step)).nonzero()[:, 0]
+        blocks = unknown.split(self.mapped.block) if len(unknown) else ()
+        for some in reversed(blocks):  # the end of a file may be in memory still
+            self._guess(some, self._meet(some, step), self.known.norms[some], gap[some])
+        bound = torch.where(self.open, gap * self.weight, -math.inf)  # exact, or from above
+        exact = met == step
+        best = torch.where(exact, bound, -math.inf).amax()
+        waiting = (~exact & self.open & (bound >= best)).nonzero()[:, 0]
         most = FIRST_ROWS
-        while True:
-            exact = self.known.met == step
-            best = torch.where(exact, score, -math.inf).amax()
-            stale = (~exact & self.open & (score >= best)).nonzero()[:, 0]
-            if not len(stale):
-                break
-            unknown = stale[self.known.gap[stale] == self.unknown]
-            if len(unknown):  # nothing tells these apart
-                stale = unknown
-            elif len(stale) > most:  # the highest bounds; in file order
-                stale = stale[score[stale].topk(most).indices].sort().values
-                most = min(2 * most, self.block)
-            for some in stale.split(self.block):
+        while len(waiting):
+            numbers = self._next(waiting, bound, most)
+            for some in numbers.split(self.mapped.block):
                 self._meet(some, step)
-            score[stale] = self.known.gap[stale] * self.weight[stale]
+            bound[numbers] = gap[numbers] * self.weight[numbers]
+            best = torch.maximum(best, bound[numbers].amax())
+            waiting = waiting[(met[waiting] < step) & (bound[waiting] >= best)]
+            most = min(2 * most, self.mapped.block)
         if best == -math.inf:
             return None
-        row = int((exact & (score == best)).nonzero()[0])
+        row = int(((met == step) & (bound == best)).nonzero()[0])
         return row, float(reported(best[None, None], self._shift))
 
-    def _meet(self, numbers: Tensor, step: int) -> None:
-        """Bring rows (n,) up to date with all picks."""
+    def _next(self, waiting: Tensor, bound: Tensor, most: int) -> Tensor:
+        """Which rows to read next of those (n,) that could win, in file order: the highest bounds, and their pages."""
+        if len(waiting) > most:
+            waiting = waiting[bound[waiting].topk(most).indices]
+        near = self.mapped.on_pages_of(waiting)
+        return near[self.open[near] & (self.known.met[near] < len(self.known.picks))]
+
+    def _meet(self, numbers: Tensor, step: int) -> Tensor:
+        """Bring rows (n,) up to date with all picks; returns them (n, C)."""
         gap, met, norms = self.known.gap, self.known.met, self.known.norms
-        x = self.rows[numbers].to(self.dtype)
+        x = self.mapped.take(numbers)
         first = int(met[numbers].min())
         picks = _Pick(self._picks.direction[first:step], self._picks.own[first:step])
         # Products of matrices say which picks can be a row's nearest; distances to these are summed pair by pair
         i, j = self._nearest(x, norms[numbers], picks)
         gap[numbers] = gap[numbers].scatter_reduce(0, i, self._gaps(x, norms[numbers], picks, i, j), "amin")
         met[numbers] = step
-        self.progress(len(numbers))
+        return x
 
     def _remember(self, row: int) -> None:
         new = _Pick.of(self.rows[row].to(self.dtype), self.known.norms[row])
         self._picks = _Pick(*(torch.cat(parts) for parts in zip(self._picks, new, strict=True)))
-
-
-def _advise(rows: Tensor, advice: int) -> None:
-    """Tell the system how rows that are mapped from a file will be read; it reads ahead otherwise."""
-    page = mmap.PAGESIZE
-    begin = rows.data_ptr() // page * page
-    size = rows.data_ptr() + rows.numel() * rows.itemsize - begin
-    libc = ctypes.CDLL(None)
-    if rows.numel() and rows.is_contiguous() and hasattr(libc, "madvise"):
-        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), ctypes.c_int(advice))
