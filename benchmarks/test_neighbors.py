@@ -2,6 +2,11 @@
 
 All find, for unit rows (N, C) and a bank (M, C), the mean and deviation of each row's k best cosines. Own identities
 are left out by all but faiss, which cannot do that for each row; with them every row has ten rows in the bank.
+
+    pytest benchmarks/test_neighbors.py --benchmark-only --time-limit 900 --benchmark-json=RESULTS.json
+    python -m benchmarks.report RESULTS.json --out FOLDER
+
+takes about ten minutes on two cores, and 10 GB.
 """
 
 import ctypes
@@ -15,16 +20,20 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.conftest import Bench
 from benchmarks.harness import Contender, free_memory
 from benchmarks.workloads import BOTH, FORWARD, FUSED, Inputs
 from fcn_kernels import context_statistics
+from fcn_kernels.neighbors.cpp import launch
 from fcn_kernels.neighbors.op import statistics_flops
 
 WHOLE, BLOCKS, FAISS = "matmul + topk", "blocks of 256 rows + topk", "faiss"
+UNFILTERED = "fused, float32 alone"
+ALL = "fused, all rows"
+COUNTED = "counted by fvcore"
 EACH = 10  # rows of an identity in the bank
 IJBC = (23_124, 206_000)  # templates, and a bank of as many people as public training sets have
 
@@ -38,6 +47,8 @@ class Search(NamedTuple):
     k: int
     of: int = 0
     """These rows are a sample of so many, by which the time is scaled; 0: they are all."""
+    alone: bool = False
+    """Others take too long."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -47,7 +58,8 @@ class Search(NamedTuple):
         return made | {"dim": self.dim, "k": self.k, "dtype": "float32"} | scale
 
     def __str__(self) -> str:
-        return f"N={self.of or self.rows} M={self.bank} K={self.k}"
+        sample = f" by {self.rows}" if self.of else ""
+        return f"N={self.of or self.rows}{sample} M={self.bank} K={self.k}"
 
 
 class Drawn(NamedTuple):
@@ -66,8 +78,9 @@ SEARCHES = {
         *(Search(1000, m, 512, 50) for m in (1_000, 10_000, 100_000)),
         Search(4000, 50_000, 512, 50),
         Search(4000, 50_000, 512, 300),
-        Search(1024, IJBC[1], 512, 50, of=IJBC[0]),
         Search(250, 1_000_000, 512, 50, of=1000),
+        Search(1024, IJBC[1], 512, 50, of=IJBC[0]),
+        Search(*IJBC, 512, 50, alone=True),
     ],
     "cuda": [
         *(Search(4000, m, 512, 50) for m in (1_000, 10_000, 100_000, 1_000_000)),
@@ -76,6 +89,7 @@ SEARCHES = {
         Search(*IJBC, 512, 50),
     ],
 }
+COUNTED_ROWS = (20, 1000)
 TRAINED = {"quick": 10, "cpu": 50, "cuda": 50}  # k of the searches whose gradient is timed, too
 
 
@@ -87,8 +101,10 @@ def draw(search: Search, device: torch.device) -> Drawn:
     sides = []
     for n in (search.rows, search.bank):
         ids = torch.randint(people, (n,), generator=generator, device=device)
-        noise = 0.04 * torch.randn(n, search.dim, generator=generator, device=device)
-        sides.append((F.normalize(centers[ids] + noise, dim=1), ids))
+        rows = torch.randn(n, search.dim, generator=generator, device=device).mul_(0.04)  # in place, as it may be 2 GB
+        for at in range(0, n, 4096):
+            rows[at : at + 4096] += centers[ids[at : at + 4096]]
+        sides.append((F.normalize(rows, dim=1, out=rows), ids))
     (x, ids), (bank, bank_ids) = sides
     return Drawn(x, bank, ids, bank_ids)
 
@@ -97,6 +113,13 @@ def ours(d: Drawn, k: int) -> tuple[Tensor, Tensor]:
     """This package."""
     context = context_statistics(d.x, d.bank, k, ids=d.ids, bank_ids=d.bank_ids, normalized=True)
     return context.mean, context.std
+
+
+def unfiltered(d: Drawn, k: int) -> tuple[Tensor, Tensor]:
+    """This package where a processor has no faster integers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "FILTER", 0)
+        return ours(d, k)
 
 
 def whole(d: Drawn, k: int) -> tuple[Tensor, Tensor]:
@@ -128,6 +151,8 @@ def _faiss_index(bank: Tensor) -> Any:
 
 FIND: dict[str, Callable[[Drawn, int], tuple[Tensor, Tensor]]] = {
     FUSED: ours,
+    ALL: ours,
+    UNFILTERED: unfiltered,
     WHOLE: whole,
     BLOCKS: blocks,
     FAISS: with_faiss,
@@ -146,11 +171,22 @@ def missing(name: str, search: Search, device: torch.device) -> str:
     return ""
 
 
+def names(search: Search, work: str, size: str) -> list[str]:
+    """What is timed, or counted, side by side."""
+    if search.alone:
+        return [ALL]
+    if work != FORWARD:
+        return [FUSED, WHOLE]
+    long = size == "cpu" and search.rows >= 4000
+    return [FUSED, *([UNFILTERED] if long else []), WHOLE, BLOCKS, FAISS]
+
+
 def rows(size: str) -> list[tuple[Search, str, str]]:
-    """Inference of all, and training where a gradient is to be had."""
-    found = [(search, FORWARD, name) for search in SEARCHES[size] for name in FIND]
-    last = [search for search in SEARCHES[size] if search.k == TRAINED[size] and not search.of][-1]
-    return [*found, *((last, BOTH, name) for name in (FUSED, WHOLE))]
+    """Inference of all; training where a gradient is to be had; FLOPs against the bank's size."""
+    found = [(search, FORWARD) for search in SEARCHES[size]]
+    found += [(s, BOTH) for s in SEARCHES[size] if s.k == TRAINED[size] and not s.of and not s.alone][-1:]
+    found += [(s, COUNTED) for s in SEARCHES[size] if s.rows in COUNTED_ROWS and not s.of]
+    return [(search, work, name) for search, work in found for name in names(search, work, size)]
 
 
 def contender(name: str, d: Drawn, k: int, work: str) -> Contender:
@@ -190,15 +226,47 @@ def peak_resident(call: Callable[[], object]) -> int:
     return 1024 * max(0, kilobytes("VmHWM") - before)
 
 
+class Traced(nn.Module):
+    """An implementation in the form that fvcore takes."""
+
+    def __init__(self, name: str, d: Drawn, k: int) -> None:
+        super().__init__()
+        self.find, self.d, self.k = FIND[name], d, k
+
+    def forward(self, x: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+        """Inference."""
+        return self.find(self.d._replace(x=x, bank=bank), self.k)
+
+
+def by_fvcore(name: str, d: Drawn, k: int) -> int | str:
+    """Multiply-adds, the operator's by its formula, or why they are not counted."""
+    try:
+        fvcore = import_module("fvcore.nn")
+    except ImportError:
+        return "fvcore is not installed"
+
+    def operator(given: list[Any], out: list[Any]) -> int:
+        return statistics_flops(*map(fvcore.jit_handles.get_shape, given[:2])) // 2
+
+    counted = fvcore.FlopCountAnalysis(Traced(name, d, k), (d.x, d.bank)).unsupported_ops_warnings(False)
+    return int(counted.set_op_handle("fcn_kernels::context_statistics", operator).total())
+
+
 def test_neighbors(benchmark: Any, bench: Bench, row: tuple[Search, str, str]) -> None:
     search, work, name = row
     if why := missing(name, search, bench.device):
         pytest.skip(why)
+    if work == COUNTED:
+        d = draw(search, bench.device)
+        facts = search.facts | {"work": work, "multiply_adds": by_fvcore(name, d, search.k)}
+        bench.facts(benchmark, "neighbors cost", implementation=name, **facts)
+        benchmark.pedantic(contender(name, d, search.k, FORWARD), args=(0,), rounds=1, iterations=1)
+        return
 
     def build() -> tuple[dict[str, Contender], list[Inputs]]:
         d = draw(search, bench.device)
-        names = [n for n in FIND if not missing(n, search, bench.device) and (work == FORWARD or n in (FUSED, WHOLE))]
-        return {n: contender(n, d, search.k, work) for n in names}, []
+        side_by_side = [n for n in names(search, work, bench.size) if not missing(n, search, bench.device)]
+        return {n: contender(n, d, search.k, work) for n in side_by_side}, []
 
     race = bench.race(("neighbors", search, work), build)
     flops = statistics_flops((search.rows, search.dim), (search.bank, search.dim))

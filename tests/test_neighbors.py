@@ -365,7 +365,7 @@ def _compile(dtype: torch.dtype, processor: str) -> None:
     subprocess.run([*compiler._compiler(), *flags, *defined, str(launch._SOURCE)], check=True)
 
 
-@pytest.mark.parametrize("selected", [8192, 0], ids=["kernel", "topk"])
+@pytest.mark.parametrize("selected", [4096, 0], ids=["kernel", "topk"])
 @pytest.mark.parametrize("k", [3, 30])
 def test_triton_searches_again_where_there_was_no_room(k: int, selected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows alike, half of them copies: more reach the bound than there is room for, and again."""

@@ -176,16 +176,16 @@ def _neighbors(results: Results) -> Iterator[str]:
     yield ""
     yield (
         "N rows against a bank of M, unit rows, own identities left out (not by faiss). Memory is what the process "
-        "grows by at the most, beyond its inputs. \\*: a sample of the rows, scaled."
+        "grows by at the most, beyond its inputs. Multiply-adds are by the formula, N M C."
     )
     yield ""
     lines = []
     for r in rows:
         ours = _beside(results, r, FUSED)
-        sampled = "\\*" if r.scaled_by != 1 else ""
+        sample = f" by {r.all_rows / r.scaled_by:,.0f} of them" if r.scaled_by != 1 else ""
         lines.append(
             (
-                f"{r.rows:,}{sampled}",
+                f"{r.rows:,}{sample}",
                 f"{r.bank:,}",
                 r.k,
                 r.work,
@@ -197,6 +197,14 @@ def _neighbors(results: Results) -> Iterator[str]:
             )
         )
     yield from table(("N", "M", "K", "work", "", "time", "of fused", "memory, MB", "multiply-adds"), lines)
+    cost = [
+        (f"{r.rows:,}", f"{r.bank:,}", r.implementation, _counted(r.multiply_adds))
+        for r in results.of("neighbors cost")
+    ]
+    if cost:
+        yield "By fvcore, which counts the operator by its formula, and of the others the products alone:"
+        yield ""
+        yield from table(("N", "M", "", "multiply-adds"), cost)
 
 
 def _pairs(results: Results, group: str, title: str) -> Iterator[str]:

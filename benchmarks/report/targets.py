@@ -63,6 +63,8 @@ def _cpu(results: Results) -> Iterator[Target]:
     yield _at_least("bytes kept for backward at N = 4,000, times fewer than the listing", ratio, 40.0, "{:.0f}x")
     yield from _exponents(results, 0.05, 100_000)
     yield from _peers(results)
+    if results.of("neighbors"):
+        yield from _neighbors(results)
 
 
 def _peers(results: Results) -> Iterator[Target]:
@@ -81,6 +83,30 @@ def _peers(results: Results) -> Iterator[Target]:
         pair = [results.one(group, implementation=name) for name in (FUSED, other)]
         ratio = None if pair[0] is None or pair[1] is None else pair[1].median_s / pair[0].median_s
         yield _at_least(f"{group}: against {other}", ratio, least, "{:.1f}x")
+
+
+def _neighbors(results: Results) -> Iterator[Target]:
+    """Of 4,000 rows, or a few, in a bank of 50,000, against all scores at once."""
+    for rows, k, work, own, least in (
+        *((rows, 50, FORWARD, FUSED, 1.0) for rows in (1, 4, 15)),
+        (4000, 50, FORWARD, FUSED, 3.5),
+        (4000, 300, FORWARD, FUSED, 2.5),
+        (4000, 50, FORWARD, "fused, float32 alone", 1.2),
+        (4000, 50, BOTH, FUSED, 4.0),
+    ):
+        pair = _in_bank(results, rows, k, work, own)
+        ratio = None if pair is None else pair[1].median_s / pair[0].median_s
+        yield _at_least(f"{own}, N = {rows:,}, k = {k}, {work}: against matmul + topk", ratio, least, "{:.2f}x")
+    for k, least in ((50, 25.0), (300, 15.0)):
+        pair = _in_bank(results, 4000, k, FORWARD, FUSED)
+        ratio = None if pair is None else pair[1].peak_bytes / max(1, pair[0].peak_bytes)
+        yield _at_least(f"memory, N = 4,000, k = {k}: times less than matmul + topk", ratio, least, "{:.0f}x")
+
+
+def _in_bank(results: Results, rows: int, k: int, work: str, name: str) -> tuple[Row, Row] | None:
+    shape = {"rows": rows, "bank": 50_000, "k": k, "work": work}
+    own, other = (results.one("neighbors", implementation=n, **shape) for n in (name, "matmul + topk"))
+    return None if own is None or other is None else (own, other)
 
 
 def _ratios(

@@ -29,9 +29,9 @@ def of_ordered(numbers):
 
 
 @triton.jit
-def keys_of(scores, places):
-    """Keys, int64."""
-    return (ordered(scores).to(tl.int64) << 32) | (-places + LOW_BITS).to(tl.int64)
+def keys_of(numbers, places):
+    """Keys, int64, of scores by their ordered numbers."""
+    return (numbers.to(tl.int64) << 32) | (-places + LOW_BITS).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["k", "room", "splits"])
@@ -42,6 +42,7 @@ def select_best(
 
     floor (N,) rises to the k-th best score, where there are as many; full (N,) says which rows had more than the room.
     Rows that are not live are left as they are. WIDE entries a row, S x room up to a power of two, stay on the chip.
+    The room is a multiple of 16.
     """
     row = tl.program_id(0).to(tl.int64)
     live = True
@@ -50,10 +51,12 @@ def select_best(
     lane = tl.arange(0, WIDE)
     split = lane // room
     stored = tl.load(counts_ptr + row * splits + split, (split < splits) & live, 0)
+    tl.store(full_ptr + row, (tl.max(stored, 0) > room).to(tl.int32), live)
     there = (lane - split * room < stored) & live
-    at = row * splits * room + lane
-    scores = tl.load(scores_ptr + at, there, 0.0)
-    places = tl.load(places_ptr + at, there, 0)
+    # entries that are not there are loaded all the same, so that a thread loads 16 bytes at a time
+    entries = tl.multiple_of(splits * room, 16)
+    at = tl.multiple_of(row * entries, 16) + lane
+    scores = tl.load(scores_ptr + at, (lane < entries) & live, 0.0)
     number = tl.where(there, ordered(scores), LOWEST)
     have = tl.sum(there.to(tl.int32), 0)
     want = tl.minimum(k, have)
@@ -64,8 +67,9 @@ def select_best(
         enough = tl.sum((number >= middle).to(tl.int32), 0) >= want
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
-    better, equal = there & (number > low), there & (number == low)
+    better, equal = number > low, number == low  # LOWEST is neither
     ties = want - tl.sum(better.to(tl.int32), 0)
+    places = tl.load(places_ptr + at, (lane < entries) & live, 0)
     # -- of those that tie with it the first: the ties-th lowest place, if it takes a choice --
     first, last = tl.zeros_like(low), tl.max(tl.where(equal, places, 0), 0)
     first = tl.where(tl.sum(equal.to(tl.int32), 0) > ties, first, last)
@@ -75,11 +79,9 @@ def select_best(
         first = tl.where(enough, first, middle + 1)
         last = tl.where(enough, middle, last)
     chosen = better | (equal & (places <= first))
-    rank = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(keys_ptr + row * k + rank, keys_of(scores, places), chosen)
     tl.store(floor_ptr + row, of_ordered(low), live & (have >= k))
-    more = tl.max(tl.where(split < splits, (stored > room).to(tl.int32), 0), 0)
-    tl.store(full_ptr + row, more, live)
+    rank = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(keys_ptr + row * k + rank, keys_of(number, places), chosen)
 
 
 @triton.jit
@@ -147,7 +149,7 @@ def collect_best(
         stays = ((part & (scores > kth[:, None])) | (equal & early)) & live[:, None]
         at = kept[:, None] + tl.cumsum(stays.to(tl.int32), 1) - 1
         columns = tile * BUILD.BLOCK_M + tl.arange(0, BUILD.BLOCK_M)
-        key = keys_of(scores, tl.broadcast_to(columns[None, :], (BUILD.BLOCK_N, BUILD.BLOCK_M)))
+        key = keys_of(ordered(scores), tl.broadcast_to(columns[None, :], (BUILD.BLOCK_N, BUILD.BLOCK_M)))
         tl.store(keys_ptr + (slot[:, None] + at), key, stays)
         kept += tl.sum(stays.to(tl.int32), 1)
         tied += tl.sum(equal.to(tl.int32), 1)
