@@ -105,7 +105,7 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("q.csv").write_text("T,S\n" + "".join(f"{ids[i]},{subject[i]}\n" for i in range(20, 60)))
     options = ("--pairs", "p.txt", "--gallery", "g.csv", "--probes", "q.csv")
     assert evaluate("d.npz", *options, "--out", "whole.json") == 0
-    for module, name, value in ((tables, "BLOCK", 100), (templates, "PAIRS", 7), (identification, "BLOCK", 3)):
+    for module, name, value in ((tables, "BLOCK", 100), (templates, "PIECE", 7 * DIM), (identification, "BLOCK", 3)):
         monkeypatch.setattr(module, name, value)
     assert evaluate("d.npz", *options, "--out", "parts.json") == 0
     whole, parts = (json.loads(Path(f"{name}.json").read_text())["d.npz"] for name in ("whole", "parts"))

@@ -492,6 +492,8 @@ def main() -> int:
 
     print(f"Triton {triton.__version__}, PyTorch {torch.__version__.partition('+')[0]}; multiprocessors:", PROCESSORS)
     print()
+    print("Made by `python -m benchmarks.checks.builds", " ".join(sys.argv[1:]).rstrip() + "`.")
+    print()
     heads = "launch | kernel | target | warps | registers | spilled bytes | shared bytes | loads by width | races"
     print(f"| {heads} | tensor cores |")
     print("|---" * 10 + "|")
