@@ -162,7 +162,7 @@ def test_drawn_problems(x: Any, bank: Any, k: int | None, cap: Any, with_ids: bo
             assert all(len(set(row) - {-1}) == int(n) for row, n in zip(got.indices.tolist(), r.counts, strict=True))
 
 
-@pytest.mark.parametrize("dim", [1, 5, 100, 512])
+@pytest.mark.parametrize("dim", [1, 5, 100, 512, 1000])
 def test_any_number_of_columns(dim: int, backend: str) -> None:
     x, bank = draw(9, dim), draw(300, dim, seed=1)
     ids, bank_ids = torch.arange(9), torch.arange(300) % 20
@@ -271,6 +271,18 @@ def test_the_filter_gives_way_where_it_cannot_help(spoil: str, monkeypatch: pyte
     for filtered in (0, 2):
         monkeypatch.setattr(launch, "FILTER", filtered)
         found.append(context_statistics(x, bank, 20, normalized=normalized, backend="cpp", **ids))
+    assert same_bits(*found)
+
+
+@needs_compiler
+@pytest.mark.parametrize("k", [1, 7, 50, 61])
+def test_rows_beside_one_another_in_the_filter_keep_to_their_own_room(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one column half of the bank is alike, so that every row's room is full again and again."""
+    x, bank = draw(30, 1), draw(2000, 1, seed=1)
+    found = []
+    for filtered in (0, 2):
+        monkeypatch.setattr(launch, "FILTER", filtered)
+        found.append(context_statistics(x, bank, k, backend="cpp"))
     assert same_bits(*found)
 
 

@@ -35,7 +35,7 @@ constexpr int64_t SETTLED = 8;                     // where one score in so many
 
 class Filter {
   public:
-    static int64_t room_for(int64_t k) { return 2 * k + 64 + LANES; }
+    static int64_t room_for(int64_t k) { return padded(2 * k + 64) + LANES; }  // whole vectors, and one to append
 
     static bool suits(const Call& call) {
         const bool pays = call.n >= LEAST_ROWS && call.dim >= LEAST_DIM && call.m >= LEAST_BANK * call.k;
