@@ -16,11 +16,12 @@ STEPS_PER_DRAW = 4
 
 
 def philox(seed: int, row: Tensor, block: int, sets: Tensor, stream: int = 0) -> Tensor:
-    """Four random 32-bit words for each counter, (4, G, N) int64 in [0, 2^32), from ``sets`` (G,), ``row`` (N,)."""
+    """Four random 32-bit words for each counter, (4, G, N) int64 in [0, 2^32), from ``sets`` (G,), and ``row`` (N,) or
+    (G, N)."""
     # Counter words 0 and 2, which are multiplied, and 1 and 3. There is no unsigned 32-bit arithmetic; int64 products
     # wrap to the right bits, so what is multiplied has to be cut to 32, and the rest at the end. The first two rounds
     # are of a row or a set alone.
-    c0, c1, c2, c3 = row[None, :], torch.tensor(block), sets[:, None], torch.tensor(stream)
+    c0, c1, c2, c3 = torch.atleast_2d(row), torch.tensor(block), sets[:, None], torch.tensor(stream)
     for r in range(_ROUNDS):
         keys = (seed + r * _KEY_STEPS[0]) & _MASK, ((seed >> 32) + r * _KEY_STEPS[1]) & _MASK
         p0, p2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
@@ -38,9 +39,12 @@ def gumbel(words: Tensor) -> Tensor:
     return minus_v.log1p_().neg_().log_().neg_()
 
 
-def gumbel_noise(seed: int, sets: Tensor, rows: int, block: int) -> Tensor:
-    """Noise of steps 4 * block ... 4 * block + 3, (4, G, rows) float32, for the sets numbered ``sets`` (G,)."""
-    row = torch.arange(rows, device=sets.device)
+def gumbel_noise(seed: int, sets: Tensor, rows: int, block: int, first: Tensor | int = 0) -> Tensor:
+    """Noise of steps 4 * block ... 4 * block + 3, (4, G, rows) float32, for the sets numbered ``sets`` (G,).
+
+    The rows are those from ``first`` on, a number or one for each set (G, 1).
+    """
+    row = torch.arange(rows, device=sets.device) + first
     return gumbel(philox(seed, row, block, sets))
 
 

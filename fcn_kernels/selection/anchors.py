@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fcn_kernels.backends import without_autocast
 from fcn_kernels.selection.problem import Problem
-from fcn_kernels.selection.torch_backend import pair_products
+from fcn_kernels.selection.torch_backend import pair_products, power
 from fcn_kernels.sets import GROUP_BYTES, accumulator, row_norms, usable
 
 
@@ -32,7 +32,7 @@ def anchor_distances(p: Problem, anchors: Tensor, offsets: Tensor | None) -> Ten
                 x = rows[at].to(dtype)
                 quality = row_norms(x) if p.quality is None else p.quality[at]
                 gaps = squared_distances(x, chosen) if p.euclidean else cosine_gaps(x, chosen, norms, p.normalized)
-                out[at] = p.distance_scale * quality**gamma * gaps
+                out[at] = p.distance_scale * power(quality, gamma) * gaps
     return out.nan_to_num_(math.inf, math.inf)  # rows that are not finite cannot be picked
 
 

@@ -158,6 +158,71 @@ def coreset_select(
         >>> torch.equal(torch.cat([sample.indices, more.indices]), whole.indices)
         True
     """
+    call = read_call(
+        features, k, quality, gamma, tau=tau, sample=sample, noise=noise, generator=generator,
+        distance_scale=distance_scale, normalized=normalized, distinct=distinct, metric=metric, start=start,
+        anchors=anchors, min_distances=min_distances, mask=mask, lengths=lengths, cu_seqlens=cu_seqlens, strict=strict,
+        return_min_distances=return_min_distances, return_nearest=return_nearest,
+    )  # fmt: skip
+    backend = resolve_backend(backend, call.problem.features, cpp.unavailable)
+    rows, distances, indices, counts, *_ = out = op.select(call.with_anchors(), backend)
+    return call.result(rows, indices, counts, distances, op.state_of(out))
+
+
+class Call(NamedTuple):
+    """The arguments of a call, checked."""
+
+    problem: Problem
+    anchors: Tensor | None
+    offsets: Tensor | None
+    """(B + 1,), of anchors of which sets have different numbers."""
+    shape: tuple[int, ...]
+    """Of the features, without C."""
+    single: bool
+    """One set, whose results have no leading B."""
+
+    def with_anchors(self) -> Problem:
+        """The problem with distances to the anchors among those to what was picked before."""
+        if self.anchors is None or not self.anchors.shape[-2]:
+            return self.problem
+        near, known = op.least_distances(self.problem, self.anchors, self.offsets), self.problem.min_distances
+        return self.problem._replace(min_distances=near if known is None else torch.minimum(near, known))
+
+    def result(
+        self, rows: Tensor, indices: Tensor, counts: Tensor, distances: Tensor, state: Sequence[Tensor]
+    ) -> Coreset | CoresetState:
+        """What the public function returns."""
+        coreset = Coreset(rows, indices, counts, distances)
+        if self.single:
+            coreset = Coreset(*(t[0] for t in coreset))
+        return CoresetState(*coreset, *(t.view(self.shape) for t in state)) if self.problem.return_state else coreset
+
+
+def read_call(
+    features: Tensor,
+    k: int | Sequence[int] | Tensor,
+    quality: Tensor | None,
+    gamma: float | Tensor,
+    *,
+    tau: float | Tensor,
+    sample: bool,
+    noise: Tensor | None,
+    generator: Generator | None,
+    distance_scale: float,
+    normalized: bool,
+    distinct: bool,
+    metric: str,
+    start: int | Tensor | None,
+    anchors: Tensor | None,
+    min_distances: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    strict: bool,
+    return_min_distances: bool,
+    return_nearest: bool,
+) -> Call:
+    """Check the arguments of :func:`coreset_select` and bring them into the form that the backends take."""
     features, quality, cu_seqlens = unpack_nested(features, quality, mask, lengths, cu_seqlens)
     checks.check_features(features, cu_seqlens)
     checks.check_flags(
@@ -222,17 +287,7 @@ def coreset_select(
     )
     if strict:
         _check_rows(problem)
-    backend = resolve_backend(backend, features, cpp.unavailable)
-    if anchors is not None and anchors.shape[-2]:
-        near = op.least_distances(problem, anchors, offsets)
-        problem = problem._replace(min_distances=near if min_distances is None else torch.minimum(near, min_distances))
-    rows, distances, indices, counts, *_ = out = op.select(problem, backend)
-    coreset = Coreset(rows, indices, counts, distances)
-    if single:
-        coreset = Coreset(*(t[0] for t in coreset))
-    if not problem.return_state:
-        return coreset
-    return CoresetState(*coreset, *(t.view(shape) for t in op.state_of(out)))
+    return Call(problem, anchors, offsets, shape, single)
 
 
 def _check_rows(p: Problem) -> None:

@@ -5,7 +5,7 @@ out instead of recording the steps. Shapes in comments: G sets of a group, n row
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from fcn_kernels.backends import without_autocast
 from fcn_kernels.noise import STEPS_PER_DRAW, gumbel_noise
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
+from fcn_kernels.selection.ranks import Ballot, Pool, Ranks
 from fcn_kernels.sets import GROUP_BYTES, accumulator, finite_marks, row_norms, usable
 
 # Sets of a packed batch share a padded group only if none is padded to more than twice its length.
@@ -25,28 +26,38 @@ LARGEST_GRADIENT_EXPONENT = 100
 SMALL_NORM = 1e-15
 
 
-def forward(p: Problem, keep: bool) -> Selected:
-    """Select; with ``keep``, also keep what :func:`backward` reads."""
+def forward(p: Problem, keep: bool, ranks: Ranks | None = None) -> Selected:
+    """Select; with ``keep``, also keep what :func:`backward` reads.
+
+    Other ``ranks`` may have rows of the sets, too. Each needs a row here then, if only one that takes no part, and
+    softmaxes are without their denominators.
+    """
     out = Selected.empty(p, keep, normalizers=False)
     for tensor in (*out[:4], *out.kept):
         tensor.zero_()
     for tensor in (out.indices, *out.kept[2:]):  # no pick; and of a row that its norm is not wanted
         tensor.fill_(-1)
     with without_autocast(p.features.device.type):
-        for group in _groups(p):
-            _select(p, group, out)
+        for group in _groups(p) if ranks is None else _all_sets(p):
+            _select(p, group, out, ranks)
     return out
 
 
-def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
-    """Straight-through gradients, given ``grad`` (B, K, C) of the picked rows."""
+def backward(
+    p: Problem, grad: Tensor, saved: Saved, ranks: Ranks | None = None, picked: Tensor | None = None
+) -> Gradients:
+    """Straight-through gradients, given ``grad`` (B, K, C) of the picked rows.
+
+    Where other ``ranks`` have rows of the sets, too, these are given as ``picked`` (B, K, C), and gamma's gradient is
+    of this rank's rows.
+    """
     new = torch.empty_like if p.cu_seqlens is None else torch.zeros_like  # offsets may leave rows to no set
     dx = new(p.features, memory_format=torch.contiguous_format)
     dq = torch.zeros_like(saved.norms)
     dgamma = saved.norms.new_zeros(())
     with without_autocast(p.features.device.type):
-        for group in _groups(p):
-            dgamma += _differentiate(p, group, saved, grad, dx, dq)
+        for group in _groups(p) if ranks is None else _all_sets(p):
+            dgamma += _differentiate(p, group, saved, grad, dx, dq, ranks, picked)
     return Gradients(dx, dq, dgamma)
 
 
@@ -148,6 +159,18 @@ def _groups(p: Problem) -> Iterator[_Group]:
         first = last
 
 
+def _all_sets(p: Problem) -> Iterator[_Group]:
+    """All sets in one group, padded to the longest: ranks whose sets differ in length take the same steps."""
+    numbers = torch.arange(p.sets, device=p.features.device)
+    if p.sets and p.cu_seqlens is None:
+        yield _Group(numbers, slice(0, p.sets), slice(0, p.rows), p.features)
+    elif p.sets:
+        starts, lengths = p.cu_seqlens[:-1, None], p.cu_seqlens.diff()[:, None]  # type: ignore[index, union-attr]
+        column = torch.arange(max(1, int(lengths.max())), device=numbers.device)
+        places = torch.where(column < lengths, starts + column, -1)
+        yield _Group(numbers, numbers, places, p.features[places.clamp(min=0)])
+
+
 def _takes_part(p: Problem, group: _Group) -> Tensor:
     """(G, n) bool: rows that are neither padding nor masked."""
     if isinstance(group.where, Tensor):
@@ -243,7 +266,32 @@ def _norms(p: Problem, group: _Group) -> Tensor:
 # --- the steps ----------------------------------------------------------------------------------------------------
 
 
-def _select(p: Problem, group: _Group, out: Selected) -> None:
+class _Pick(NamedTuple):
+    """A step's picks of a group."""
+
+    row: Tensor  # (G,) number in the set
+    at: Tensor  # (G,) place among this rank's rows; any where it is another's
+    here: Tensor  # (G,) whether it is one of these
+    score: Tensor  # (G,)
+    distance: Tensor  # (G,) to the picks before
+    features: Tensor  # (G, C), in the dtype in which rows are summed
+
+    @classmethod
+    def of(
+        cls, group: _Group, x: "_Rows", at: Tensor, scores: Tensor, distances: Tensor, may: Tensor, ranks: Ranks | None
+    ) -> "_Pick":
+        """The best row of a group, ``at`` (G,), or that of all ranks; ``may`` (G, n): which can be picked."""
+        score, distance, here = (values.gather(1, at[:, None])[:, 0] for values in (scores, distances, may))
+        if ranks is None:
+            return cls(at, at, torch.ones_like(here), score, distance, x.take(at[:, None])[:, 0])
+        first = ranks.first[group.at]
+        ours = torch.where(here, first + at, -1)
+        best = ranks.agree(Ballot(score, distance, ours, group.raw[x.each[:, 0], at]))
+        here = here & (best.row == ours)
+        return cls(best.row, at, here, best.score, best.distance, best.features.to(score.dtype))
+
+
+def _select(p: Problem, group: _Group, out: Selected, ranks: Ranks | None) -> None:
     """The K steps of a group, written to its places in ``out``."""
     norms = _norms(p, group)
     quality = norms if p.quality is None else group.take(p.quality)
@@ -252,13 +300,10 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
     if p.min_distances is not None:
         given = before = group.take(p.min_distances)
         allowed &= given >= 0
-    first = None
-    if p.start is not None:
-        first, in_range = _given_start(p, group)
-        allowed &= (in_range & allowed.gather(1, first[:, None])[:, 0])[:, None]
-    counts = allowed.sum(-1).clamp(max=p.k if p.limits is None else p.limits[group.at])
+    first, count, bounds = _opening(p, group, quality, allowed, ranks)
+    counts = count.clamp(max=p.k if p.limits is None else p.limits[group.at])
     open_to = allowed.clone() if p.distinct else allowed  # the rows that may be picked next
-    weight, exponent = weights_of(p, quality, allowed)
+    weight, exponent = weights_of(p, quality, allowed, bounds)
     x = _Rows(group.raw, allowed)
 
     gap, logits, shift = None, quality, None
@@ -266,23 +311,27 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
         shift = exponent
         logits = before = before if shift is None else before * torch.exp2(-shift).to(before.dtype)
     nearest = torch.full_like(quality, -1, dtype=torch.int64)
-    picks, rows, distances, infinite = [], [], [], norms.new_full((), math.inf)
-    most = min(p.k, norms.shape[1])
-    for step, noise in zip(range(most), _noise(p, group), strict=False):
+    picks: list[_Pick] = []
+    infinite = norms.new_full((), math.inf)
+    most = min(p.k, norms.shape[1] if ranks is None else max(1, int(ranks.all_rows.max())))
+    for step, noise in zip(range(most), _noise(p, group, ranks), strict=False):
         scores = _scores(logits, noise, shift, open_to)
-        pick = _argmax(scores, open_to) if step or first is None else first
-        picks.append(pick)
-        rows.append(x.take(pick[:, None])[:, 0])
+        may, place = open_to, _argmax(scores, open_to)
+        if step == 0 and first is not None:
+            may, place = _marked(first.clamp(min=0), first >= 0, open_to), first.clamp(min=0)
         known = step > 0 or before is not None
-        distances.append(_reached(logits, shift, before, given).gather(1, pick[:, None]) if known else infinite)
+        reached = _reached(logits, shift, before, given) if known else infinite.expand_as(logits)
+        pick = _Pick.of(group, x, place, scores, reached, may, ranks)
+        picks.append(pick)
         made = (step < counts)[:, None]
         if out.kept:
-            group.put(_softmax(scores, shift, float(p.tau)) * made, out.kept[0][step])
+            best = None if ranks is None else pick.score
+            group.put(_softmax(scores, shift, float(p.tau), best) * made, out.kept[0][step])
         if step + 1 == most and not out.state:
             break
         if p.distinct:
-            open_to.scatter_(1, pick[:, None], False)
-        fresh = _gaps(p, x, norms, rows[step], pick)
+            open_to &= ~_marked(pick.at, pick.here, open_to)
+        fresh = _gaps(p, x, norms, pick, ranks)
         if out.kept and step + 1 < p.k:
             group.put(torch.where(allowed & made, fresh, 0), out.kept[1][step])
         if out.state:
@@ -293,21 +342,55 @@ def _select(p: Problem, group: _Group, out: Selected) -> None:
         if before is not None:
             logits = torch.minimum(logits, before)
 
-    made = torch.arange(most, device=counts.device) < counts[:, None]  # (G, up to K)
-    reached = torch.cat([distance.expand(len(made), 1) for distance in distances], 1)
-    indices, features = torch.stack(picks, 1), torch.stack(rows, 1)
-    reached = reached.nan_to_num(0.0, math.inf, -math.inf)
-    if not made.all():  # where no pick was made, the row in its place may not be finite
-        indices, reached = torch.where(made, indices, -1), torch.where(made, reached, 0)
-        features = torch.where(made[..., None], features, 0)
-    out.indices[group.at, :most] = indices
-    out.distances[group.at, :most] = reached
-    out.features[group.at, :most] = features.to(p.features.dtype)
-    out.counts[group.at] = counts
+    _put_picks(p, group, out, picks, counts)
     if out.kept:
         group.put(torch.where(allowed, norms, -1), out.kept[2])
     if out.state:
-        _put_state(p, group, out, allowed, _reached(logits, shift, before, given), nearest)
+        taken = torch.zeros_like(allowed)
+        for step, pick in enumerate(picks if p.distinct else ()):
+            taken |= _marked(pick.at, pick.here & (step < counts), taken)
+        _put_state(p, group, out, allowed, taken, _reached(logits, shift, before, given), nearest)
+
+
+def _opening(
+    p: Problem, group: _Group, quality: Tensor, allowed: Tensor, ranks: Ranks | None
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """The given first picks (G,) or None, how many rows can be picked (G,), and the bounds of their qualities (G, 2)
+    where others have rows, too. In a set whose start cannot be picked, no row is ``allowed`` (G, n) from here on."""
+    first, bounds, startable = None, None, torch.ones_like(allowed[:, 0])
+    if p.start is not None:
+        first = p.start[group.at].to(torch.int64) - (0 if ranks is None else ranks.first[group.at])
+        in_range = (first >= 0) & (first < group.raw.shape[1])
+        first = torch.where(in_range, first, 0)
+        startable = in_range & allowed.gather(1, first[:, None])[:, 0]
+        first = torch.where(startable, first, -1)
+    count = allowed.sum(-1)
+    if ranks is not None:
+        pool = ranks.pool(Pool.of(quality, allowed, startable))
+        count, bounds = pool.usable.to(torch.int64), torch.stack((pool.least, pool.greatest), -1)
+        startable = pool.given > 0
+    if first is not None:
+        allowed &= startable[:, None]
+        count = torch.where(startable, count, 0)
+    return first, count, bounds
+
+
+def _marked(at: Tensor, here: Tensor, like: Tensor) -> Tensor:
+    """True (G, n) at the places ``at`` (G,) of the sets where they are ``here`` (G,)."""
+    return torch.zeros_like(like, dtype=torch.bool).scatter_(1, at[:, None], here[:, None])
+
+
+def _put_picks(p: Problem, group: _Group, out: Selected, picks: list[_Pick], counts: Tensor) -> None:
+    made = torch.arange(len(picks), device=counts.device) < counts[:, None]  # (G, up to K)
+    reached = torch.stack([pick.distance for pick in picks], 1).nan_to_num(0.0, math.inf, -math.inf)
+    indices, features = torch.stack([pick.row for pick in picks], 1), torch.stack([pick.features for pick in picks], 1)
+    if not made.all():  # where no pick was made, the row in its place may not be finite
+        indices, reached = torch.where(made, indices, -1), torch.where(made, reached, 0)
+        features = torch.where(made[..., None], features, 0)
+    out.indices[group.at, : len(picks)] = indices
+    out.distances[group.at, : len(picks)] = reached
+    out.features[group.at, : len(picks)] = features.to(p.features.dtype)
+    out.counts[group.at] = counts
 
 
 def _reached(logits: Tensor, shift: Tensor | None, before: Tensor | None, given: Tensor | None) -> Tensor:
@@ -318,50 +401,58 @@ def _reached(logits: Tensor, shift: Tensor | None, before: Tensor | None, given:
     return torch.where(logits == before, given, distances)
 
 
-def _put_state(p: Problem, group: _Group, out: Selected, allowed: Tensor, least: Tensor, nearest: Tensor) -> None:
-    """Write the running minima (G, n), -inf for rows that are not to be picked again, and the picks so near."""
-    least = torch.where(nearest >= 0, least.clamp(max=torch.finfo(least.dtype).max), least)
+def _put_state(
+    p: Problem, group: _Group, out: Selected, allowed: Tensor, taken: Tensor, least: Tensor, nearest: Tensor
+) -> None:
+    """Write the running minima (G, n), -inf for rows that are ``taken``, and the picks so near."""
+    largest = torch.finfo(least.dtype).max
+    alone = least if p.min_distances is not None else math.inf  # where no pick is near
+    least = torch.where(nearest >= 0, least.clamp(max=largest), alone)
     least = torch.where(allowed, least, group.take(out.state[0]))
-    if p.distinct:
-        indices = out.indices[group.at]
-        picked = torch.zeros_like(allowed).scatter_add(1, indices.clamp(min=0), indices >= 0)
-        least = torch.where(picked, -math.inf, least)
-    group.put(least, out.state[0])
+    group.put(torch.where(taken, -math.inf, least), out.state[0])
     group.put(torch.where(allowed, nearest, -1), out.state[1])
 
 
-def _given_start(p: Problem, group: _Group) -> tuple[Tensor, Tensor]:
-    """The given first picks (G,), and whether they are rows of their sets."""
-    assert p.start is not None
-    first = p.start[group.at].to(torch.int64)
-    in_range = (first >= 0) & (first < group.raw.shape[1])
-    return torch.where(in_range, first, 0), in_range
-
-
-def weights_of(p: Problem, quality: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor | None]:
+def weights_of(
+    p: Problem, quality: Tensor, allowed: Tensor, bounds: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """s q^gamma / 2^E (G, n), and E (G, 1) or None: E is 0 unless a set's weights leave 2^-64 to 2^64.
 
     Dividing a set's weights by one number changes no pick. With noise, which has a scale of its own, small weights are
-    left small.
+    left small. ``bounds`` (G, 2) are those of the qualities of allowed rows, where these are not all rows of the set.
     """
     gamma, scale = float(p.gamma), float(p.distance_scale)
     if not math.isfinite(gamma):
         return torch.full_like(quality, math.nan), None
-    power = quality**gamma
-    plain, most = scale * power, 2.0**LARGEST_EXPONENT
-    least, largest = (float(bound) for bound in power.aminmax())
+    powers = power(quality, gamma)
+    plain, most = scale * powers, 2.0**LARGEST_EXPONENT
+    if bounds is None:
+        ends, inside = quality, allowed
+    else:
+        inside = (bounds[:, :1] <= bounds[:, 1:]).expand_as(bounds)  # not so of a set without rows
+        ends = torch.where(inside, bounds, 1)
+        powers = power(ends, gamma)
+    least, largest = (float(bound) for bound in powers.aminmax())
     if least * min(scale, 1) >= 1 / most and largest * max(scale, 1) <= most:  # false if one is NaN
         return plain, None
-    exponent = torch.where(allowed, gamma * quality.double().log2(), 0)
+    exponent = torch.where(inside, gamma * ends.double().log2(), 0)
     widest = torch.maximum(exponent.abs(), (exponent + math.log2(scale)).abs())
-    extreme = (torch.where(allowed, widest, 0) > LARGEST_EXPONENT).any(-1, keepdim=True)  # (G, 1)
-    exponent += math.log2(scale)
-    unit = torch.where(allowed, exponent, -math.inf).amax(-1, keepdim=True).floor()
+    extreme = (torch.where(inside, widest, 0) > LARGEST_EXPONENT).any(-1, keepdim=True)  # (G, 1)
+    unit = torch.where(inside, exponent + math.log2(scale), -math.inf).amax(-1, keepdim=True).floor()
     if p.noise is not None or p.seed is not None:
         unit = unit.clamp(min=0)
     shift = torch.where(extreme, unit, 0)
+    exponent = torch.where(allowed, gamma * quality.double().log2(), 0) + math.log2(scale)
     weight = torch.where(extreme, torch.exp2(exponent - shift).to(plain.dtype), plain)
     return torch.where(allowed & (weight >= torch.finfo(weight.dtype).tiny), weight, 0), shift
+
+
+def power(base: Tensor, exponent: float | Tensor) -> Tensor:
+    """base ** exponent, the same bits wherever an element lies. On CPUs the last elements of a block would take
+    another path than whole vectors do; where results do not lie side by side, all take that path."""
+    if not base.is_cpu:
+        return base**exponent
+    return torch.pow(base, exponent, out=base.new_empty(*base.shape, 2)[..., 0])
 
 
 def _scores(logits: Tensor, noise: Tensor | None, shift: Tensor | None, open_to: Tensor) -> Tensor:
@@ -379,12 +470,13 @@ def _argmax(scores: Tensor, open_to: Tensor) -> Tensor:
     return torch.where(best == -math.inf, open_to.to(torch.uint8).argmax(-1), pick)
 
 
-def _softmax(scores: Tensor, shift: Tensor | None, tau: float) -> Tensor:
-    """exp(z / tau) / sum exp(z / tau) (G, n); 0 for all where no score is finite."""
-    best = scores.amax(-1, keepdim=True)
+def _softmax(scores: Tensor, shift: Tensor | None, tau: float, greatest: Tensor | None = None) -> Tensor:
+    """exp(z / tau) / sum exp(z / tau) (G, n); 0 for all where no score is finite. Without the denominator if the
+    ``greatest`` (G,) is given, that of all ranks' scores."""
+    best = scores.amax(-1, keepdim=True) if greatest is None else greatest[:, None]
     below = torch.where(best.isfinite(), scores - best, -math.inf)
     soft = torch.exp(_shifted(below, shift) / tau)
-    return soft / soft.sum(-1, keepdim=True).clamp(min=1)
+    return soft / soft.sum(-1, keepdim=True).clamp(min=1) if greatest is None else soft
 
 
 def _shifted(values: Tensor, shift: Tensor | None) -> Tensor:
@@ -404,21 +496,30 @@ def reported(distances: Tensor, shift: Tensor | None) -> Tensor:
     return _shifted(torch.where(distances >= torch.finfo(distances.dtype).tiny, distances, 0), shift)
 
 
-def _gaps(p: Problem, x: _Rows, norms: Tensor, row: Tensor, pick: Tensor) -> Tensor:
-    """Distances to a picked row (G, C) without their weights, (G, n): 1 - cos(x_n, row), or |x_n - row|^2.
+def _gaps(p: Problem, x: _Rows, norms: Tensor, pick: _Pick, ranks: Ranks | None) -> Tensor:
+    """Distances to picked rows without their weights, (G, n): 1 - cos(x_n, row), or |x_n - row|^2.
 
     Exactly 0 for the pick and its duplicates, whatever their cosine rounds to.
     """
     if p.euclidean:
-        return x.squared_distances(row)
-    cosine = x.products(row if p.normalized else row / norms.gather(1, pick[:, None]))
+        return x.squared_distances(pick.features)
+    at = pick.at[:, None]
+    length = norms.gather(1, at) if ranks is None else row_norms(pick.features)[:, None]
+    direction = pick.features if p.normalized else pick.features / length
+    cosine = x.products(direction)
     if not p.normalized:
         cosine = cosine / norms
-    return torch.where(cosine == cosine.gather(1, pick[:, None]), 0, 1 - cosine).clamp_(min=0)
+    if ranks is None:
+        alike = cosine == cosine.gather(1, at)
+    else:
+        own = row_products(pick.features[:, None], direction)
+        alike = (cosine == (own if p.normalized else own / length)) | _marked(pick.at, pick.here, norms)
+    return torch.where(alike, 0, 1 - cosine).clamp_(min=0)
 
 
-def _noise(p: Problem, group: _Group) -> Iterator[Tensor | None]:
+def _noise(p: Problem, group: _Group, ranks: Ranks | None) -> Iterator[Tensor | None]:
     """The Gumbel noise (G, n) of each step in turn, or None for argmax."""
+    first = 0 if ranks is None else ranks.first[group.at, None]
     for step in range(p.k):
         if p.noise is not None:
             yield group.take(p.noise[step])
@@ -426,14 +527,17 @@ def _noise(p: Problem, group: _Group) -> Iterator[Tensor | None]:
             yield None
         else:
             if step % STEPS_PER_DRAW == 0:
-                drawn = gumbel_noise(int(p.seed), group.sets, group.raw.shape[1], step // STEPS_PER_DRAW)
+                drawn = gumbel_noise(int(p.seed), group.sets, group.raw.shape[1], step // STEPS_PER_DRAW, first)
             yield drawn[step % STEPS_PER_DRAW]
 
 
 # --- the gradient -------------------------------------------------------------------------------------------------
 
 
-def _differentiate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Tensor, dq: Tensor) -> Tensor:
+def _differentiate(
+    p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Tensor, dq: Tensor, ranks: Ranks | None,
+    picked: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Write the group's dx and dq; returns its part of dgamma.
 
     The picks are walked from the last to the first, as each one's gradient c_k is complete only when the later ones,
@@ -445,17 +549,21 @@ def _differentiate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Te
     quality = norms if p.quality is None else torch.where(allowed, group.take(p.quality), 1)
     gaps, softmax = (torch.where(allowed, group.take(kept), 0) for kept in (saved.gaps, saved.softmax))
     made = saved.indices[group.at] >= 0  # (G, K)
-    indices = saved.indices[group.at].clamp(min=0)
+    places = saved.indices[group.at]  # of the picks among our rows; -1: none
+    if ranks is not None:
+        places = ranks.places(saved.indices)[group.at]
+    total = (lambda values: values) if ranks is None else ranks.sum
     arriving = torch.where(made[..., None], grad[group.at].to(norms.dtype), 0)  # c, (G, K, C)
-    origin = None
-    if p.euclidean:  # differences are the same from any origin, and small from a near one
-        origin = torch.where(made[:, :1], _Rows(group.raw).take(indices[:, :1])[:, 0], 0)
+    rows = _Rows(group.raw).take(places.clamp(min=0)) if picked is None else picked[group.at].to(norms.dtype)
+    rows = torch.where(made[..., None], rows, 0)  # (G, K, C)
+    # differences are the same from any origin, and small from a near one
+    origin = rows[:, 0] if p.euclidean else None
     x = _Rows(group.raw, allowed, origin)
-    units = torch.where(made[..., None], x.take(indices), 0)  # u_j, (G, K, C)
-    pick_norms = norms.gather(1, indices)
+    if p.euclidean:
+        rows = torch.where(made[..., None], rows - rows[:, :1], 0)
     projected = not (p.normalized or p.euclidean)
-    if projected:
-        units = units / pick_norms[..., None]
+    pick_norms = torch.where(made, row_norms(rows), 1) if projected else torch.ones_like(rows[..., 0])
+    units = rows / pick_norms[..., None]  # u_j, (G, K, C)
     weight, exponent = weights_of(p, quality, allowed)
     shares = _shares(gaps)
     if p.min_distances is not None:
@@ -474,11 +582,11 @@ def _differentiate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Te
     chain = torch.zeros_like(norms)  # the gradient of the running minimum
     for step in range(p.k - 1, 0, -1):
         pick = step - 1
-        chain = chain + _softmax_gradient(p, x, arriving[:, step], softmax[step], indices[:, step])
+        chain = chain + _softmax_gradient(p, x, arriving[:, step], softmax[step], rows[:, step], total)
         ddistance = chain * shares[pick]
         chain = chain - ddistance
         if not p.normalized:  # a pick is 0 away from itself, wherever it moves
-            ddistance = ddistance.scatter(1, indices[:, pick, None], 0)
+            ddistance = ddistance.masked_fill(_marked(places[:, pick].clamp(min=0), places[:, pick] >= 0, allowed), 0)
         weight_term += ddistance * gaps[pick] * weight
         dcos[pick] = (-2 if p.euclidean else -1) * weight * ddistance
         pull = x.weighted_sum(dcos[pick] / norms if projected else dcos[pick])
@@ -487,11 +595,11 @@ def _differentiate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Te
         elif projected:
             along = (pull * units[:, pick]).sum(-1, keepdim=True)
             pull = (pull - along * units[:, pick]) / pick_norms[:, pick, None]
-        arriving[:, pick] += pull
+        arriving[:, pick] += total(pull)
 
     dquality = gamma * weight_term / quality
     if p.by_quality:  # else the first pick's softmax is none of the quality
-        dquality += _softmax_gradient(p, x, arriving[:, 0], softmax[0], indices[:, 0])
+        dquality += _softmax_gradient(p, x, arriving[:, 0], softmax[0], rows[:, 0], total)
     radial = torch.zeros_like(norms)  # dx_n has radial(n) u_n
     if p.euclidean:
         radial = -dcos.sum(0)
@@ -499,20 +607,22 @@ def _differentiate(p: Problem, group: _Group, saved: Saved, grad: Tensor, dx: Te
         radial = -(dcos * (1 - gaps)).sum(0) / norms
     if p.quality is None:
         radial += dquality
-    _write_rows(p, group, x, dx, norms, dcos, radial, units, arriving, indices)
+    _write_rows(p, group, x, dx, norms, dcos, radial, units, arriving, places)
     group.put(torch.where(allowed, dquality, 0), dq)
     return (weight_term * quality.log()).sum()
 
 
-def _softmax_gradient(p: Problem, x: _Rows, arriving: Tensor, softmax: Tensor, pick: Tensor) -> Tensor:
-    """dz(n) = y(n) (x_n . c - sum_m y(m) x_m . c) / tau for the gradient c (G, C) at the pick, (G, n).
+def _softmax_gradient(
+    p: Problem, x: _Rows, arriving: Tensor, softmax: Tensor, row: Tensor, total: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """dz(n) = y(n) (x_n . c - sum_m y(m) x_m . c) / tau for the gradient c (G, C) at the picked ``row``, (G, n).
 
     The mean is the same from any origin. Taken from the pick's own product, whose softmax is nearly 1 where tau is
     small, little is lost in the differences.
     """
     along = x.products(arriving)
-    along = torch.where(softmax > 0, along - along.gather(1, pick[:, None]), 0)
-    dz = softmax * (along - (softmax * along).sum(-1, keepdim=True)) / float(p.tau)
+    along = torch.where(softmax > 0, along - row_products(row[:, None], arriving), 0)
+    dz = softmax * (along - total((softmax * along).sum(-1, keepdim=True))) / float(p.tau)
     return torch.where(softmax > 0, dz, 0)  # also where the mean is infinite
 
 
@@ -524,10 +634,10 @@ def _shares(gaps: Tensor) -> Tensor:
 
 def _write_rows(
     p: Problem, group: _Group, x: _Rows, dx: Tensor, norms: Tensor, dcos: Tensor, radial: Tensor, units: Tensor,
-    arriving: Tensor, indices: Tensor,
+    arriving: Tensor, places: Tensor,
 ) -> None:  # fmt: skip
     """dx_n = sum_j dcos_j(n) u_j / |x_n| + radial(n) u_n, and on the picked rows their own gradients."""
-    each = torch.arange(len(indices), device=indices.device)
+    each = torch.arange(len(places), device=places.device)
     if not p.normalized:
         dcos = dcos / norms
     tiny = bool((norms < SMALL_NORM).any())  # then radial(n) / |x_n| may be infinite where dx is not
@@ -538,7 +648,7 @@ def _write_rows(
         part = torch.mul(rows / norms[:, at, None] if tiny else rows, scale[..., None], out=place)
         part.baddbmm_(dcos[:, :, at].permute(1, 2, 0), units[:, : p.k - 1])
         for step in range(p.k):
-            number = indices[:, step] - at.start
+            number = torch.where(places[:, step] < 0, -1, places[:, step] - at.start)
             here = (number >= 0) & (number < part.shape[1])
             part[each, torch.where(here, number, 0)] += torch.where(here[:, None], arriving[:, step], 0)
         if place is None:

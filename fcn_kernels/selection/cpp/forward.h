@@ -26,6 +26,13 @@ struct Best {
     }
 };
 
+// A pick that was made; of the sets' rows in all processes.
+struct Pick {
+    int64_t row = -1, here = -1;  // its number in the set, and among our rows; -1: none
+    Acc score = -INFINITE, distance = 0;
+    const Row* features = nullptr;
+};
+
 // One set's way through the K steps. A row's logit is the least of its distances to the picks it met, each its gap (1 -
 // cosine, or the squared distance) times its weight, and to what was picked before the call.
 class Selection {
@@ -46,7 +53,7 @@ class Selection {
           known(call.min_distances ? call.min_distances + set.at : nullptr),
           weights(call),
           wanted(set.picks()),
-          most(std::min(wanted, set.n)),
+          most(call.ranks ? wanted : std::min(wanted, set.n)),
           directions(std::max<int64_t>(most, 1) * padded(call.dim)),
           pick_norms(most),
           own_cosines(most),
@@ -57,12 +64,12 @@ class Selection {
     }
 
     void run() {
-        const Best first = first_pick();
+        const Pick first = agree(0, first_pick());
         int64_t count = 0, usable = 0;
         Best second;
         if (first.row >= 0) {
             if (wanted > 0) {
-                record(0, first.row, known ? known[first.row] : INFINITE);
+                record(0, first);
                 count = 1;
             }
             if (keep || nearest || wanted > 1) usable = meet_first(count, second);
@@ -70,24 +77,25 @@ class Selection {
         if (keep) {
             write_norms(first.row >= 0);
             if (count && by_quality())
-                keep_softmax(0, first.row);
+                keep_softmax(0, first.score);
             else
                 forget(out.softmax);
         }
         for (; count < std::min(wanted, usable); ++count) {
             if (call.distinct) take_out(count - 1);
-            int64_t pick = second.row;
+            Best best = second;
             if (keep || count > 1) {
                 noise.advance(count);
-                pick = farthest(count);
+                best = farthest(count);
             }
-            record(count, pick, weights.reported(least[pick]));
-            if (keep) keep_softmax(count, pick);
+            const Pick pick = agree(count, best);
+            record(count, pick);
+            if (keep) keep_softmax(count, pick.score);
         }
         out.counts[set.number] = count;
         if (nearest) write_state(count, first.row >= 0);
         for (int64_t step = count; step < call.k; ++step) {
-            record(step, -1, 0);
+            record(step, Pick());
             if (keep && step > 0) forget(out.softmax + step * call.all_rows);
         }
         for (int64_t step = std::max<int64_t>(count - 1, 0); keep && step < call.k - 1; ++step)
@@ -113,7 +121,8 @@ class Selection {
     // Of each pick: its row times a power of two that keeps products with it in range, that row's norm, and the cosine
     // to itself as it rounds.
     std::vector<Acc> directions, pick_norms, own_cosines;
-    std::vector<int64_t> picks;
+    std::vector<int64_t> picks;        // among our rows, or -1
+    double pooled[3] = {0, INFINITE, 0};  // of all processes' rows, where there are others: see Ranks
     Points points;                     // none where rows are long, or not compared by their differences
     std::unique_ptr<Buckets> buckets;  // of many points, from the third pick on; then they have the logits
 
@@ -144,12 +153,39 @@ class Selection {
         return best;
     }
 
+    Acc distance(int64_t step, int64_t i) const {
+        return step ? weights.reported(least[i]) : known ? known[i] : INFINITE;
+    }
+
+    // The best of our rows, or of all processes'.
+    Pick agree(int64_t step, const Best& best) const {
+        const int64_t i = best.row, before = set.rows_before();
+        Pick pick;
+        if (i >= 0) pick = {before + i, i, best.value, distance(step, i), set.row(i)};
+        if (!call.ranks) return pick;
+        Ballot& ballot = *reinterpret_cast<Ballot*>(call.ranks->ballot);
+        ballot.score = pick.score, ballot.distance = pick.distance, ballot.row = pick.row;
+        if (i >= 0) std::memcpy(ballot.features, pick.features, call.dim * sizeof(Row));
+        if (call.ranks->agree()) throw std::runtime_error("the ranks did not agree");
+        const bool ours = i >= 0 && ballot.row == pick.row;
+        return {ballot.row, ours ? i : -1, ballot.score, ballot.distance, ballot.features};
+    }
+
+    // What all processes have to know of one another's rows before the first pick.
+    void pool() {
+        const Range range = qualities();
+        pooled[0] = double(std::count(barred.get(), barred.get() + set.n, 0));
+        pooled[1] = range.least, pooled[2] = range.greatest;
+        if (call.ranks->pool(pooled)) throw std::runtime_error("the ranks did not agree");
+    }
+
     // Of the highest quality, the farthest from what was picked before, or the given one. Where the quality is given,
     // rows are read only once the pick is known, so that their norms and their products with it take one pass.
     Best first_pick() {
-        bool measure = !call.quality || known;
+        bool measure = !call.quality || known || call.ranks;
         const auto favourite = [&] {
             set.for_blocks([&](int64_t, int64_t begin, int64_t end) { admit(begin, end, measure); });
+            if (call.ranks) pool();
             if (known) fit_weights();
             return best_of_blocks([&](int64_t begin, int64_t end) {
                 Best best;
@@ -162,7 +198,7 @@ class Selection {
         const Best best = favourite();
         if (call.start) {
             Best given;
-            const int64_t i = call.start[set.number];
+            const int64_t i = call.start[set.number] - set.rows_before();
             if (i >= 0 && i < set.n && !barred[i] && std::isnormal(norm[i] = measured(i))) given.meet(0, i);
             return given;
         }
@@ -190,8 +226,8 @@ class Selection {
     // Only rows that can be picked have a say in how the weights are scaled, so that where these leave the ordinary
     // range all norms have to be known first.
     void fit_weights() {
-        const Range range = qualities();
-        if (!weights.fit(range.least, range.greatest) && call.quality) {
+        const Range range = call.ranks ? Range{Acc(pooled[1]), Acc(pooled[2])} : qualities();
+        if (!weights.fit(range.least, range.greatest) && call.quality && !call.ranks) {
             set.for_blocks([&](int64_t, int64_t begin, int64_t end) { admit(begin, end, true); });
             const Range usable = qualities();
             weights.fit(usable.least, usable.greatest);
@@ -229,17 +265,17 @@ class Selection {
                 if (!barred[i] && i != taken) best.meet(noisy(1, i), i);
             return best;
         });
-        return std::accumulate(usable.begin(), usable.end(), int64_t(0));
+        return call.ranks ? int64_t(pooled[0]) : std::accumulate(usable.begin(), usable.end(), int64_t(0));
     }
 
-    Acc cosine(int64_t i, int64_t pick) const {
-        const Acc along = product(set.row(i), &directions[pick * padded(call.dim)], call.dim);
-        return call.normalized ? along : along / norm[i] / pick_norms[pick];
+    Acc cosine(const Row* row, Acc length, int64_t pick) const {
+        const Acc along = product(row, &directions[pick * padded(call.dim)], call.dim);
+        return call.normalized ? along : along / length / pick_norms[pick];
     }
 
     Acc gap(int64_t i, int64_t pick) const {
         if (call.euclidean) return squared_distance(set.row(i), &directions[pick * padded(call.dim)], call.dim);
-        const Acc towards = cosine(i, pick);
+        const Acc towards = cosine(set.row(i), norm[i], pick);
         // a pick and its duplicates are at 0, whatever their cosine rounds to
         return towards == own_cosines[pick] ? 0 : std::max<Acc>(1 - towards, 0);
     }
@@ -289,6 +325,7 @@ class Selection {
     // Bars a picked row. It meets no further pick, and its gaps to them, which no gradient comes through, are 0.
     void take_out(int64_t step) {
         const int64_t i = picks[step];
+        if (i < 0) return;
         barred[i] = TAKEN;
         if (nearest && least[i] > 0) nearest[i] = step;
         if (points) least[i] = -1;
@@ -325,7 +362,7 @@ class Selection {
 
     // The pick of a later step. In inference, each block's row of the highest bound meets the picks that it has not met
     // yet, and then the rows whose bounds are above the best of those.
-    int64_t farthest(int64_t step) {
+    Best farthest(int64_t step) {
         const auto meet_all = [&](int64_t i) {
             for (int64_t pick = met[i]; pick < step; ++pick) meet(i, pick);
         };
@@ -343,33 +380,31 @@ class Selection {
             });
         }
         return best_of_blocks([&](int64_t begin, int64_t end) {
-                   Best best = so_far;
-                   for (int64_t i = begin; i < end; ++i) {
-                       if (barred[i] || (!keep && best.is_above(noisy(step, i), i))) continue;
-                       meet_all(i);
-                       best.meet(noisy(step, i), i);
-                   }
-                   return best;
-               })
-            .row;
+            Best best = so_far;
+            for (int64_t i = begin; i < end; ++i) {
+                if (barred[i] || (!keep && best.is_above(noisy(step, i), i))) continue;
+                meet_all(i);
+                best.meet(noisy(step, i), i);
+            }
+            return best;
+        });
     }
 
-    int64_t farthest_point(int64_t step) {
+    Best farthest_point(int64_t step) {
         const bool plain = !call.noise && !call.seed && weights.are_numbers();
         if (plain && !keep && set.n >= Buckets::LEAST_ROWS) return farthest_of_buckets(step);
         return best_of_blocks([&](int64_t begin, int64_t end) {
-                   Best best;
-                   if (step > 1) best = meet_points(begin, end, step - 1);
-                   if (plain && best.row >= 0) return best;
-                   best = {};
-                   for (int64_t i = begin; i < end; ++i)
-                       if (!barred[i]) best.meet(noisy(step, i), i);
-                   return best;
-               })
-            .row;
+            Best best;
+            if (step > 1) best = meet_points(begin, end, step - 1);
+            if (plain && best.row >= 0) return best;
+            best = {};
+            for (int64_t i = begin; i < end; ++i)
+                if (!barred[i]) best.meet(noisy(step, i), i);
+            return best;
+        });
     }
 
-    int64_t farthest_of_buckets(int64_t step) {
+    Best farthest_of_buckets(int64_t step) {
         if (!buckets) buckets.reset(new Buckets(points, set.n, barred.get(), least.get(), weight.get()));
         const Acc* const point = &directions[(step - 1) * padded(call.dim)];
         if (nearest)
@@ -378,38 +413,42 @@ class Selection {
             buckets->meet(point, [](int64_t) {});  // without a look at each row
         Acc logit = 0;
         const int64_t row = buckets->farthest(logit);
-        least[row] = logit;
-        return row;
+        if (row >= 0) least[row] = logit;
+        return {logit, row};
     }
 
-    void record(int64_t step, int64_t pick, Acc distance) {
+    void record(int64_t step, const Pick& pick) {
         const int64_t place = set.number * call.k + step;
         Row* const copy = out.features + place * call.dim;
-        out.indices[place] = pick;
-        out.distances[place] = distance;
-        if (pick < 0) {
+        out.indices[place] = pick.row;
+        out.distances[place] = pick.distance;
+        if (pick.row < 0) {
             std::fill_n(copy, call.dim, Row{});
             return;
         }
-        picks[step] = pick;
+        picks[step] = pick.here;
+        std::memcpy(copy, pick.features, call.dim * sizeof(Row));
+        if (call.euclidean) return copy_row(pick.features, &directions[step * padded(call.dim)], call.dim, 0);
+        const Acc length = pick.here < 0 ? norm_of(pick.features, call.dim) : norm[pick.here];
         int exponent = 0;
-        if (!call.normalized && !call.euclidean) pick_norms[step] = std::frexp(norm[pick], &exponent);
-        std::memcpy(copy, set.row(pick), call.dim * sizeof(Row));
-        copy_row(set.row(pick), &directions[step * padded(call.dim)], call.dim, exponent);
-        if (!call.euclidean) own_cosines[step] = cosine(pick, step);
+        if (!call.normalized) pick_norms[step] = std::frexp(length, &exponent);
+        copy_row(pick.features, &directions[step * padded(call.dim)], call.dim, exponent);
+        own_cosines[step] = cosine(pick.features, length, step);
     }
 
-    // softmax(noisy logits / tau) of a step; its pick has the greatest.
-    void keep_softmax(int64_t step, int64_t pick) {
+    // softmax(noisy logits / tau) of a step, whose pick has the greatest; without its denominator where that is a sum
+    // over all processes' rows.
+    void keep_softmax(int64_t step, Acc greatest) {
         Acc* const y = out.softmax + step * call.all_rows + set.at;
-        const Acc greatest = noisy(step, pick), tau = Acc(call.tau);
+        const Acc tau = Acc(call.tau);
         if (!std::isfinite(greatest)) return forget(out.softmax + step * call.all_rows);
         const Acc total = Acc(set.sum([&](int64_t i) -> Acc {
             const Acc below = barred[i] ? -INFINITE : noisy(step, i) - greatest;
             return y[i] = std::exp((step ? weights.shifted(below) : below) / tau);
         }));
+        const Acc denominator = call.ranks ? 1 : total;
         set.for_blocks([&](int64_t, int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) y[i] /= total;
+            for (int64_t i = begin; i < end; ++i) y[i] /= denominator;
         });
         std::fill_n(y + set.n, set.padding(), Acc(0));
     }

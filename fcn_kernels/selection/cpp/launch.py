@@ -3,9 +3,10 @@
 It saves what the torch backend saves, in the same form; ``select.cpp`` says how it works.
 """
 
+import ctypes
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fcn_kernels.cpp import calls
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
+from fcn_kernels.selection.ranks import Pool, Ranks
 from fcn_kernels.sets import accumulator
 
 _SOURCE = Path(__file__).with_name("select.cpp")
@@ -20,7 +22,7 @@ _function = calls.functions(_SOURCE, {"forward": 0, "backward": 4})
 
 # Call and Selected of sets.h: addresses, 0 for what is not given; sizes; numbers. A quarter of the time that it would
 # take ctypes.Structure.
-_CALL, _SELECTED = struct.Struct("11P11q2d"), struct.Struct("9P")
+_CALL, _SELECTED = struct.Struct("12P11q2d"), struct.Struct("9P")
 
 
 @functools.cache
@@ -29,11 +31,13 @@ def unavailable(dtype: torch.dtype) -> str:
     return calls.why_unavailable(_SOURCE, dtype)
 
 
-def forward(p: Problem, keep: bool) -> Selected:
-    """Select; with ``keep``, also keep what :func:`backward` reads."""
+def forward(p: Problem, keep: bool, ranks: Ranks | None = None) -> Selected:
+    """Select; with ``keep``, also keep what :func:`backward` reads. Other ``ranks`` may have rows of the sets, too;
+    softmaxes are without their denominators then."""
     out = Selected.empty(p, keep, normalizers=False)
     if p.sets:
-        _run("forward", p, (*out[:4], *(out.kept or (None,) * 3), *(out.state or (None,) * 2)))
+        selected = (*out[:4], *(out.kept or (None,) * 3), *(out.state or (None,) * 2))
+        _run("forward", p, selected, others=None if ranks is None else _Others(p, ranks))
     return out
 
 
@@ -46,7 +50,52 @@ def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
     return Gradients(dx, dq, dgamma)
 
 
-def _run(name: str, p: Problem, selected: Sequence[Tensor | None], *tensors: Tensor | None) -> None:
+class _Others:
+    """How C++ reaches the other ranks: by calls back to here. The first error in one ends the call."""
+
+    class Struct(ctypes.Structure):
+        """Ranks of sets.h."""
+
+        _fields_ = (
+            ("first", ctypes.c_void_p),
+            ("ballot", ctypes.c_void_p),
+            ("pool", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_double))),
+            ("agree", ctypes.CFUNCTYPE(ctypes.c_int)),
+        )
+
+    def __init__(self, p: Problem, ranks: Ranks) -> None:
+        self.ranks, self.dtype = ranks, accumulator(p.features.dtype)
+        self.error: BaseException | None = None
+        size = 2 * self.dtype.itemsize + 8 + p.dim * p.features.itemsize
+        self.ballot = torch.zeros(1, size, dtype=torch.uint8)
+        pool, agree = (kind(function) for (_, kind), function in zip(
+            self.Struct._fields_[2:], (self._guarded(self._pool), self._guarded(self._agree)), strict=True
+        ))  # fmt: skip
+        self.struct = self.Struct(ranks.first.data_ptr(), self.ballot.data_ptr(), pool, agree)
+
+    def _guarded(self, function: Callable[..., None]) -> Callable[..., int]:
+        def call(*args: object) -> int:
+            try:
+                function(*args)
+            except BaseException as error:  # also Ctrl-C: none may pass through C++
+                self.error = error
+                return 1
+            return 0
+
+        return call
+
+    def _pool(self, rows: "ctypes._Pointer[ctypes.c_double]") -> None:
+        ours = torch.tensor([*rows[:3], 0.0], dtype=torch.float64)[:, None]
+        for i, value in enumerate(torch.cat(self.ranks.pool(Pool(*ours)))[:3].tolist()):
+            rows[i] = value
+
+    def _agree(self) -> None:
+        self.ballot.copy_(self.ranks.best(self.ballot, self.dtype))
+
+
+def _run(
+    name: str, p: Problem, selected: Sequence[Tensor | None], *tensors: Tensor | None, others: _Others | None = None
+) -> None:
     accumulate = accumulator(p.features.dtype)
     inputs = (  # held until the call is over
         p.features,
@@ -64,6 +113,7 @@ def _run(name: str, p: Problem, selected: Sequence[Tensor | None], *tensors: Ten
     stride = p.features.stride()
     call = _CALL.pack(
         *map(calls.address, inputs),
+        0 if others is None else ctypes.addressof(others.struct),
         p.sets,
         p.features.shape[-2],
         p.rows,
@@ -80,5 +130,7 @@ def _run(name: str, p: Problem, selected: Sequence[Tensor | None], *tensors: Ten
     )
     function = _function(name, p.features.dtype)
     status = function(call, _SELECTED.pack(*map(calls.address, selected)), *map(calls.address, tensors))
+    if others is not None and others.error is not None:
+        raise others.error
     sizes = f"{p.sets} sets, {p.rows} rows of {p.dim} and k = {p.k}"
     calls.check_status(status, f"coreset_select's C++ ({name}) for {sizes}")

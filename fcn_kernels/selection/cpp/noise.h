@@ -47,9 +47,10 @@ class Noise {
         if (!call.seed) return;
         if (step % STEPS_PER_DRAW == 0) {
             const int64_t used = std::min<int64_t>(STEPS_PER_DRAW, call.k - step);
+            const int64_t before = set.rows_before();
             set.for_blocks([&](int64_t, int64_t begin, int64_t end) {
                 for (int64_t i = begin; i < end; ++i) {
-                    const Words4 words = philox(uint64_t(*call.seed), i, step / STEPS_PER_DRAW, set.number);
+                    const Words4 words = philox(uint64_t(*call.seed), before + i, step / STEPS_PER_DRAW, set.number);
                     for (int64_t w = 0; w < used; ++w) drawn[w * set.n + i] = gumbel(words.word[w]);
                 }
             });

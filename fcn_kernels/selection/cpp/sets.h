@@ -20,6 +20,22 @@ constexpr int64_t LEAST_SHARED = 64 << 10;
 // A set is shared where it is more than this part of what a thread gets of all the rows.
 constexpr int64_t PARTS_A_THREAD = 4;
 
+// The other processes that have rows of the same sets; see ranks.py. Both functions wait for all of them, and return 0
+// unless the call has to end.
+struct Ranks {
+    const int64_t* first;       // (B,), the rows of each set that are before ours
+    uint8_t* ballot;            // ours until `agree` is called, then the best of all: see Ballot
+    int (*pool)(double* rows);  // how many can be picked, their least and greatest quality: ours, then of all
+    int (*agree)();
+};
+
+// What a process proposes as a pick, of its rows.
+struct Ballot {
+    Acc score, distance;
+    int64_t row;  // in the set; -1: none
+    Row features[];
+};
+
 // Pointers are null for what is not given. R counts the rows of all sets, padding too; see problem.py.
 struct Call {
     const Row* features;                   // rows of C adjacent elements
@@ -33,6 +49,7 @@ struct Call {
     const int64_t* cu_seqlens;             // (B + 1,)
     const int64_t* limits;                 // (B,)
     const Acc* min_distances;              // (R,)
+    const Ranks* ranks;                    // null unless the sets have rows elsewhere, too
     int64_t sets, rows, all_rows, dim, k;  // B, N (of padded sets), R, C, K
     int64_t set_stride, row_stride;        // elements
     int64_t normalized, distinct, euclidean, threads;
@@ -69,6 +86,7 @@ struct Set {
     }
 
     const Row* row(int64_t i) const { return first + i * call.row_stride; }
+    int64_t rows_before() const { return call.ranks ? call.ranks->first[number] : 0; }
     int64_t picks() const { return call.limits ? std::clamp<int64_t>(call.limits[number], 0, call.k) : call.k; }
     // Rows of its share of the R, beyond those that take part.
     int64_t padding() const { return call.cu_seqlens ? 0 : call.rows - n; }
@@ -108,6 +126,10 @@ void for_sets(const Call& call, Work work) {
     };
     int64_t shared = 0;
     for (int64_t b = 0; b < call.sets; ++b) shared += is_shared(b);
+    if (call.ranks)  // all processes come to a set at the same time
+        return Team::run(call.all_rows * call.dim < LEAST_SHARED ? 1 : call.threads, [&](Team& team) {
+            for (int64_t b = 0; b < call.sets; ++b) work(Set(call, b, &team));
+        });
     const bool few = call.all_rows * call.dim < LEAST_SHARED || call.sets == 1;
     Team::run(few && shared == 0 ? 1 : call.threads, [&](Team& team) {
         for (int64_t b = 0; shared && b < call.sets; ++b)

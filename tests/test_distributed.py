@@ -1,0 +1,282 @@
+"""Sets whose rows are on several ranks: the picks of one process, to the bit, its gradients, and faults that all see."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from fcn_kernels import coreset_select, distributed
+from fcn_kernels.selection.cpp import launch as cpp
+
+RANKS = 4
+PROBLEMS = 50
+BACKENDS = ["torch"] if cpp.unavailable(torch.float32) else ["torch", "cpp"]
+pytestmark = [
+    pytest.mark.xdist_group("distributed"),
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
+]
+
+
+# --- problems, and what a rank has of them ---------------------------------------------------------------------------
+
+
+def random_problem(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """The arguments of a call: one set or three, all options by turns."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    sets, rows, dim = draw.choice((1, 1, 3)), draw.choice((1, 7, 40, 300)), draw.choice((1, 3, 17, 64))
+    shape, k = (sets, rows), draw.choice((1, 3, 8))
+
+    def uniform() -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=dtype)
+
+    call: dict[str, Any] = {
+        "features": torch.randn(*shape, dim, generator=generator, dtype=dtype),
+        "k": draw.choice((k, k, [draw.randrange(k + 1) for _ in range(sets)])),
+        "gamma": draw.choice((0.0, 0.7, -1.5, 40.0)),
+        "distinct": draw.random() < 0.4,
+        "distance_scale": draw.choice((1.0, 0.5)),
+        "metric": draw.choice(("cosine", "sqeuclidean")),
+        "return_nearest": draw.random() < 0.5,
+    }
+    features = call["features"]
+    if draw.random() < 0.6:
+        call["quality"] = uniform() * 3 + 0.2
+    if draw.random() < 0.4:  # copies, which tie
+        features[:, 1::2] = features[:, : rows // 2 * 2 : 2]
+    if draw.random() < 0.3:
+        features[uniform() < 0.3] = draw.choice((math.nan, math.inf, 0.0))
+    noise = draw.choice(("none", "none", "given", "drawn"))
+    if noise == "given":
+        call["noise"] = -torch.empty(k, *shape, dtype=dtype).exponential_(generator=generator).log()
+        call["k"] = k
+    call["sample"] = noise == "drawn"
+    if draw.random() < 0.3:
+        call["start"] = torch.tensor([draw.randrange(rows) for _ in range(sets)])
+    elif draw.random() < 0.3:
+        call["min_distances"] = torch.where(uniform() < 0.1, -math.inf, 2 * uniform())
+    elif draw.random() < 0.2:
+        call["anchors"] = torch.randn(2, dim, generator=generator, dtype=dtype)
+    if draw.random() < 0.3:
+        call["mask"] = uniform() < 0.7
+    if call["metric"] == "cosine" and draw.random() < 0.2:
+        call["features"], call["normalized"] = torch.nn.functional.normalize(features, dim=-1), True
+    return call
+
+
+def cuts(rows: int, world: int, seed: int) -> list[int]:
+    """Where the rows of a set are cut: unevenly, and often to nothing."""
+    draw = random.Random(seed)
+    return [0, *sorted(draw.randint(0, rows) for _ in range(world - 1)), rows]
+
+
+ROW_VALUES = {"features": 1, "quality": 1, "noise": 2, "min_distances": 1, "mask": 1}
+"""Arguments that have values for each row, and the axis of these."""
+
+
+def share_of(call: dict[str, Any], rank: int, world: int, seed: int) -> tuple[dict[str, Any], slice]:
+    """A rank's part of a call, and which rows that is."""
+    bounds = cuts(call["features"].shape[1], world, seed)
+    mine = slice(bounds[rank], bounds[rank + 1])
+    local = {n: v[(slice(None),) * ROW_VALUES[n] + (mine,)] if n in ROW_VALUES else v for n, v in call.items()}
+    return {"local_rows": local.pop("features"), **local}, mine
+
+
+def packed(local: dict[str, Any]) -> dict[str, Any]:
+    """The same, with the sets one after another."""
+    rows = local["local_rows"]
+    flat = {n: local[n].flatten(*((1, 2) if n == "noise" else (0, 1))) for n in ROW_VALUES if n in local}
+    offsets = torch.arange(len(rows) + 1) * rows.shape[1]
+    return local | flat | {"local_rows": rows.flatten(0, 1), "cu_seqlens": offsets}
+
+
+def one_process(call: dict[str, Any], backend: str) -> Any:
+    torch.manual_seed(5)
+    return coreset_select(**call, backend=backend)
+
+
+# --- what the ranks do; each returns what is wrong -------------------------------------------------------------------
+
+
+def pick_alike(rank: int, groups: dict[int, Any]) -> list[str]:
+    """Random problems, cut among 1, 2, 3 and 4 ranks."""
+    wrong = []
+    for seed in range(PROBLEMS):
+        call = random_problem(seed)
+        for backend in BACKENDS:
+            expected = one_process(call, backend)
+            for world, group in groups.items():
+                if backend != BACKENDS[-1] and world != 1 + seed % RANKS:
+                    continue  # one is enough of the slower
+                local, mine = share_of(call, rank, world, seed)
+                local = packed(local) if seed % 3 == 1 and "mask" not in local else local
+                torch.manual_seed(5 + rank)  # rank 0's seed is the one that counts
+                found = distributed.coreset_select(**local, backend=backend, group=group)
+                same = [torch.equal(a, b) for a, b in zip(found[:4], expected[:4], strict=True)]
+                for ours, whole in zip(found[4:], expected[4:], strict=True):
+                    same.append(torch.equal(ours.reshape(whole[:, mine].shape), whole[:, mine]))
+                if not all(same):
+                    wrong.append(f"problem {seed} on {world} ranks, {backend}: {same}")
+    return wrong
+
+
+def pick_many(rank: int, groups: dict[int, Any]) -> list[str]:
+    """50 of 200,000 rows of 64."""
+    wrong = []
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(1000, 64, generator=generator)
+    rows = centers[torch.randint(1000, (200_000,), generator=generator)]
+    rows = rows + 0.5 * torch.randn(rows.shape, generator=generator)
+    for sample in (False, True):
+        call = {"features": rows[None], "k": 50, "gamma": 0.5, "sample": sample}
+        expected = one_process(call, BACKENDS[-1])
+        for world, group in groups.items():
+            local, _ = share_of(call, rank, world, 3)
+            torch.manual_seed(5)
+            found = distributed.coreset_select(**local, group=group)
+            if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
+                wrong.append(f"{world} ranks, sample {sample}")
+    return wrong
+
+
+LEAVES = ("features", "quality", "gamma")
+
+
+def gradients(call: dict[str, Any], select: Callable[..., Any], weight: Tensor) -> dict[str, Tensor]:
+    leaves = {n: v.detach().clone().requires_grad_() for n, v in call.items() if n in ("local_rows", *LEAVES)}
+    picks = select(**(call | leaves))
+    (picks.features * weight).sum().backward()
+    return {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def differentiate_alike(rank: int, groups: dict[int, Any]) -> list[str]:
+    """In float64, also where copies of a row tie."""
+    wrong = []
+    for seed in range(PROBLEMS):
+        call = random_problem(seed, torch.float64)
+        call["gamma"] = torch.tensor(min(call["gamma"], 2.0), dtype=torch.float64)
+        call["tau"] = 0.5
+        weight = torch.randn(call["features"].shape[-1], generator=torch.Generator().manual_seed(seed)).double()
+        torch.manual_seed(5)
+        expected = gradients(call, coreset_select, weight)
+        for world, group in groups.items():
+            if world != 1 + seed % RANKS:
+                continue
+            local, mine = share_of(call, rank, world, seed)
+            torch.manual_seed(5)
+            found = gradients(local, lambda group=group, **rest: distributed.coreset_select(**rest, group=group), weight)
+            for name, ours in found.items():
+                whole = expected["features" if name == "local_rows" else name]
+                whole = whole if name == "gamma" else whole[:, mine]
+                if not torch.allclose(ours, whole, rtol=1e-10, atol=1e-10):
+                    wrong.append(f"problem {seed} on {world} ranks: {name} {(ours - whole).abs().max():.1e}")
+    return wrong
+
+
+def pick_too_many(rank: int, groups: dict[int, Any]) -> list[str]:
+    """More picks than rows; ranks without rows; no rows at all."""
+    rows = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    expected = coreset_select(rows, 9)
+    found = distributed.coreset_select(rows if rank == 2 else rows[:0], 9)
+    none = distributed.coreset_select(rows[:0], 3)
+    right = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    return [] if right and none.indices.tolist() == [-1] * 3 and int(none.counts) == 0 else [f"{found} {none}"]
+
+
+def resume(rank: int, groups: dict[int, Any]) -> list[str]:
+    """3 picks and 4 more from their state are 7 of one call."""
+    rows = torch.randn(60, 16, generator=torch.Generator().manual_seed(1))
+    local = rows[cuts(60, RANKS, 2)[rank] : cuts(60, RANKS, 2)[rank + 1]]
+    first = distributed.coreset_select(local, 3, gamma=0.5, return_min_distances=True)
+    more = distributed.coreset_select(local, 4, gamma=0.5, min_distances=first.min_distances)
+    picks = torch.cat([first.indices, more.indices])
+    return [] if torch.equal(picks, coreset_select(rows, 7, gamma=0.5).indices) else [str(picks)]
+
+
+def disagree(rank: int, groups: dict[int, Any]) -> list[str]:
+    """Every rank raises, at once, and the group goes on working."""
+    rows, odd = torch.randn(6, 8), rank == 1
+    calls = {
+        "same k on": lambda: distributed.coreset_select(rows, 3 if odd else 2),
+        "same number of columns": lambda: distributed.coreset_select(rows[:, :7] if odd else rows, 2),
+        "same dtype": lambda: distributed.coreset_select(rows.double() if odd else rows, 2),
+        "same gamma": lambda: distributed.coreset_select(rows, 2, gamma=0.5 if odd else 0.25),
+        "same choice of gradient": lambda: distributed.coreset_select(rows.clone().requires_grad_(odd), 2),
+        "start of set 0 in [0, 24)": lambda: distributed.coreset_select(rows, 2, start=24),
+        "expected quality of shape" if odd else "rank 1 cannot take part: ValueError: expected quality of shape": (
+            lambda: distributed.coreset_select(rows, 2, rows[: 2 if odd else 6, 0].abs())
+        ),
+        "to be a Tensor" if odd else "rank 1 cannot take part: TypeError": (
+            lambda: distributed.coreset_select([1] if odd else rows, 2)
+        ),
+    }
+    wrong = []
+    for message, call in calls.items():
+        begin = time.monotonic()
+        try:
+            call()
+            wrong.append(f"no error: {message}")
+        except (ValueError, TypeError, RuntimeError) as error:
+            if message not in str(error) or time.monotonic() - begin > 5:
+                wrong.append(f"{message}: {error}")
+    if distributed.coreset_select(rows, 2).indices.shape != (2,):
+        wrong.append("afterwards")
+    return wrong
+
+
+def lose_a_rank(rank: int, groups: dict[int, Any]) -> list[str]:
+    """The last one ends without a word; the others raise within the group's timeout."""
+    rows = torch.randn(50, 8)
+    if rank == RANKS - 1:
+        time.sleep(0.3)
+        return []
+    begin = time.monotonic()
+    try:
+        for _ in range(10**6):
+            distributed.coreset_select(rows, 5)
+    except RuntimeError:
+        return [] if time.monotonic() - begin < 12 else ["too late"]
+    return ["no error"]
+
+
+JOBS = [pick_alike, pick_many, differentiate_alike, pick_too_many, resume, disagree, lose_a_rank]
+
+
+def _process(rank: int, store: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=10)
+    )
+    groups = {world: dist.new_group(list(range(world))) for world in range(1, RANKS + 1)}
+    for job in JOBS:
+        begin = time.monotonic()
+        mine = {world: group for world, group in groups.items() if rank < world}
+        wrong = job(rank, mine)
+        torch.save((wrong, time.monotonic() - begin), Path(folder) / f"{job.__name__} {rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What four processes found."""
+    path = tmp_path_factory.mktemp("ranks")
+    mp.get_context("forkserver").set_forkserver_preload(["fcn_kernels.distributed"])  # which takes seconds, once
+    mp.start_processes(_process, args=(str(path / "store"), str(path)), nprocs=RANKS, start_method="forkserver")
+    return path
+
+
+@pytest.mark.parametrize("job", [job.__name__ for job in JOBS])
+def test_ranks(folder, job):
+    for rank in range(RANKS):
+        wrong, seconds = torch.load(folder / f"{job} {rank}.pt", weights_only=True)
+        print(f"rank {rank}: {seconds:.1f} s")
+        assert wrong == []
