@@ -10,10 +10,11 @@ FLOORS = (
     {"integrations", "evaluation", "training", "faces"},
     {"files"},
     {"heads"},
+    {"distributed"},
     {"selection", "attention", "clustering", "neighbors"},
     {"device", "cpp"},
 )
-OPERATIONS = FLOORS[4]
+OPERATIONS = FLOORS[5]
 FLOOR = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 

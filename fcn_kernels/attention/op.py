@@ -15,11 +15,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fcn_kernels.attention import torch_backend
 from fcn_kernels.attention.inputs import Arriving, Gradients, Inputs, Outputs
+from fcn_kernels.attention.sharded import ShardedAttention
 from fcn_kernels.backends import has_tangent, resolve_backend, without_autocast
 from fcn_kernels.noise import draw_seed
 from fcn_kernels.sets import RowSets, accumulator
@@ -36,6 +38,7 @@ def set_attention(
     encoding_eps: float = 1e-5,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend from H queries of each set to the set's rows.
 
@@ -49,6 +52,8 @@ def set_attention(
         dropout: probability in [0, 1) with which each p_h(n) is dropped; those kept are divided by 1 - dropout.
         seed: 0-d int64; which weights are dropped depends on it and on set, query and row within the set alone.
             Drawn from torch's default generator if None.
+        group: a torch.distributed group over whose ranks the rows of each set are spread, as :class:`ShardedAttention`
+            has it; None: all rows are here. The seed is to be the same on all ranks.
 
     Returns:
         out (B, H, C) and weight_sum (B, H), float32 (float64 for float64 rows). Without dropout the weight_sum of a
@@ -83,6 +88,8 @@ def set_attention(
     inputs = Inputs(
         queries.to(dtype), features, quality.to(dtype), encoding_weight.to(dtype), *sets, seed, dropout, encoding_eps
     )
+    if group is not None:
+        return ShardedAttention.apply(group, *inputs)  # type: ignore[no-any-return]
     out, weight_sum, _ = (_Transformed.apply if is_transformed() else _run)(*inputs)
     return out, weight_sum
 

@@ -1,9 +1,13 @@
 """The selection as a module."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
-from fcn_kernels import checks
+from fcn_kernels import checks, distributed
 from fcn_kernels.backends import check_backend
 from fcn_kernels.selection.select import Coreset, CoresetState, coreset_select
 
@@ -70,9 +74,16 @@ class CoresetSelect(nn.Module):
         strict: bool = False,
         return_min_distances: bool = False,
         return_nearest: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> Coreset | CoresetState:
-        """Select from ``features``; shapes, errors and result as in :func:`coreset_select`."""
-        return coreset_select(
+        """Select from ``features``; shapes, errors and result as in :func:`coreset_select`.
+
+        With a ``group`` (``torch.distributed.group.WORLD`` is the default one) these are one rank's rows of the sets,
+        as in :func:`fcn_kernels.distributed.coreset_select`. gamma's gradient is the whole one on every rank.
+        """
+        options: dict[str, Any] = {} if group is None else {"group": group}
+        select: Callable[..., Coreset | CoresetState] = coreset_select if group is None else distributed.coreset_select
+        return select(
             features,
             self.k,
             quality,
@@ -95,6 +106,7 @@ class CoresetSelect(nn.Module):
             return_min_distances=return_min_distances,
             return_nearest=return_nearest,
             backend=self.backend,
+            **options,
         )
 
     def extra_repr(self) -> str:

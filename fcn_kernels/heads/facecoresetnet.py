@@ -1,17 +1,23 @@
 """FaceCoresetNet's aggregation head: from a set of face embeddings to one descriptor."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from fcn_kernels import checks
+from fcn_kernels import checks, distributed
 from fcn_kernels.attention.encoding import Waves, sinusoid
 from fcn_kernels.attention.op import set_attention
 from fcn_kernels.backends import without_autocast
-from fcn_kernels.selection.select import Coreset, coreset_select
+from fcn_kernels.group import gather
+from fcn_kernels.noise import draw_seed
+from fcn_kernels.selection.ranks import Ranks
+from fcn_kernels.selection.select import Coreset, CoresetState, coreset_select
 from fcn_kernels.sets import RowSets, accumulator, unpack_nested
 
 DISTANCE_SCALE = 0.5  # of the authors' code: (1 - cos) / 2
@@ -113,6 +119,7 @@ class CoresetAggregator(nn.Module):
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         strict: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> Aggregate:
         """Aggregate each set.
 
@@ -127,6 +134,10 @@ class CoresetAggregator(nn.Module):
             mask, lengths, cu_seqlens: which rows take part, at most one of the three, as in
                 :func:`fcn_kernels.coreset_select`; a mask may be 0/1 integers. No row and no set at all are fine.
             strict: raise if a row that takes part cannot be picked, naming set and row. Waits for the device.
+            group: a torch.distributed group over whose ranks the rows of each set are spread; these are this rank's.
+                All ranks get the same descriptors, and are to run the same loss on them: then parameters get the same
+                gradients on all, those of one process, and each rank's rows their own. Dropout draws the same on all
+                ranks, but not what one process draws. None: all rows are here.
 
         Returns:
             An :class:`Aggregate` of descriptor (B, C), norm (B,) and coreset; without B for one set alone. A set
@@ -160,6 +171,7 @@ class CoresetAggregator(nn.Module):
             lengths=lengths,
             cu_seqlens=cu_seqlens,
             strict=strict,
+            group=group,
         )
         norm = _length(aggregate)
         descriptor = aggregate / torch.where(norm > 0, norm, 1)[..., None]
@@ -186,7 +198,9 @@ def select_scaled(
     k: int,
     gamma: Tensor | float,
     *,
+    lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
     **options: Any,
 ) -> Coreset:
     """The coreset of rows x = q f, from unit rows f and their norms q; its rows are float32, or float64 for float64.
@@ -194,17 +208,25 @@ def select_scaled(
     The straight-through mean runs over x and weighs each row by its norm, so x is made where a gradient is asked for.
     The picks themselves do not depend on the rows' lengths: without a gradient, only the picked rows are scaled.
     """
-    options |= {"distance_scale": DISTANCE_SCALE, "cu_seqlens": cu_seqlens}
+    options |= {"distance_scale": DISTANCE_SCALE, "lengths": lengths, "cu_seqlens": cu_seqlens}
+    select: Callable[..., Coreset | CoresetState] = coreset_select
+    if group is not None:
+        options["group"], select = group, distributed.coreset_select
     scale = quality.to(accumulator(features.dtype))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (features, quality, gamma) if isinstance(t, Tensor)):
         # A row that is not finite is left as it is: the gradient of its product would be 0 times NaN.
         scale = scale.where(_finite(features.detach()) & scale.detach().isfinite(), 1)
-        coreset = coreset_select(features * scale[..., None], k, quality, gamma, **options)
+        coreset = select(features * scale[..., None], k, quality, gamma, **options)
         assert isinstance(coreset, Coreset)
         return coreset
-    coreset = coreset_select(features, k, quality, gamma, **options)
+    coreset = select(features, k, quality, gamma, **options)
     assert isinstance(coreset, Coreset)
-    if cu_seqlens is not None:
+    if group is not None:
+        sets = _row_sets(features, lengths, cu_seqlens)
+        ranks = Ranks(group, sets.lengths)
+        places = ranks.places(coreset.indices.view(len(sets.lengths), -1))
+        scale = ranks.sum(sets.take(scale.flatten(), places)).view(coreset.indices.shape)
+    elif cu_seqlens is not None:
         scale = RowSets.packed(cu_seqlens, features.device).take(scale, coreset.indices)
     else:
         last = torch.where(coreset.indices < 0, scale.shape[-1], coreset.indices)
@@ -227,6 +249,7 @@ def aggregate_sets(
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
     **options: Any,
 ) -> tuple[Coreset, Tensor]:
     """The head with given layers: the picks, and (B, C) before it is made unit. As in CoresetAggregator.
@@ -245,24 +268,46 @@ def aggregate_sets(
     if mask is not None:
         shape = tuple(quality.shape)
         mask = checks.row_mask(mask, features, shape, checks.may_look(features)).view(shape)
-    coreset = select_scaled(features, quality, k, gamma, mask=mask, lengths=lengths, cu_seqlens=cu_seqlens, **options)
+    coreset = select_scaled(
+        features, quality, k, gamma, mask=mask, lengths=lengths, cu_seqlens=cu_seqlens, group=group, **options
+    )
     single = features.ndim == 2 and cu_seqlens is None
     if mask is not None:
         quality = quality.where(mask, 0)  # such rows are not usable
-    if cu_seqlens is not None:
-        sets = RowSets.packed(cu_seqlens, features.device)
-    else:
-        if lengths is not None:
-            lengths = lengths.reshape(-1)
-        sets = RowSets.padded(1 if single else features.shape[0], features.shape[-2], lengths, features.device)
-        features, quality = features.reshape(-1, features.shape[-1]), quality.flatten()
+    sets = _row_sets(features, lengths, cu_seqlens)
+    features, quality = features.reshape(-1, features.shape[-1]), quality.flatten()
     core, counts = (coreset.features[None], coreset.counts[None]) if single else (coreset.features, coreset.counts)
-    aggregate = refine(layers, core, counts, features, quality, sets)
+    same = group is not None and layers.self_attention.training  # dropout, on all ranks
+    with _same_draws(features, group) if same else nullcontext():
+        aggregate = refine(layers, core, counts, features, quality, sets, group)
     return coreset, aggregate[0] if single else aggregate
 
 
+def _row_sets(features: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> RowSets:
+    """Which of the features' rows, flattened, belong to which set."""
+    if cu_seqlens is not None:
+        return RowSets.packed(cu_seqlens, features.device)
+    sets = 1 if features.ndim == 2 else features.shape[0]
+    return RowSets.padded(sets, features.shape[-2], None if lengths is None else lengths.reshape(-1), features.device)
+
+
+@contextmanager
+def _same_draws(features: Tensor, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """What is drawn at random meanwhile is the same on all ranks of the group."""
+    seed = gather(draw_seed(features, None).to(features.device), group)[0]
+    with torch.random.fork_rng([features.device] if features.is_cuda else []):
+        torch.manual_seed(int(seed))
+        yield
+
+
 def refine(
-    layers: HeadLayers, core: Tensor, counts: Tensor, features: Tensor, quality: Tensor, sets: RowSets
+    layers: HeadLayers,
+    core: Tensor,
+    counts: Tensor,
+    features: Tensor,
+    quality: Tensor,
+    sets: RowSets,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Let the picks (B, K, C) attend to each other and to their set; their mean, with what they gathered.
 
@@ -275,7 +320,7 @@ def refine(
         # A set without picks attends to its zero rows, as a softmax over nothing is NaN; the mean leaves them out.
         attended = _attend_picks(layers.self_attention, target, picked | (counts == 0)[:, None])
         target = _normalized(target + layers.self_dropout(attended), layers.self_norm)
-        attended = _attend_set(layers.cross_attention, layers.encoding_norm, target, features, quality, sets)
+        attended = _attend_set(layers.cross_attention, layers.encoding_norm, target, features, quality, sets, group)
         delta = _normalized(core + layers.cross_dropout(attended), layers.cross_norm)
         total = torch.where(picked[..., None], core + delta, 0).sum(1)
         return total / counts.clamp(min=1)[:, None]
@@ -303,6 +348,7 @@ def _attend_set(
     features: Tensor,
     quality: Tensor,
     sets: RowSets,
+    group: dist.ProcessGroup | None,
 ) -> Tensor:
     """`layer(query, x + enc(q), x)` with the projections of keys and values moved to the queries' side.
 
@@ -323,6 +369,7 @@ def _attend_set(
         sets,
         encoding_eps=encoding_norm.eps,
         dropout=layer.dropout if layer.training else 0.0,
+        group=group,
     )
     gathered = gathered.view(folded.shape).to(query.dtype)
     weight_sum = weight_sum.view(*folded.shape[:3], 1).to(query.dtype)
