@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 from fcn_kernels import CoresetAggregator, CoresetSelect, coreset_select, distributed
+from fcn_kernels.distributed import dtensor  # noqa: F401  (it registers the rule)
 from fcn_kernels.selection.cpp import launch as cpp
 
 RANKS = 4
@@ -299,7 +301,52 @@ def aggregate_alike(rank: int, groups: dict[int, Any]) -> list[str]:
     return wrong
 
 
-JOBS = [pick_alike, pick_many, differentiate_alike, aggregate_alike, pick_too_many, resume, disagree, lose_a_rank]
+def shard_sets(rank: int, groups: dict[int, Any]) -> list[str]:
+    """DTensors that are sharded over sets, evenly and not; gradients too."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    wrong = []
+    for sets, options in (
+        (8, {"sample": True, "return_nearest": True}),
+        (8, {"anchors": torch.ones(1, 5, dtype=torch.float64)}),
+        (6, {"sample": True}),
+    ):
+        torch.manual_seed(0)
+        rows, quality = torch.randn(sets, 12, 5, dtype=torch.float64), torch.rand(sets, 12, dtype=torch.float64) + 0.1
+        found, grads = [], []
+        for whole in (True, False):
+            leaves = [v if whole else distribute_tensor(v, mesh, [Shard(0)]) for v in (rows, quality)]
+            features, q, gamma = leaves = [*(v.detach().requires_grad_() for v in leaves), torch.tensor(0.5).double()]
+            gamma.requires_grad_()
+            torch.manual_seed(1)
+            picks = coreset_select(features, 3, None if sets == 6 else q, gamma, **options)
+            picks.features.pow(2).sum().backward()
+            found.append([v.full_tensor() if isinstance(v, DTensor) else v for v in picks])
+            some = [leaf.grad for leaf in leaves if leaf.grad is not None]
+            grads.append([g.full_tensor() if isinstance(g, DTensor) else g for g in some])
+        if not all(torch.equal(a, b) for a, b in zip(*found, strict=True)):
+            wrong.append(f"{sets} sets, {options}")
+        bound = 1e-5 if options.get("sample") else 1e-10  # C++ rounds its noise in float32 on its own
+        if not all(torch.allclose(a, b, rtol=bound, atol=bound) for a, b in zip(*grads, strict=True)):
+            wrong.append(f"gradients of {sets} sets, {options}")
+    try:
+        coreset_select(distribute_tensor(rows, mesh, [Shard(1)]), 3)
+        wrong.append("rows of a set on several ranks")
+    except NotImplementedError as error:
+        wrong += [] if "placements (Shard(0),)" in str(error) else [str(error)]
+    return wrong
+
+
+JOBS = [
+    pick_alike,
+    pick_many,
+    differentiate_alike,
+    aggregate_alike,
+    shard_sets,
+    pick_too_many,
+    resume,
+    disagree,
+    lose_a_rank,
+]
 
 
 def _process(rank: int, store: str, folder: str) -> None:
@@ -321,7 +368,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # of the server that processes are forked from
-        mp.get_context("forkserver").set_forkserver_preload(["fcn_kernels.distributed"])  # which takes seconds, once
+        mp.get_context("forkserver").set_forkserver_preload(
+            ["fcn_kernels.distributed.dtensor"]
+        )  # which takes seconds, once
         context = mp.start_processes(
             _process, args=(str(path / "store"), str(path)), nprocs=RANKS, join=False, start_method="forkserver"
         )
