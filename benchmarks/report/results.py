@@ -51,6 +51,9 @@ class Row:
     input_bytes: int = 0
     peak_bytes: int = 0
     kept_bytes: int = 0
+    # over processes
+    ranks: int = 0  # 0: one process without a group
+    collective_share: float = 0.0  # of the time
 
     def as_json(self) -> dict[str, Any]:
         """For ``extra_info``."""

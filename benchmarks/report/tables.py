@@ -32,6 +32,7 @@ def report(results: Results) -> str:
         _clustering,
         _host,
         _threads,
+        _distributed,
         _missing,
     )
     return "\n".join(line for section in sections for line in section(results)) + "\n"
@@ -301,6 +302,28 @@ def _threads(results: Results) -> Iterator[str]:
     yield from table(
         ("B", "N", "C", "K", "dtype", "work", "", "time"),
         [(*_shape(r), r.work, r.implementation, _time(r)) for r in rows],
+    )
+
+
+def _distributed(results: Results) -> Iterator[str]:
+    rows = results.of("distributed")
+    if not rows:
+        return
+    yield "## Rows of one set on several processes"
+    yield ""
+    yield from table(
+        ("N", "C", "K", "work", "", "time", "a step", "in collectives"),
+        [
+            (
+                *_shape(r)[1:4],
+                r.work,
+                r.implementation,
+                _time(r),
+                time_of(r.median_s / r.k),
+                f"{r.collective_share:.0%}",
+            )
+            for r in rows
+        ],
     )
 
 

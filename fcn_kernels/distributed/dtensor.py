@@ -85,7 +85,7 @@ def _select(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None
     p = Problem(*fields)
     mine, mesh = _local(p)
     out = Selected(*func(*mine, keep, backend))
-    features, distances, indices, counts = (_sharded(values, mesh, 0, p.sets) for values in out[:4])  # type: ignore[arg-type]
+    features, distances, indices, counts = (_sharded(values, mesh, 0, p.sets) for values in out[:4])
     state = [_sharded(values, mesh, 0, p.rows) for values in out.state]
     # softmax and gaps (K, R), norms (R,); the softmax of Triton (B, K, 3)
     sizes = {1: (0, p.rows), 2: (1, p.rows), 3: (0, p.sets)}
