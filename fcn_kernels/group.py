@@ -25,13 +25,14 @@ def check_member(group: Group) -> None:
         raise ValueError("expected a group that this process is in")
 
 
-def gather(values: Tensor, group: Group) -> Tensor:
+def gather(values: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
     """Every rank's values, (W, ...), of the same shape on each. This is the one collective that the package has."""
     world = dist.get_world_size(group)
-    if world == 1 or not values.numel():
-        return values.expand(world, *values.shape)
-    everyone = values.new_empty((world, *values.shape))
-    dist.all_gather(list(everyone.unbind(0)), values.contiguous(), group=group)
+    everyone = values.new_empty((world, *values.shape)) if out is None else out
+    if world == 1:
+        everyone[0] = values
+    elif values.numel():
+        dist.all_gather(list(everyone.unbind(0)), values.contiguous(), group=group)
     return everyone
 
 

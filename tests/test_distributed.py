@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from fcn_kernels import CoresetAggregator, CoresetSelect, coreset_select, distributed
 from fcn_kernels.distributed import dtensor  # noqa: F401  (it registers the rule)
@@ -26,7 +27,7 @@ from fcn_kernels.selection.cpp import launch as cpp
 RANKS = 4
 TIMEOUT = 20  # seconds
 PROBLEMS = 50
-BACKENDS = ["torch"] if cpp.unavailable(torch.float32) else ["torch", "cpp"]
+BACKENDS = ["torch"] if any(map(cpp.unavailable, (torch.float32, torch.float64))) else ["torch", "cpp"]  # compiled now
 pytestmark = [
     pytest.mark.xdist_group("distributed"),
     pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
@@ -301,6 +302,30 @@ def aggregate_alike(rank: int, groups: dict[int, Any]) -> list[str]:
     return wrong
 
 
+def train_alike(rank: int, groups: dict[int, Any]) -> list[str]:
+    """Sets on two pairs of ranks, rows on the two of a pair; DistributedDataParallel over the sets."""
+    rows = dist.new_subgroups(group_size=2)[0]
+    sets, _ = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])
+    torch.manual_seed(0)
+    head = CoresetAggregator(16, num_heads=4, dropout=0.0).double()
+    features = torch.nn.functional.normalize(torch.randn(4, 20, 16, dtype=torch.float64), dim=-1)
+    quality = torch.rand(4, 20, dtype=torch.float64) + 2
+    noise = -torch.empty(3, 4, 20, dtype=torch.float64).exponential_().log()
+
+    def loss(out: Any) -> Tensor:
+        return out.descriptor.cumsum(-1).mean() + out.norm.log().mean()
+
+    loss(head(features, quality, noise=noise)).backward()
+    expected = [p.grad.clone() for p in head.parameters()]
+    head.zero_grad()
+    model = DistributedDataParallel(head, process_group=sets)
+    mine = slice(rank // 2 * 2, rank // 2 * 2 + 2), slice(rank % 2 * 7, 7 + rank % 2 * 13)
+    loss(model(features[mine], quality[mine], noise=noise[:, *mine], group=rows)).backward()
+    grads = [p.grad for p in head.parameters()]
+    same = all(torch.allclose(a, b, rtol=1e-10, atol=1e-10) for a, b in zip(grads, expected, strict=True))
+    return [] if same else ["gradients"]
+
+
 def shard_sets(rank: int, groups: dict[int, Any]) -> list[str]:
     """DTensors that are sharded over sets, evenly and not; gradients too."""
     mesh = init_device_mesh("cpu", (RANKS,))
@@ -341,6 +366,7 @@ JOBS = [
     pick_many,
     differentiate_alike,
     aggregate_alike,
+    train_alike,
     shard_sets,
     pick_too_many,
     resume,

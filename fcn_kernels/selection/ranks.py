@@ -77,17 +77,12 @@ class Ranks:
     def agree(self, ours: Ballot) -> Ballot:
         """The ballot of the highest score, of equal ones that of the lowest row."""
         parts = [_read(part.view(len(part), -1), torch.uint8) for part in ours]
-        best = self.best(torch.cat(parts, 1), ours.score.dtype).split([part.shape[1] for part in parts], 1)
-        return Ballot(*(_read(b, part.dtype).view(part.shape) for b, part in zip(best, ours, strict=True)))
-
-    def best(self, ballots: Tensor, dtype: torch.dtype) -> Tensor:
-        """As :meth:`agree`, of bytes (G, n): score and distance of ``dtype``, row, features."""
-        everyone, size = gather(ballots, self.group), dtype.itemsize
-        score = _read(everyone[..., :size], dtype)[..., 0]  # (W, G)
-        row = _read(everyone[..., 2 * size : 2 * size + 8], torch.int64)[..., 0]
-        highest = torch.where(row >= 0, score, -math.inf).amax(0)
-        rank = torch.where((row >= 0) & (score == highest), row, NO_ROW).argmin(0)
-        return everyone[rank, torch.arange(len(rank), device=rank.device)]
+        everyone = gather(torch.cat(parts, 1), self.group).split([part.shape[1] for part in parts], -1)
+        theirs = Ballot(*(_read(b, part.dtype).view(-1, *part.shape) for b, part in zip(everyone, ours, strict=True)))
+        there = theirs.row >= 0  # (W, G)
+        highest = torch.where(there, theirs.score, -math.inf).amax(0)
+        rank = torch.where(there & (theirs.score == highest), theirs.row, NO_ROW).argmin(0)
+        return Ballot(*(values[rank, torch.arange(len(rank), device=rank.device)] for values in theirs))
 
 
 def _read(values: Tensor, dtype: torch.dtype) -> Tensor:

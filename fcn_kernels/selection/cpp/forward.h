@@ -121,10 +121,10 @@ class Selection {
     // Of each pick: its row times a power of two that keeps products with it in range, that row's norm, and the cosine
     // to itself as it rounds.
     std::vector<Acc> directions, pick_norms, own_cosines;
-    std::vector<int64_t> picks;        // among our rows, or -1
+    std::vector<int64_t> picks;           // among our rows, or -1
     double pooled[3] = {0, INFINITE, 0};  // of all processes' rows, where there are others: see Ranks
-    Points points;                     // none where rows are long, or not compared by their differences
-    std::unique_ptr<Buckets> buckets;  // of many points, from the third pick on; then they have the logits
+    Points points;                        // none where rows are long, or not compared by their differences
+    std::unique_ptr<Buckets> buckets;     // of many points, from the third pick on; then they have the logits
 
     static constexpr uint8_t TAKEN = 2;  // picked, with `distinct`
 
@@ -163,12 +163,23 @@ class Selection {
         Pick pick;
         if (i >= 0) pick = {before + i, i, best.value, distance(step, i), set.row(i)};
         if (!call.ranks) return pick;
-        Ballot& ballot = *reinterpret_cast<Ballot*>(call.ranks->ballot);
-        ballot.score = pick.score, ballot.distance = pick.distance, ballot.row = pick.row;
-        if (i >= 0) std::memcpy(ballot.features, pick.features, call.dim * sizeof(Row));
-        if (call.ranks->agree()) throw std::runtime_error("the ranks did not agree");
-        const bool ours = i >= 0 && ballot.row == pick.row;
-        return {ballot.row, ours ? i : -1, ballot.score, ballot.distance, ballot.features};
+        const Ranks& ranks = *call.ranks;
+        Ballot ballot = {pick.score, pick.distance, pick.row};  // copied, as others' need not be aligned
+        std::memcpy(ranks.ballot, &ballot, sizeof(Ballot));
+        if (i >= 0) std::memcpy(ranks.ballot + sizeof(Ballot), pick.features, call.dim * sizeof(Row));
+        if (ranks.agree()) throw std::runtime_error("the ranks did not agree");
+        Best of_all;
+        for (int64_t r = 0; r < ranks.world; ++r) {
+            const uint8_t* const bytes = ranks.ballots + r * ranks.size;
+            std::memcpy(&ballot, bytes, sizeof(Ballot));
+            if (ballot.row < 0) continue;
+            of_all.meet(ballot.score, ballot.row);
+            if (of_all.row != ballot.row) continue;
+            const int64_t here = i >= 0 && ballot.row == before + i ? i : -1;
+            const Row* const features = reinterpret_cast<const Row*>(bytes + sizeof(Ballot));
+            pick = {ballot.row, here, ballot.score, ballot.distance, features};
+        }
+        return pick;
     }
 
     // What all processes have to know of one another's rows before the first pick.

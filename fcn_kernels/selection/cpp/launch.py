@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fcn_kernels.cpp import calls
+from fcn_kernels.group import gather
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
 from fcn_kernels.selection.ranks import Pool, Ranks
 from fcn_kernels.sets import accumulator
@@ -59,19 +61,24 @@ class _Others:
         _fields_ = (
             ("first", ctypes.c_void_p),
             ("ballot", ctypes.c_void_p),
+            ("ballots", ctypes.c_void_p),
+            ("world", ctypes.c_int64),
+            ("size", ctypes.c_int64),
             ("pool", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_double))),
             ("agree", ctypes.CFUNCTYPE(ctypes.c_int)),
         )
 
     def __init__(self, p: Problem, ranks: Ranks) -> None:
-        self.ranks, self.dtype = ranks, accumulator(p.features.dtype)
+        self.ranks, world = ranks, dist.get_world_size(ranks.group)
         self.error: BaseException | None = None
-        size = 2 * self.dtype.itemsize + 8 + p.dim * p.features.itemsize
-        self.ballot = torch.zeros(1, size, dtype=torch.uint8)
+        size = 2 * accumulator(p.features.dtype).itemsize + 8 + p.dim * p.features.itemsize
+        self.ballot = torch.zeros(size, dtype=torch.uint8)
+        self.ballots = torch.zeros(world, size, dtype=torch.uint8)
         pool, agree = (kind(function) for (_, kind), function in zip(
-            self.Struct._fields_[2:], (self._guarded(self._pool), self._guarded(self._agree)), strict=True
+            self.Struct._fields_[5:], (self._guarded(self._pool), self._guarded(self._agree)), strict=True
         ))  # fmt: skip
-        self.struct = self.Struct(ranks.first.data_ptr(), self.ballot.data_ptr(), pool, agree)
+        places = (tensor.data_ptr() for tensor in (ranks.first, self.ballot, self.ballots))
+        self.struct = self.Struct(*places, world, size, pool, agree)
 
     def _guarded(self, function: Callable[..., None]) -> Callable[..., int]:
         def call(*args: object) -> int:
@@ -90,7 +97,7 @@ class _Others:
             rows[i] = value
 
     def _agree(self) -> None:
-        self.ballot.copy_(self.ranks.best(self.ballot, self.dtype))
+        gather(self.ballot, self.ranks.group, self.ballots)
 
 
 def _run(

@@ -24,16 +24,16 @@ constexpr int64_t PARTS_A_THREAD = 4;
 // unless the call has to end.
 struct Ranks {
     const int64_t* first;       // (B,), the rows of each set that are before ours
-    uint8_t* ballot;            // ours until `agree` is called, then the best of all: see Ballot
+    uint8_t *ballot, *ballots;  // ours, and after a call of `agree` those of all, one after another
+    int64_t world, size;        // of how many processes, and the bytes of a ballot
     int (*pool)(double* rows);  // how many can be picked, their least and greatest quality: ours, then of all
     int (*agree)();
 };
 
-// What a process proposes as a pick, of its rows.
+// What a process proposes as a pick, of its rows; the row itself follows it.
 struct Ballot {
     Acc score, distance;
     int64_t row;  // in the set; -1: none
-    Row features[];
 };
 
 // Pointers are null for what is not given. R counts the rows of all sets, padding too; see problem.py.
