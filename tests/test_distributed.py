@@ -27,7 +27,8 @@ from fcn_kernels.selection.cpp import launch as cpp
 RANKS = 4
 TIMEOUT = 20  # seconds
 PROBLEMS = 50
-BACKENDS = ["torch"] if any(map(cpp.unavailable, (torch.float32, torch.float64))) else ["torch", "cpp"]  # compiled now
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+BACKENDS = ["torch"] if any([cpp.unavailable(dtype) for dtype in DTYPES]) else ["torch", "cpp"]  # compiled now
 pytestmark = [
     pytest.mark.xdist_group("distributed"),
     pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
@@ -202,13 +203,22 @@ def pick_too_many(rank: int, groups: dict[int, Any]) -> list[str]:
 
 
 def resume(rank: int, groups: dict[int, Any]) -> list[str]:
-    """3 picks and 4 more from their state are 7 of one call."""
-    rows = torch.randn(60, 16, generator=torch.Generator().manual_seed(1))
-    local = rows[cuts(60, RANKS, 2)[rank] : cuts(60, RANKS, 2)[rank + 1]]
-    first = distributed.coreset_select(local, 3, gamma=0.5, return_min_distances=True)
-    more = distributed.coreset_select(local, 4, gamma=0.5, min_distances=first.min_distances)
-    picks = torch.cat([first.indices, more.indices])
-    return [] if torch.equal(picks, coreset_select(rows, 7, gamma=0.5).indices) else [str(picks)]
+    """3 picks and 4 more from their state are 7 of one call; of bfloat16 rows, too, and of those within lengths."""
+    wrong = []
+    ends = cuts(60, RANKS, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = torch.randn(60, 17, generator=torch.Generator().manual_seed(1)).to(dtype)
+        local = rows[ends[rank] : ends[rank + 1]]
+        first = distributed.coreset_select(local, 3, gamma=0.5, return_min_distances=True)
+        more = distributed.coreset_select(local, 4, gamma=0.5, min_distances=first.min_distances)
+        padded, length = torch.cat([local, local[:1], local[:1]]), torch.tensor(len(local))
+        within = distributed.coreset_select(padded, 7, gamma=0.5, lengths=length)
+        whole = coreset_select(rows, 7, gamma=0.5)
+        if not torch.equal(torch.cat([first.indices, more.indices]), whole.indices):
+            wrong.append(f"{dtype}: {first} {more}")
+        if not all(torch.equal(a, b) for a, b in zip(within, whole, strict=True)):
+            wrong.append(f"{dtype}: {within}")
+    return wrong
 
 
 def disagree(rank: int, groups: dict[int, Any]) -> list[str]:

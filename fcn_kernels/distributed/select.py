@@ -101,7 +101,7 @@ def coreset_select(
     if torch.compiler.is_compiling():
         raise NotImplementedError("expected distributed.coreset_select to be called outside of torch.compile")
     check_member(group)
-    call, error, said, seed = None, None, {}, 0
+    call, first, error, said, seed = None, None, None, {}, 0
     try:
         call = read_call(
             local_rows, k, quality, gamma, tau=tau, sample=sample, noise=noise, generator=generator,
