@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("tqdm")
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +83,18 @@ def test_under_torchrun_a_process_takes_and_names_its_own(monkeypatch: pytest.Mo
     ids = [load(f"parts.{rank}-of-2.npz")["template_ids"] for rank in range(2)]
     assert sorted(np.concatenate(ids).tolist()) == sorted({*load("in.npz")["template_ids"].tolist()})
     assert all(Shard(rank, 2).has(one) for rank in range(2) for one in ids[rank].tolist())
+
+
+def test_torchrun_itself() -> None:
+    """Two processes at once, whose outputs merge to what one writes."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = ["-m", "fcn_kernels", "aggregate", "in.npz", "--out", "parts.npz"]
+    done = subprocess.run([*torchrun, *command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert main(["merge", "parts.0-of-2.npz", "parts.1-of-2.npz", "--out", "merged.npz"]) == 0
+    assert main(["aggregate", "in.npz", "--out", "whole.npz"]) == 0
+    same("merged.npz", "whole.npz")
 
 
 def test_a_shard_may_be_empty() -> None:

@@ -20,7 +20,7 @@ from fcn_kernels.cli.arguments import (
     finite,
     run_to_status,
 )
-from fcn_kernels.files.aggregate import Pool, Shard, aggregate, mean_of_coreset
+from fcn_kernels.files.aggregate import GAMMA, PICKS, Pool, Shard, aggregate, mean_of_coreset
 from fcn_kernels.files.checkpoint import load_checkpoint
 from fcn_kernels.files.cluster import Options, cluster_templates, read_states, state_columns
 from fcn_kernels.files.embeddings import Embeddings, Keys, read
@@ -31,10 +31,7 @@ from fcn_kernels.integrations import caface
 from fcn_kernels.integrations.facecoresetnet import build_head
 from fcn_kernels.sets import accumulator
 
-PICKS, CHUNK = 3, 512
-GAMMA = 1.0
-"""Without training. On real faces of which most are spoiled it is better than the 0.01 that training starts from, or
-level with it (docs/real-faces.md)."""
+CHUNK = 512
 ABOUT = f"""
 Every row f_n of INPUT is made a unit row u_n = f_n / |f_n| of quality q_n: INPUT's quality, or |f_n|. A template's
 coreset is K rows i_k, far apart and of good quality. Without a checkpoint its descriptor is their mean, made unit:

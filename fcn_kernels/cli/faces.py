@@ -17,14 +17,13 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fcn_kernels.cli.aggregate import GAMMA
 from fcn_kernels.cli.arguments import EXIT_STATUS, at_least_one, finite, positive, run_to_status
 from fcn_kernels.extras import require
 from fcn_kernels.faces import sheet
 from fcn_kernels.faces.models import Detection, Dlib, Models, data_file
 from fcn_kernels.faces.pictures import EXTRA, Picture, folders_of_photos, frames, is_photo, photo
 from fcn_kernels.faces.tracks import Tracker
-from fcn_kernels.files.aggregate import aggregate, mean_of_coreset
+from fcn_kernels.files.aggregate import GAMMA, aggregate, mean_of_coreset
 from fcn_kernels.files.embeddings import Embeddings
 from fcn_kernels.files.formats import InputError
 from fcn_kernels.files.output import check_output, replacing, write_columns

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 # Unit rows (T, C), quality (T,) and cu_seqlens (B + 1,) to B descriptors.
 Pool: TypeAlias = Callable[[Tensor, Tensor, Tensor], Aggregate]
 
+PICKS = 3
+"""Of a template, where nothing else is asked for."""
+GAMMA = 1.0
+"""Without training. On real faces of which most are spoiled it is better than the 0.01 that training starts from, or
+level with it (docs/real-faces.md)."""
 MOST_PICKS = 4096
 """More are asked for only where a template has as many rows."""
 
@@ -53,8 +58,9 @@ def aggregate(
     batch_rows: int = 16384,
     skip_bad_rows: bool = False,
     shard: Shard | None = None,
+    show: bool = True,
 ) -> dict[str, Array]:
-    """Aggregate every template, or those of a shard, a batch of whole templates at a time.
+    """Aggregate every template, or those of a shard, a batch of whole templates at a time; ``show`` how far it is.
 
     Returns:
         Arrays by name, a row for each template in the order of their ids: template_ids, descriptors (B, C), norms,
@@ -77,7 +83,7 @@ def aggregate(
         "picks": torch.full((count, k), -1),
         "left_out": torch.zeros(count, dtype=torch.int64),
     }
-    for batch in templates.batches(embeddings, device, dtype, batch_rows, skip_bad_rows):
+    for batch in templates.batches(embeddings, device, dtype, batch_rows, skip_bad_rows, show):
         descriptor, norm, coreset = pool(batch.unit.to(dtype), batch.quality, batch.starts.to(device, torch.int32))
         check_finite(descriptor, templates.ids[batch.templates], embeddings.source)
         picks = coreset.indices.cpu()
@@ -103,7 +109,12 @@ class Shard(NamedTuple):
 
     def has(self, template: int | str) -> bool:
         """Whether a template is in this shard."""
-        return zlib.crc32(str(template).encode()) % self.shards == self.number
+        return shard_of(template, self.shards) == self.number
+
+
+def shard_of(template: int | str, shards: int) -> int:
+    """The number of the shard that a template is in, from its id alone."""
+    return zlib.crc32(str(template).encode()) % shards
 
 
 class Batch(NamedTuple):
@@ -144,16 +155,23 @@ class Templates(NamedTuple):
         return cls(ids, torch.from_numpy(order), torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)])))
 
     def batches(
-        self, embeddings: Embeddings, device: str, dtype: torch.dtype, batch_rows: int, skip_bad_rows: bool
+        self,
+        embeddings: Embeddings,
+        device: str,
+        dtype: torch.dtype,
+        batch_rows: int,
+        skip_bad_rows: bool,
+        show: bool = True,
     ) -> Iterator[Batch]:
-        """Their rows, so many at a time, with a bar that shows how far it is."""
+        """Their rows, so many at a time, with a bar that shows how far it is, or without."""
         rows_of = (embeddings, device, accumulator(dtype), skip_bad_rows)
-        with require("tqdm", EXTRA).tqdm(total=len(self.order), desc="aggregating", unit="row", unit_scale=True) as bar:
+        bar = require("tqdm", EXTRA).tqdm
+        with bar(total=len(self.order), desc="aggregating", unit="row", unit_scale=True, disable=not show) as done:
             for first, last in _batches(self.offsets, min(batch_rows, len(self.order))):
                 rows = self.order[self.offsets[first] : self.offsets[last]]
                 starts = self.offsets[first : last + 1] - self.offsets[first]
                 yield Batch(slice(first, last), rows, starts, *_unit_rows(rows, *rows_of))
-                bar.update(len(rows))
+                done.update(len(rows))
 
 
 def per_template(marked: Tensor, starts: Tensor) -> Tensor:

@@ -84,6 +84,11 @@ def read(paths: Sequence[Path], keys: Keys, scratch: Scratch) -> Embeddings:
         opener = format_of(paths[0]).open
         with reading(source):
             columns = opener(paths[0], scratch)
+    return from_columns(columns, keys, source, scratch)
+
+
+def from_columns(columns: Columns, keys: Keys, source: str, scratch: Scratch) -> Embeddings:
+    """Embeddings of columns that are open, or in memory; ``source`` names them in messages. Raises as :func:`read`."""
     ids: Any = ()
     try:
         ids = ids_column(columns, keys.ids, source)
