@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Group = dist.ProcessGroup | None
-"""None is the default group."""
+if TYPE_CHECKING:
+    Group = dist.ProcessGroup | None
+else:  # PyTorch may be built without
+    Group = Any
 
 
 def check_member(group: Group) -> None:

@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -23,6 +22,7 @@ from fcn_kernels.attention import torch_backend
 from fcn_kernels.attention.inputs import Arriving, Gradients, Inputs, Outputs
 from fcn_kernels.attention.sharded import ShardedAttention
 from fcn_kernels.backends import has_tangent, resolve_backend, without_autocast
+from fcn_kernels.group import Group
 from fcn_kernels.noise import draw_seed
 from fcn_kernels.sets import RowSets, accumulator
 from fcn_kernels.transforms import is_transformed
@@ -38,7 +38,7 @@ def set_attention(
     encoding_eps: float = 1e-5,
     dropout: float = 0.0,
     seed: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend from H queries of each set to the set's rows.
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
 from fcn_kernels import checks, distributed
 from fcn_kernels.backends import check_backend
+from fcn_kernels.group import Group
 from fcn_kernels.selection.select import Coreset, CoresetState, coreset_select
 
 
@@ -74,7 +74,7 @@ class CoresetSelect(nn.Module):
         strict: bool = False,
         return_min_distances: bool = False,
         return_nearest: bool = False,
-        group: dist.ProcessGroup | None = None,
+        group: Group = None,
     ) -> Coreset | CoresetState:
         """Select from ``features``; shapes, errors and result as in :func:`coreset_select`.
 

@@ -6,7 +6,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +13,7 @@ from fcn_kernels import checks, distributed
 from fcn_kernels.attention.encoding import Waves, sinusoid
 from fcn_kernels.attention.op import set_attention
 from fcn_kernels.backends import without_autocast
-from fcn_kernels.group import gather
+from fcn_kernels.group import Group, gather
 from fcn_kernels.noise import draw_seed
 from fcn_kernels.selection.ranks import Ranks
 from fcn_kernels.selection.select import Coreset, CoresetState, coreset_select
@@ -119,7 +118,7 @@ class CoresetAggregator(nn.Module):
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         strict: bool = False,
-        group: dist.ProcessGroup | None = None,
+        group: Group = None,
     ) -> Aggregate:
         """Aggregate each set.
 
@@ -200,7 +199,7 @@ def select_scaled(
     *,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
     **options: Any,
 ) -> Coreset:
     """The coreset of rows x = q f, from unit rows f and their norms q; its rows are float32, or float64 for float64.
@@ -249,7 +248,7 @@ def aggregate_sets(
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
     **options: Any,
 ) -> tuple[Coreset, Tensor]:
     """The head with given layers: the picks, and (B, C) before it is made unit. As in CoresetAggregator.
@@ -292,7 +291,7 @@ def _row_sets(features: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | Non
 
 
 @contextmanager
-def _same_draws(features: Tensor, group: dist.ProcessGroup | None) -> Iterator[None]:
+def _same_draws(features: Tensor, group: Group) -> Iterator[None]:
     """What is drawn at random meanwhile is the same on all ranks of the group."""
     seed = gather(draw_seed(features, None).to(features.device), group)[0]
     with torch.random.fork_rng([features.device] if features.is_cuda else []):
@@ -307,7 +306,7 @@ def refine(
     features: Tensor,
     quality: Tensor,
     sets: RowSets,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
 ) -> Tensor:
     """Let the picks (B, K, C) attend to each other and to their set; their mean, with what they gathered.
 
@@ -348,7 +347,7 @@ def _attend_set(
     features: Tensor,
     quality: Tensor,
     sets: RowSets,
-    group: dist.ProcessGroup | None,
+    group: Group,
 ) -> Tensor:
     """`layer(query, x + enc(q), x)` with the projections of keys and values moved to the queries' side.
 
