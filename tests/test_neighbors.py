@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from poison import poisoned
 from test_alignment_reference import problem
 from torch import Tensor
 from torch.nn import functional as F
@@ -446,6 +447,28 @@ def test_strides(backend: str) -> None:
     wide[:, ::2], tall[::2] = x, bank
     for one, other in ((wide[:, ::2], tall[::2]), (x.T.contiguous().T, bank.T.contiguous().T)):
         assert same_bits(context_statistics(one, other, 5, backend=backend), expected)
+
+
+@pytest.mark.parametrize("options", [{"k": 5}, {"k": None, "min_cosine": 0.1}], ids=str)
+def test_what_memory_held_before_changes_nothing(options: dict[str, Any], backend: str) -> None:
+    """Fewer bank rows of other identities than k for some rows, and a row and a bank row that are not usable."""
+    x, bank = draw(5, 20), draw(40, 20, seed=1)
+    x[1], bank[3] = 0, torch.nan
+    ids = {"ids": torch.arange(5), "bank_ids": torch.arange(40) % 3}
+    ids["bank_ids"][4:] = 0
+
+    def run() -> tuple[Context, list[Tensor]]:
+        leaves = x.clone().requires_grad_(), bank.clone().requires_grad_()
+        got = context_statistics(*leaves, **options, **ids, backend=backend)
+        (got.mean.sum() + got.std.sum()).backward()
+        return Context(*(t if t is None else t.detach() for t in got)), [t.grad for t in leaves]
+
+    expected, grads = run()
+    with poisoned():
+        got, theirs = run()
+    assert same_bits(got, expected)
+    assert all(torch.equal(a, b) for a, b in zip(grads, theirs, strict=True))
+    assert expected.counts.min() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -195,6 +195,26 @@ def test_a_cpu_is_held_to_its_own_targets() -> None:
     assert any("B = 64, N = 20" in name for name in found)
 
 
+def test_searches_in_a_bank_are_held_against_all_scores_at_once() -> None:
+    shape = {"group": "neighbors", "device_type": "cpu", "bank": 50_000, "k": 50}
+    found = results(
+        row("fused", 1.0, 4000, peak_bytes=10, **shape),
+        row("fused, float32 alone", 2.0, 4000, **shape),
+        row("matmul + topk", 3.6, 4000, peak_bytes=240, **shape),
+        row("fused", 1.0, 1024, scaled_by=4.0, **shape | {"bank": 206_000, "rows": 4096}),
+    )
+    lines = judged(found)
+    ratio = lines["fused, N = 4,000, k = 50, forward: against matmul + topk"]
+    assert (ratio.measured, ratio.reached) == ("3.60x", True)
+    assert lines["fused, float32 alone, N = 4,000, k = 50, forward: against matmul + topk"].measured == "1.80x"
+    memory = lines["memory, N = 4,000, k = 50: times less than matmul + topk"]
+    assert (memory.measured, memory.reached) == ("24x", False)
+    assert lines["fused, N = 1, k = 50, forward: against matmul + topk"].reached is None
+    table = report.report(found)
+    assert "| 4,000 | 50,000 | 50 | forward | matmul + topk | 3.6 s [3.24, 4.32] | 3.60x |" in table
+    assert "| 4,096 by 256 of them | 206,000 |" in table
+
+
 def test_selection_table_divides_by_the_fused_time_and_marks_the_scaled_loop() -> None:
     packed = {"rows": "packed", "sets": 4, "group": "selection"}
     text = report.report(
