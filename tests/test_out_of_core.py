@@ -259,7 +259,7 @@ def test_a_killed_run_goes_on_to_the_same_picks(tmp_path: Path, capsys: pytest.C
     np.save(rows, clustered(3000, 16, seed=7).numpy())
     slow = (
         "import sys, time; from fcn_kernels.cli import select; from fcn_kernels.__main__ import main; "
-        "pick = select.Picker.pick; select.SAVE_SECONDS = 0; "
+        "pick = select.Picker.pick; select.SAVE_SECONDS = select.SAVE_TIMES = 0; "
         "select.Picker.pick = lambda self: (time.sleep(0.01), pick(self))[1]; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", slow, "select", str(rows), "--k", "120", "--out", str(out)]

@@ -22,7 +22,7 @@ from fcn_kernels.files.resume import check_state, load_state, save_state, state_
 from fcn_kernels.selection.out_of_core import Known, Picker
 from fcn_kernels.sets import accumulator
 
-SAVE_SECONDS = 20.0  # between states
+SAVE_SECONDS, SAVE_TIMES = 20.0, 20  # between states: at least these seconds, and so many times what saving took
 ABOUT = f"""
 Picked is the row of best quality, then repeatedly the row n that is farthest from all picks:
   distance  q_n^gamma (1 - cosine to the nearest pick), or with --metric sqeuclidean q_n^gamma |x_n - nearest pick|^2
@@ -113,7 +113,7 @@ def _pick(
     fixed: dict[str, Any],
 ) -> tuple[Picker, int]:  # fmt: skip
     """Make the picks, saving a state now and then; also how many bytes were read."""
-    read, last = 0, -math.inf
+    read, next_save = 0, -math.inf
     done = 0 if known is None else len(known.picks)
     with require("tqdm", EXTRA).tqdm(total=args.k, initial=done, desc="picking", unit="pick") as bar:
 
@@ -125,9 +125,9 @@ def _pick(
         picker = Picker(rows, quality, args.gamma, anchors, args.start, known, progress, args.metric)
         while len(picker.known.picks) < args.k and picker.pick():
             bar.update()
-            if time.monotonic() - last > SAVE_SECONDS:
+            if (begin := time.monotonic()) > next_save:
                 save_state(args.out, picker.known._asdict(), fixed)
-                last = time.monotonic()
+                next_save = time.monotonic() + max(SAVE_SECONDS, SAVE_TIMES * (time.monotonic() - begin))
     return picker, read
 
 
