@@ -183,9 +183,11 @@ def names(search: Search, work: str, size: str) -> list[str]:
 
 def rows(size: str) -> list[tuple[Search, str, str]]:
     """Inference of all; training where a gradient is to be had; FLOPs against the bank's size."""
-    found = [(search, FORWARD) for search in SEARCHES[size]]
-    found += [(s, BOTH) for s in SEARCHES[size] if s.k == TRAINED[size] and not s.of and not s.alone][-1:]
-    found += [(s, COUNTED) for s in SEARCHES[size] if s.rows in COUNTED_ROWS and not s.of]
+    whole = [s for s in SEARCHES[size] if not s.of and not s.alone]
+    found = [(s, FORWARD) for s in whole]
+    found += [(s, BOTH) for s in whole if s.k == TRAINED[size]][-1:]
+    found += [(s, COUNTED) for s in whole if s.rows in COUNTED_ROWS]
+    found += [(s, FORWARD) for s in SEARCHES[size] if s not in whole]  # the longest, should time run out
     return [(search, work, name) for search, work in found for name in names(search, work, size)]
 
 
