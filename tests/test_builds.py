@@ -107,7 +107,8 @@ from benchmarks.checks.builds import build, chunks_specs
 first, wide = {}, {}
 for spec in chunks_specs():
     (wide if "one head" in spec.label else first).setdefault((spec.label.split()[0], spec.kernel), spec)
-for kernel in ("blocks_of_small_chunks", "linear", "attend", "attend_queries", "attend_keys", "linear_weights"):
+small = ("blocks_of_small_chunks", "blocks_of_small_chunks_backward")
+for kernel in (*small, "linear", "attend", "attend_queries", "attend_keys", "linear_weights"):
     made = build(first["bfloat16", kernel], "sm_90")
     assert made.tensor_cores > 0, kernel
     assert made.spills == 0, kernel

@@ -389,6 +389,45 @@ def test_a_chunk_gives_the_same_bits_alone_in_a_batch_packed_and_padded(device):
     assert (second.shares[~inside] == 0).all()
 
 
+def _launched(monkeypatch):
+    """The names of kernels, in the order in which they are launched from now on."""
+    names, kind = [], type(launch_chunks.attend)
+    for module in (launch_chunks, launch_sums):
+        for name, kernel in list(vars(module).items()):
+            if isinstance(kernel, kind):
+
+                class Watched:
+                    def __getitem__(self, grid, kernel=kernel, name=name):
+                        names.append(name)
+                        return kernel[grid]
+
+                monkeypatch.setattr(module, name, Watched())
+    return names
+
+
+def test_small_chunks_take_one_launch_each_way_and_give_the_same_bits_beside_long_ones(device, monkeypatch):
+    p = _chunks((12, 5), device, depth=2, centers=3, heads=2, quality=True)
+    grad, names = _arriving(p), _launched(monkeypatch)
+    out = launch_chunks.chunks_forward(p, True)
+    assert names == ["blocks_of_small_chunks"]
+    names.clear()
+    found = launch_chunks.chunks_backward(p, grad, out, True)
+    assert [n for n in names if n != "linear_weights"] == [
+        "embed", "layer_norm", "share_backward", "layer_norm_backward", "blocks_of_small_chunks_backward"
+    ]  # fmt: skip
+    assert names.count("linear_weights") == 4 * 2 + 1  # of each layer, and of the table
+    both = _chunks((12, 5, 66), device, depth=2, centers=3, heads=2, quality=True)
+    both = both._replace(
+        **{n: torch.cat([getattr(p, n), getattr(both, n)[17:]]) for n in ("features", "styles", "quality")}
+    )
+    names.clear()
+    more = Summed(*(torch.cat([g, g[:1]]) for g in grad))
+    beside = launch_chunks.chunks_backward(both, more, launch_chunks.chunks_forward(both, True), True)
+    assert {"blocks_of_small_chunks_backward", "attend_queries", "linear"} <= set(names)
+    for name in ("features", "styles", "quality"):
+        assert torch.equal(getattr(found, name), getattr(beside, name)[:17]), name
+
+
 @pytest.mark.parametrize("quality", [False, True])
 def test_rows_of_chunks_that_are_not_finite_take_no_part(quality, device):
     p = _chunks((5, 4, 2), device, depth=0 if quality else 1, quality=quality)

@@ -55,4 +55,6 @@ def test_clustering_reads_rows_for_the_shares_and_for_the_sums() -> None:
         "sums, keys and scale": (2, 1),  # forward, first for elements that are not finite
         "chunks": (2, 3),  # norms and sums; norms again, the shares' gradients, and that of the norms
         "chunks, norms given": (2, 1),  # forward, first for elements that are not finite
+        "small chunks": (2, 3),
+        "small chunks, norms given": (1, 1),  # elements that are not finite show in the sums
     }

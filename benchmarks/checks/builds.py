@@ -33,6 +33,7 @@ PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 CHUNK_KERNELS = (
     "blocks_of_small_chunks",
+    "blocks_of_small_chunks_backward",
     "embed",
     "layer_norm",
     "linear",

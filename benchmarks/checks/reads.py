@@ -105,7 +105,7 @@ class ClusterReads(NamedTuple):
 
 
 def measure_clustering(rows: int = 64) -> list[ClusterReads]:
-    """cluster_sums with and without keys, and chunks that measure their norms or are given them."""
+    """cluster_sums with and without keys; chunks, long and small, that measure their norms or are given them."""
     from fcn_kernels.clustering.kernels import launch_chunks, launch_sums
     from fcn_kernels.clustering.problem import Chunks, Summed, Sums
 
@@ -118,9 +118,10 @@ def measure_clustering(rows: int = 64) -> list[ClusterReads]:
     features, where = draw(rows, width), (torch.tensor([0, rows]), torch.tensor([rows]), None)
 
     def counts(name: str, forward: Any, backward: Any, keys: int) -> ClusterReads:
-        grad = Summed(draw(1, centers, width), draw(1, centers, keys), draw(1, centers))
         with counted(features) as first:
             out = forward()
+        sets = out.masses.shape[0]
+        grad = Summed(draw(sets, centers, width), draw(sets, centers, keys), draw(sets, centers))
         with counted(features) as second:
             backward(grad, out)
         return ClusterReads(name, first[0] / features.numel(), second[0] / features.numel())
@@ -136,14 +137,20 @@ def measure_clustering(rows: int = 64) -> list[ClusterReads]:
                 0 if keys is None else dim,
             )
         )
-    for name, quality in (("chunks", None), ("chunks, norms given", draw(rows).abs())):
+    for name, cut, quality in (
+        ("chunks", None, None),
+        ("chunks, norms given", None, draw(rows).abs()),
+        ("small chunks", rows // 4, None),
+        ("small chunks, norms given", rows // 4, draw(rows).abs()),
+    ):
         sizes = ((3, dim, dim), (dim, dim), (4, dim, dim), (dim, 4 * dim))
         qkv, proj, fc1, fc2 = (draw(1, *shape).reshape(1, -1, shape[-1]) for shape in sizes)
         blocks = [t for weight in (qkv, proj, fc1, fc2) for t in (weight, draw(1, weight.shape[1]))]
         shares = draw(centers, dim), draw(centers), None
+        offsets = torch.arange(0, rows + 1, cut or rows)
         q = Chunks(
-            features, quality, None, draw(61, dim), torch.arange(60.0), draw(centers, dim), *blocks, *shares, *where,
-            heads=1, longest=rows,
+            features, quality, None, draw(61, dim), torch.arange(60.0), draw(centers, dim), *blocks, *shares,
+            offsets, offsets.diff(), None, heads=1, longest=cut or rows,
         )  # fmt: skip
         found.append(
             counts(
@@ -164,9 +171,7 @@ def main() -> int:
     print("\n| way | given | forward | backward |\n|---|---|---|---|")
     for r in found:
         print(f"| {r.way} | {r.given} | {r.forward:.3f} | {r.backward:.3f} |")
-    print(
-        "\nPasses over the rows of clustering. A launch reads them from memory once; a second time it finds them in L2."
-    )
+    print("\nPasses over the rows of clustering. A launch reads them from memory once, then from L1 or L2.")
     print("\n| call | forward | backward |\n|---|---|---|")
     for c in measure_clustering():
         print(f"| {c.call} | {c.forward:.3f} | {c.backward:.3f} |")

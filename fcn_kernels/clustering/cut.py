@@ -23,6 +23,13 @@ class Cut(NamedTuple):
         sums: Tensor = torch.segment_reduce(values, "sum", lengths=self.pieces, axis=0, unsafe=True, initial=0.0)
         return sums
 
+    def alone(self) -> Tensor:
+        """Which chunks (P,) are the only one with rows of their set."""
+        if self.pieces is None:
+            return torch.ones_like(self.lengths, dtype=torch.bool)
+        several = self.per_set((self.lengths > 0).double()) > 1
+        return ~several.repeat_interleave(self.pieces, output_size=self.lengths.shape[0])
+
 
 def inside(layout: Layout, rows: int) -> Tensor:
     """Which of T flat rows belong to a set: (T,) bool."""

@@ -223,8 +223,9 @@ class ClusterAggregate(nn.Module):
             A :class:`Fused`. A row whose features, style or quality is not finite, or whose quality is below 0, is as
             if it were not there, and its gradient is 0. A set without rows has descriptor, norm and means 0. Gradients
             reach features, styles, quality and all parameters; the norms get theirs through u alone. In ``eval()`` a
-            set gives the same bits alone or in a batch, padded, packed or masked, here or by update and finish; with
-            and without a graph, and compiled, it gives the same within rounding.
+            set gives the same bits alone or in a batch, padded, packed or masked, here or by update and finish (but a
+            float64 set of one chunk, which only a state rounds to the grid); with and without a graph, and compiled, it
+            gives the same within rounding.
 
         Raises:
             TypeError, ValueError: saying what was expected, before anything runs.
@@ -232,7 +233,7 @@ class ClusterAggregate(nn.Module):
         """
         checks.check_flags(weights=weights)
         rows, out = self._cluster(features, styles, quality, chunk, lengths, mask, cu_seqlens, strict)
-        state = self._state(rows.cut, out, rounded=not self.training)
+        state = self._state(rows.cut, out, rounded=not self.training, whole=True)
         fused = self.fuse(state)
         if weights:
             fused = fused._replace(weights=_row_weights(rows, out, state, fused))
@@ -432,15 +433,22 @@ class ClusterAggregate(nn.Module):
         kept = torch.rand(depth, 2, chunks, dtype=dtype, device=device) >= rate
         return kept / (1 - rate)
 
-    def _state(self, cuts: Cut, out: Clustered, rounded: bool) -> ClusterState:
-        """The sums of chunks, of a center with less than one row in part, added up over each set, with their graph."""
+    def _state(self, cuts: Cut, out: Clustered, rounded: bool, whole: bool = False) -> ClusterState:
+        """The sums of chunks, of a center with less than one row in part, added up over each set, with their graph.
+
+        Rounded to the grid, unless the sets are `whole`, no more rows are to come, and are float64: then a set of one
+        chunk keeps all its digits.
+        """
         w, norm = out.masses[..., None], self.assign.key_norm
         part = w / w.detach().clamp(min=1)
         keys = norm.weight.to(w.dtype) * out.key_sums + w * norm.bias.to(w.dtype)
         sums, styles, masses = part * out.sums, part * keys, out.masses
-        if rounded:
+        exact = whole and w.dtype == torch.float64
+        if rounded and not (exact and cuts.pieces is None):
+            kept = cuts.alone() if exact else None
             sums, styles, masses = (
-                on_grid(values, bits) for values, bits in ((sums, SUM_BITS), (styles, STYLE_BITS), (masses, SUM_BITS))
+                _on_grid(values, bits, kept)
+                for values, bits in ((sums, SUM_BITS), (styles, STYLE_BITS), (masses, SUM_BITS))
             )
         counts = out.counts if cuts.pieces is None else cuts.per_set(out.counts.double()).long()
         return ClusterState(cuts.per_set(sums), cuts.per_set(styles), cuts.per_set(masses), counts)
@@ -484,6 +492,12 @@ class ClusterAggregate(nn.Module):
             f"dim={self.dim}, clusters={clusters}, width={width}, num_heads={self.num_heads}, "
             f"channelwise={self.channelwise}, drop_path={self.drop_path}"
         )
+
+
+def _on_grid(values: Tensor, bits: int, kept: Tensor | None) -> Tensor:
+    """Rounded to multiples of 2^-bits, but for chunks (P,) that are kept as they are, if any."""
+    rounded = on_grid(values, bits)
+    return rounded if kept is None else torch.where(kept.view(-1, *[1] * (values.ndim - 1)), values, rounded)
 
 
 def _row_weights(rows: _Rows, out: Clustered, state: ClusterState, fused: Fused) -> Tensor:

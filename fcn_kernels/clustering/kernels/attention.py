@@ -136,48 +136,59 @@ def shares_of(h, a, query, key, q, k, v, BLOCK_H: tl.constexpr, HOW: tl.constexp
     return share, share * reach, grad
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks"])
-def attend_queries(
-    qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, grad_ptr, out_ptr, lse_ptr, dqkv_ptr, tokens, D, width, chunks,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HOW: tl.constexpr,
-):  # fmt: skip
-    """The queries' part of dqkv [tokens, 3 D]."""
-    p, h, a = open_backward(
-        qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, grad_ptr, out_ptr, lse_ptr, tokens, D, width, chunks, BLOCK_N
-    )
-    if p.begin >= p.end:
-        return
-    query = p.begin + tl.arange(0, BLOCK_N)
+@triton.jit
+def attend_queries_tile(h, a, at, dqkv_ptr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HOW: tl.constexpr):
+    """The part of dqkv [count, 3 D] of the queries [at, at + BLOCK_N)."""
+    query = at + tl.arange(0, BLOCK_N)
     q = load_qkv(h, query, 0, BLOCK_H)
     dq = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
-    for at in range(0, h.count, BLOCK_N):
-        key = at + tl.arange(0, BLOCK_N)
+    for start in range(0, h.count, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
         k, v = load_qkv(h, key, 1, BLOCK_H), load_qkv(h, key, 2, BLOCK_H)
         _share, dscore, _grad = shares_of(h, a, query, key, q, k, v, BLOCK_H, HOW)
         dq = dot(dscore, k, dq, HOW)
-    store_head(h, dqkv_ptr + p.first * 3 * D, 3 * D, query, h.begin, dq, BLOCK_H)
+    store_head(h, dqkv_ptr, 3 * h.D, query, h.begin, dq, BLOCK_H)
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks"])
-def attend_keys(
-    qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, grad_ptr, out_ptr, lse_ptr, dqkv_ptr, tokens, D, width, chunks,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HOW: tl.constexpr,
-):  # fmt: skip
-    """The keys' and the values' parts of dqkv [tokens, 3 D]."""
-    p, h, a = open_backward(
-        qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, grad_ptr, out_ptr, lse_ptr, tokens, D, width, chunks, BLOCK_N
-    )
-    if p.begin >= p.end:
-        return
-    key = p.begin + tl.arange(0, BLOCK_N)
+@triton.jit
+def attend_keys_tile(h, a, at, dqkv_ptr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HOW: tl.constexpr):
+    """The parts of dqkv [count, 3 D] of the keys and the values [at, at + BLOCK_N)."""
+    key = at + tl.arange(0, BLOCK_N)
     k, v = load_qkv(h, key, 1, BLOCK_H), load_qkv(h, key, 2, BLOCK_H)
     dk, dv = tl.zeros((BLOCK_N, BLOCK_H), tl.float32), tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
-    for at in range(0, h.count, BLOCK_N):
-        query = at + tl.arange(0, BLOCK_N)
+    for start in range(0, h.count, BLOCK_N):
+        query = start + tl.arange(0, BLOCK_N)
         q = load_qkv(h, query, 0, BLOCK_H)
         share, dscore, grad = shares_of(h, a, query, key, q, k, v, BLOCK_H, HOW)
         dk = dot(tl.trans(dscore), q, dk, HOW)
         dv = dot(tl.trans(share), grad, dv, HOW)
-    dqkv_ptr += p.first * 3 * D
-    store_head(h, dqkv_ptr, 3 * D, key, D + h.begin, dk, BLOCK_H)
-    store_head(h, dqkv_ptr, 3 * D, key, 2 * D + h.begin, dv, BLOCK_H)
+    store_head(h, dqkv_ptr, 3 * h.D, key, h.D + h.begin, dk, BLOCK_H)
+    store_head(h, dqkv_ptr, 3 * h.D, key, 2 * h.D + h.begin, dv, BLOCK_H)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attend_queries(
+    qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, grad_ptr, out_ptr, lse_ptr, dqkv_ptr, tokens, D, width, chunks,
+    fewest, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HOW: tl.constexpr,
+):  # fmt: skip
+    """The queries' part of dqkv [tokens, 3 D], in chunks with at least `fewest` tokens."""
+    p, h, a = open_backward(
+        qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, grad_ptr, out_ptr, lse_ptr, tokens, D, width, chunks, BLOCK_N
+    )
+    if (p.begin >= p.end) | (p.count < fewest):
+        return
+    attend_queries_tile(h, a, p.begin, dqkv_ptr + p.first * 3 * D, BLOCK_N, BLOCK_H, HOW)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attend_keys(
+    qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, grad_ptr, out_ptr, lse_ptr, dqkv_ptr, tokens, D, width, chunks,
+    fewest, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HOW: tl.constexpr,
+):  # fmt: skip
+    """The keys' and the values' parts of dqkv [tokens, 3 D], in chunks with at least `fewest` tokens."""
+    p, h, a = open_backward(
+        qkv_ptr, attending_ptr, starts_ptr, sizes_ptr, grad_ptr, out_ptr, lse_ptr, tokens, D, width, chunks, BLOCK_N
+    )
+    if (p.begin >= p.end) | (p.count < fewest):
+        return
+    attend_keys_tile(h, a, p.begin, dqkv_ptr + p.first * 3 * D, BLOCK_N, BLOCK_H, HOW)

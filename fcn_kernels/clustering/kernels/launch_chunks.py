@@ -2,9 +2,9 @@
 
 Forward, chunks of up to 64 tokens take one launch, a program each; which these are is known on the device. The others
 take a launch a step, for the tokens of all of them: embedding; for each block LayerNorm, queries with keys and values,
-attention, its projection, LayerNorm, and the two layers of the MLP; a last LayerNorm. Then come the shares and sums of
-all. Backward: the sums' gradients; then each block, last to first, is made again from its input and taken back, in
-launches of steps for all chunks.
+attention, its projection, LayerNorm, and the two layers of the MLP; a last LayerNorm; shares and sums. Backward: the
+sums' gradients of all chunks; then those of the blocks, each of which is made again from its input and taken back, last
+to first: in one launch for small chunks, a launch a step for the others; then the weights', summed over all tokens.
 """
 
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from fcn_kernels.clustering.kernels.layers import (
 )
 from fcn_kernels.clustering.kernels.products import how, product_of
 from fcn_kernels.clustering.kernels.resident import Constants, blocks_of_small_chunks
+from fcn_kernels.clustering.kernels.resident_backward import Taken, blocks_of_small_chunks_backward
 from fcn_kernels.clustering.kernels.tokens import embed
 from fcn_kernels.clustering.problem import CODES, EPS_NORM, Chunks, ChunksGradients, Clustered, Summed, Sums
 from fcn_kernels.device.constants import constants
@@ -97,11 +98,10 @@ def chunks_forward(p: Chunks, keep: bool) -> Clustered:
     with torch.cuda.device_of(p.features):
         tokens = _tokens(p)
         keys, working = torch.zeros_like(tokens.hidden), None
-        small = _row_tile(p.tokens.shape[1])["BLOCK_N"] == TILE  # wider tokens do not fit a tile
-        if small:
-            _run_small(p, tokens, keys, out.hidden if keep else None)
+        if _has_small(p):
+            _run_small(p, tokens, keys, out, keep)
             working = torch.zeros_like(tokens.attending)
-        if not small or p.longest + p.tokens.shape[0] > SMALL:
+        if _has_large(p):
             _embed(p, tokens, working)
             hidden = tokens.hidden
             for block in range(p.depth):
@@ -112,7 +112,10 @@ def chunks_forward(p: Chunks, keep: bool) -> Clustered:
                     residual=made.middle, working=working, **_factor(p, tokens, block, 1),
                 )  # fmt: skip
             _layer_norm(hidden, keys, working)
-        launch_sums.share(tokens.sums(p, keys), Summed(*out[:3]), out.shares, check=False, gap=p.tokens.shape[0])
+            launch_sums.share(
+                tokens.sums(p, keys), Summed(*out[:3]), out.shares, check=False, gap=p.tokens.shape[0],
+                fewest=0 if working is None else SMALL + 1,
+            )  # fmt: skip
     counted = F.pad(tokens.usable.cumsum(0), (1, 0))[p.offsets.clamp(0, p.features.shape[0])]
     return out._replace(counts=counted.diff())
 
@@ -140,14 +143,24 @@ def chunks_backward(p: Chunks, grad: Summed, out: Clustered, wanted: bool) -> Ch
             tokens.sums(p, keys), grad, wanted, check=False, norms=tokens.norms if p.quality is None else None,
             gap=p.tokens.shape[0],
         )  # fmt: skip
-        dhidden = _layer_norm_backward(shared.keys, keys, rstd, None)
-        for block in reversed(range(p.depth)):
-            dhidden = _block_gradient(p, tokens, inputs[block], dhidden, block, found)
+        grads = p.tokens.new_zeros(p.depth + 1, *keys.shape)  # of each block's input, and of the last one's output
+        _layer_norm_backward(shared.keys, keys, rstd, None, grads[p.depth])
+        _blocks_gradient(p, tokens, inputs, out.hidden, grads, found)
         found = found._replace(features=shared.values, weight=shared.weight, bias=shared.bias)
         if p.quality is not None:
             dquality = shared.scale * (EPS_NORM / (tokens.norms + EPS_NORM).square())
             found = found._replace(quality=dquality.where(tokens.usable, 0))
-        return found._replace(**_embed_gradient(p, tokens, dhidden))
+        return found._replace(**_embed_gradient(p, tokens, grads[0]))
+
+
+def _has_small(p: Chunks) -> bool:
+    """Whether small chunks have programs of their own: wider tokens do not fit a tile."""
+    return _row_tile(p.tokens.shape[1])["BLOCK_N"] == TILE
+
+
+def _has_large(p: Chunks) -> bool:
+    """Whether there may be others, as far as the host knows."""
+    return not _has_small(p) or p.longest + p.tokens.shape[0] > SMALL
 
 
 def _tokens(p: Chunks) -> Tokens:
@@ -216,15 +229,20 @@ def _embed(p: Chunks, tokens: Tokens, working: Tensor | None, look: bool = True)
     embed[(tokens.slots,)](**given, working_ptr=working, fewest=fewest, BLOCK_N=tokens.tile, BLOCK_C=32, **OPTIONS)
 
 
-def _run_small(p: Chunks, tokens: Tokens, keys: Tensor, kept: Tensor | None) -> None:
-    """Fill in small chunks' tokens, their keys (R, d) and, unless None, their hidden states (L, R, d)."""
-    (count, dim), (_, tile_f, tile_k) = tokens.hidden.shape, LAYER_TILE
-    new, width = tokens.hidden.new_empty, dim // p.heads
+def _run_small(p: Chunks, tokens: Tokens, keys: Tensor, out: Clustered, keep: bool) -> None:
+    """Fill in what comes of small chunks, their tokens, and their keys (R, d)."""
+    (count, dim), new = tokens.hidden.shape, tokens.hidden.new_empty
+    width = dim // p.heads
     blocks_of_small_chunks[(p.lengths.shape[0],)](
         **_given(p, tokens),
-        **{f"{name}_ptr": getattr(p, name).contiguous() for name in WEIGHTS},
-        residual_ptr=None if p.residual is None else p.residual.contiguous(),
-        kept_ptr=kept,
+        **_blocks(p),
+        weight_ptr=p.weight.contiguous(),
+        bias_ptr=p.bias.contiguous(),
+        sums_ptr=out.sums,
+        key_sums_ptr=out.key_sums,
+        masses_ptr=out.masses,
+        shares_ptr=out.shares,
+        kept_ptr=out.hidden if keep else None,
         unit_ptr=new(count, dim),
         qkv_ptr=new(count, 3 * dim),
         attended_ptr=new(count, dim),
@@ -234,17 +252,31 @@ def _run_small(p: Chunks, tokens: Tokens, keys: Tensor, kept: Tensor | None) -> 
         width=width,
         depth=p.depth,
         most=SMALL,
-        BUILD=constants(
-            Constants,
-            BLOCK_N=tokens.tile,
-            BLOCK_F=tile_f,
-            BLOCK_K=tile_k,
-            BLOCK_D=_power_of_two(dim),
-            BLOCK_H=_power_of_two(width),
-            **how(p.features.dtype),
-        ),
-        **OPTIONS | {"num_warps": _warps(width)},
+        SUMS=launch_sums.Plan.of(p.tokens.shape[0]).constants(check=False),
+        **_small_options(p, tokens),
     )
+
+
+def _blocks(p: Chunks) -> dict[str, Any]:
+    """Arguments of the kernels that have all blocks."""
+    weights = {f"{name}_ptr": getattr(p, name).contiguous() for name in WEIGHTS}
+    return weights | {"residual_ptr": None if p.residual is None else p.residual.contiguous()}
+
+
+def _small_options(p: Chunks, tokens: Tokens) -> dict[str, Any]:
+    """What the kernels that have all blocks are built for."""
+    dim, (_, tile_f, tile_k) = p.tokens.shape[1], LAYER_TILE
+    width = dim // p.heads
+    build = constants(
+        Constants,
+        BLOCK_N=tokens.tile,
+        BLOCK_F=tile_f,
+        BLOCK_K=tile_k,
+        BLOCK_D=_power_of_two(dim),
+        BLOCK_H=_power_of_two(width),
+        **how(p.features.dtype),
+    )
+    return {"BUILD": build, **OPTIONS, "num_warps": _warps(width)}
 
 
 def _run_block(
@@ -276,30 +308,95 @@ def _run_block(
     return Block(unit, rstd, qkv, attended, lse, middle, unit2, rstd2, wide, active)
 
 
+def _blocks_gradient(
+    p: Chunks, tokens: Tokens, inputs: list[Tensor], kept: Tensor, grads: Tensor, found: ChunksGradients
+) -> None:
+    """Fill in gradients (L + 1, R, d) of the blocks' inputs (R, d) from the last; those of weights go to `found`."""
+    taken, small, large = None, None, None
+    if _has_small(p) and p.depth:
+        large = (tokens.sizes > SMALL)[tokens.chunk.long()]
+        small = tokens.attending & ~large
+        taken = _run_small_back(p, tokens, kept, grads)
+    for block in reversed(range(p.depth)):
+        if taken is not None:
+            _block_weights(p, tokens, Taken(*(t[block] for t in taken)), grads[block + 1], small, block, found)
+        if _has_large(p):
+            made = _block_gradient(p, tokens, inputs[block], grads[block + 1], grads[block], block, large)
+            _block_weights(p, tokens, made, grads[block + 1], large, block, found)
+
+
+def _run_small_back(p: Chunks, tokens: Tokens, kept: Tensor, grads: Tensor) -> Taken:
+    """Fill in small chunks' gradients (L + 1, R, d) from the last; what those of the weights are made of."""
+    (count, dim), new, width = tokens.hidden.shape, tokens.hidden.new_empty, p.tokens.shape[1] // p.heads
+    widths = Taken(unit=1, attended=1, unit2=1, active=4, dqkv=3, dmiddle=1, dwide=4)
+    taken = Taken(*(new(p.depth, count, n * dim) for n in widths))
+    blocks_of_small_chunks_backward[(p.lengths.shape[0],)](
+        **_blocks(p),
+        **{f"{name}_ptr": t for name, t in taken._asdict().items()},
+        starts_ptr=tokens.starts,
+        sizes_ptr=tokens.sizes,
+        attending_ptr=tokens.attending,
+        hidden_ptr=tokens.hidden,
+        kept_ptr=kept,
+        grads_ptr=grads,
+        qkv_ptr=new(count, 3 * dim),
+        lse_ptr=new(p.heads, count),
+        middle_ptr=new(count, dim),
+        wide_ptr=new(count, 4 * dim),
+        rstd_ptr=new(count),
+        rstd2_ptr=new(count),
+        back_ptr=new(count, dim),
+        tokens=count,
+        D=dim,
+        width=width,
+        depth=p.depth,
+        chunks=p.lengths.shape[0],
+        most=SMALL,
+        **_small_options(p, tokens),
+    )
+    return taken
+
+
+def _block_weights(
+    p: Chunks, tokens: Tokens, t: Taken, grad: Tensor, working: Tensor | None, block: int, found: ChunksGradients
+) -> None:
+    """Add the gradients of a block's weights, from the tokens at work, to `found`; grad (R, d) is of its output."""
+    attention, mlp = _factor(p, tokens, block, 0), _factor(p, tokens, block, 1)
+    for name, arriving, x, factor in (
+        ("fc2", grad, t.active, mlp),
+        ("fc1", t.dwide, t.unit2, {}),
+        ("proj", t.dmiddle, t.attended, attention),
+        ("qkv", t.dqkv, t.unit, {}),
+    ):
+        weight, bias = (getattr(found, f"{name}_{kind}")[block] for kind in ("weight", "bias"))
+        _linear_weights(p.features.dtype, arriving, x, weight, bias, working=working, **factor)
+
+
 def _block_gradient(
-    p: Chunks, tokens: Tokens, hidden: Tensor, grad: Tensor, block: int, found: ChunksGradients
-) -> Tensor:
-    """Gradient (R, d) of a block's tokens from that of its output; those of its weights go to `found`."""
-    made = _run_block(p, tokens, hidden, block, again=True)
+    p: Chunks, tokens: Tokens, hidden: Tensor, grad: Tensor, out: Tensor, block: int, working: Tensor | None
+) -> Taken:
+    """Fill in the gradient (R, d) of a block's input from that of its output, for the tokens at work; what those of
+    its weights are made of."""
+    made = _run_block(p, tokens, hidden, block, working, again=True)
     attention, mlp = _factor(p, tokens, block, 0), _factor(p, tokens, block, 1)
     new, dtype = hidden.new_empty, p.features.dtype
-    dwide, dunit2 = new(made.active.shape), new(hidden.shape)
-    _linear_weights(dtype, grad, made.active, found.fc2_weight[block], found.fc2_bias[block], **mlp)
-    _linear(dtype, grad, p.fc2_weight[block].T, None, dwide, after=GELU_GRADIENT, wide=made.wide, **mlp)
-    _linear_weights(dtype, dwide, made.unit2, found.fc1_weight[block], found.fc1_bias[block])
-    _linear(dtype, dwide, p.fc1_weight[block].T, None, dunit2)
-    dmiddle = _layer_norm_backward(dunit2, made.unit2, made.rstd2, grad)
+    dwide, dunit2, dmiddle = new(made.active.shape), new(hidden.shape), new(hidden.shape)
+    _linear(
+        dtype, grad, p.fc2_weight[block].T, None, dwide, after=GELU_GRADIENT, wide=made.wide, working=working, **mlp
+    )
+    _linear(dtype, dwide, p.fc1_weight[block].T, None, dunit2, working=working)
+    _layer_norm_backward(dunit2, made.unit2, made.rstd2, grad, dmiddle, working)
     dattended, dqkv, dunit = new(hidden.shape), torch.zeros_like(made.qkv), new(hidden.shape)
-    _linear_weights(dtype, dmiddle, made.attended, found.proj_weight[block], found.proj_bias[block], **attention)
-    _linear(dtype, dmiddle, p.proj_weight[block].T, None, dattended, **attention)
+    _linear(dtype, dmiddle, p.proj_weight[block].T, None, dattended, working=working, **attention)
     for kernel in (attend_queries, attend_keys):
         kernel[(tokens.slots, p.heads)](
             qkv_ptr=made.qkv, attending_ptr=tokens.attending, starts_ptr=tokens.starts, sizes_ptr=tokens.sizes,
-            grad_ptr=dattended, out_ptr=made.attended, lse_ptr=made.lse, dqkv_ptr=dqkv, **_attention(p, tokens),
+            grad_ptr=dattended, out_ptr=made.attended, lse_ptr=made.lse, dqkv_ptr=dqkv,
+            fewest=0 if working is None else SMALL + 1, **_attention(p, tokens),
         )  # fmt: skip
-    _linear_weights(dtype, dqkv, made.unit, found.qkv_weight[block], found.qkv_bias[block])
-    _linear(dtype, dqkv, p.qkv_weight[block].T, None, dunit)
-    return _layer_norm_backward(dunit, made.unit, made.rstd, dmiddle)
+    _linear(dtype, dqkv, p.qkv_weight[block].T, None, dunit, working=working)
+    _layer_norm_backward(dunit, made.unit, made.rstd, dmiddle, out, working)
+    return Taken(made.unit, made.attended, made.unit2, made.active, dqkv, dmiddle, dwide)
 
 
 def _embed_gradient(p: Chunks, tokens: Tokens, grad: Tensor) -> dict[str, Tensor]:
@@ -362,14 +459,16 @@ def _layer_norm(x: Tensor, out: Tensor, working: Tensor | None = None) -> Tensor
     return rstd
 
 
-def _layer_norm_backward(grad: Tensor, unit: Tensor, rstd: Tensor, residual: Tensor | None) -> Tensor:
-    out, (rows, dim) = torch.empty_like(unit), unit.shape
+def _layer_norm_backward(
+    grad: Tensor, unit: Tensor, rstd: Tensor, residual: Tensor | None, out: Tensor, working: Tensor | None = None
+) -> None:
+    """Fill in gradients (N, d) of what was normalized to unit."""
+    rows, dim = unit.shape
     tile = _row_tile(dim)
     layer_norm_backward[(triton.cdiv(rows, tile["BLOCK_N"]),)](
-        grad_ptr=grad, unit_ptr=unit, rstd_ptr=rstd, residual_ptr=residual, out_ptr=out, N=rows, D=dim, **tile,
-        **OPTIONS,
+        grad_ptr=grad, unit_ptr=unit, rstd_ptr=rstd, residual_ptr=residual, working_ptr=working, out_ptr=out, N=rows,
+        D=dim, **tile, **OPTIONS,
     )  # fmt: skip
-    return out
 
 
 def _linear(
@@ -408,9 +507,9 @@ def _linear(
 
 def _linear_weights(
     dtype: torch.dtype, grad: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None, *,
-    factor: Tensor | None = None, chunk: Tensor | None = None,
+    factor: Tensor | None = None, chunk: Tensor | None = None, working: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fill in dweight (F, K) = sum_n factor_n grad_n x_n^T and dbias (F,)."""
+    """Add sum_n factor_n grad_n x_n^T to dweight (F, K), and the same without x to dbias (F,)."""
     (rows, outputs), inputs = grad.shape, x.shape[1]
     tile_n, tile_f, tile_k = 32, 64 if dtype == torch.float32 else LEAST_TOKENS, 64
     parts = max(1, min(MOST_PARTS, triton.cdiv(rows, PART_TOKENS)))
@@ -421,6 +520,7 @@ def _linear_weights(
         x_ptr=x,
         factor_ptr=factor,
         chunk_ptr=chunk,
+        working_ptr=working,
         dweight_ptr=weights,
         dbias_ptr=biases,
         N=rows,
@@ -433,6 +533,6 @@ def _linear_weights(
         HOW=product_of(dtype),
         **OPTIONS,
     )
-    dweight.copy_(weights.sum(0))
+    dweight.add_(weights.sum(0))
     if dbias is not None and biases is not None:
-        dbias.copy_(biases.sum(0))
+        dbias.add_(biases.sum(0))

@@ -60,10 +60,10 @@ def sums_forward(p: Sums) -> Summed:
     return out
 
 
-def share(p: Sums, out: Summed, shares: Tensor, check: bool, gap: int = 0) -> None:
+def share(p: Sums, out: Summed, shares: Tensor, check: bool, gap: int = 0, fewest: int = 0) -> None:
     """Fill in the sums and the shares (T, M). Not `check`: `valid` says which rows are finite.
 
-    After each set's keys stand `gap` others.
+    After each set's keys stand `gap` others. Sets that have fewer than `fewest` with these are left as they are.
     """
     plan, sets, rows = Plan.of(p.weight.shape[0]), p.lengths.shape[0], p.values.shape[0]
     if sets == 0:
@@ -80,6 +80,7 @@ def share(p: Sums, out: Summed, shares: Tensor, check: bool, gap: int = 0) -> No
             sums_partial_ptr=partial.sums,
             key_sums_partial_ptr=partial.key_sums,
             masses_partial_ptr=partial.masses,
+            fewest=fewest,
             BUILD=plan.constants(check),
             **plan.options,
         )

@@ -80,13 +80,12 @@ def layer_norm(x_ptr, working_ptr, out_ptr, rstd_ptr, N, D, BLOCK_N: tl.constexp
     normalize_tile(x_ptr, out_ptr, rstd_ptr, rows, at_work(working_ptr, rows, N), D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def layer_norm_backward(
-    grad_ptr, unit_ptr, rstd_ptr, residual_ptr, out_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """out [N, D]: of x, from that of unit = (x - mean) rstd; plus residual [N, D], if any."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols, inside = tl.arange(0, BLOCK_D), rows < N
+@triton.jit
+def normalize_backward_tile(
+    grad_ptr, unit_ptr, rstd_ptr, residual_ptr, out_ptr, rows, inside, D, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """out = the gradient of x, of rows [n] of (.., D), from that of unit = (x - mean) rstd; plus the residual."""
+    cols = tl.arange(0, BLOCK_D)
     grad = load_rows(grad_ptr, rows, inside, D, cols, D)  # [n, d]
     unit = load_rows(unit_ptr, rows, inside, D, cols, D)
     rstd = tl.load(rstd_ptr + rows, mask=inside, other=0.0)
@@ -94,7 +93,19 @@ def layer_norm_backward(
     out = (grad - mean[:, None] - unit * along[:, None]) * rstd[:, None]
     if residual_ptr is not None:
         out += load_rows(residual_ptr, rows, inside, D, cols, D)
-    tl.store(out_ptr + rows[:, None] * D + cols[None, :], out, mask=inside[:, None] & (cols < D)[None, :])
+    where = rows.to(tl.int64)[:, None] * D + cols[None, :]
+    tl.store(out_ptr + where, out, mask=inside[:, None] & (cols < D)[None, :])
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def layer_norm_backward(
+    grad_ptr, unit_ptr, rstd_ptr, residual_ptr, working_ptr, out_ptr, N, D, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out [N, D]: of x, from that of unit = (x - mean) rstd; plus residual [N, D], if any; for the tokens at work."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = at_work(working_ptr, rows, N)
+    normalize_backward_tile(grad_ptr, unit_ptr, rstd_ptr, residual_ptr, out_ptr, rows, inside, D, BLOCK_D)
 
 
 @triton.jit
@@ -155,12 +166,12 @@ def linear(
 
 @triton.jit(do_not_specialize=["N", "share"])
 def linear_weights(
-    grad_ptr, x_ptr, factor_ptr, chunk_ptr, dweight_ptr, dbias_ptr, N, share, K, F,
+    grad_ptr, x_ptr, factor_ptr, chunk_ptr, working_ptr, dweight_ptr, dbias_ptr, N, share, K, F,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, HOW: tl.constexpr,
 ):  # fmt: skip
     """Of each part of `share` tokens: dweight [parts, F, K] = sum_n factor_n grad_n x_n^T, and dbias [parts, F].
 
-    For grad [N, F] and x [N, K].
+    For grad [N, F] and x [N, K], of the tokens at work.
     """
     outputs = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     inputs = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -171,7 +182,7 @@ def linear_weights(
     dbias = tl.zeros((BLOCK_F,), tl.float32)
     for at in range(begin, end, BLOCK_N):
         rows = at + tl.arange(0, BLOCK_N)
-        inside = rows < end
+        inside = at_work(working_ptr, rows, end)
         grad = load_rows(grad_ptr, rows, inside, F, outputs, F)  # [n, f]
         if factor_ptr is not None:
             grad *= load_factor(factor_ptr, chunk_ptr, rows, inside)[:, None]

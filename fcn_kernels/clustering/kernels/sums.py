@@ -19,7 +19,7 @@ from fcn_kernels.device.rows import load_rows
 
 INFINITY_BITS = tl.constexpr(0x7F800000)
 EPS = tl.constexpr(1e-5)  # `EPS_NORM` of fcn_kernels.clustering.problem
-UNSPECIALIZED = ["T", "sets"]
+UNSPECIALIZED = ["T", "sets", "fewest"]
 
 
 class Constants(NamedTuple):
@@ -204,8 +204,11 @@ def share_out(rows, centers, at, shares_ptr, through_ptr, stride, BUILD: tl.cons
 def gather(
     shares_ptr, stride, start, rows_ptr, row_stride, C, scale_ptr, begin, stop, out_ptr, out_rows, BUILD: tl.constexpr
 ):
-    """out [m, C] from row `start` on = sum over rows [begin, stop) of shares [n, m] by `stride`, scaled, and rows."""
-    center = start + tl.arange(0, BUILD.BLOCK_M)
+    """out [m, C] from row `start` on = sum over rows [begin, stop) of shares [n, m] by `stride`, scaled, and rows.
+
+    Returns the bits of its largest element.
+    """
+    center, largest = start + tl.arange(0, BUILD.BLOCK_M), tl.zeros((BUILD.BLOCK_M,), tl.int32)
     for column in range(0, C, BUILD.BLOCK_C):
         cols = column + tl.arange(0, BUILD.BLOCK_C)
         total = tl.zeros((BUILD.BLOCK_M, BUILD.BLOCK_C), tl.float32)
@@ -220,8 +223,10 @@ def gather(
             if scale_ptr is not None:
                 share *= tl.load(scale_ptr + lane, mask=taking, other=0.0)[:, None]
             total = tl.dot(tl.trans(share), rows, total, input_precision="ieee")
+        largest = tl.maximum(largest, magnitude_bits(total))
         mask = (center < out_rows)[:, None] & (cols < C)[None, :]
         tl.store(out_ptr + center.to(tl.int64)[:, None] * C + cols[None, :], total, mask=mask)
+    return tl.max(largest, axis=0)
 
 
 @triton.jit
@@ -235,18 +240,42 @@ def add_up(shares_ptr, stride, start, begin, stop, out_ptr, BUILD: tl.constexpr)
     tl.store(out_ptr + start + center, total, mask=start + center < stride)
 
 
+@triton.jit
+def share_piece(
+    rows, centers, begin, stop, shares_ptr, sums_ptr, key_sums_ptr, masses_ptr, BUILD: tl.constexpr
+):  # fmt: skip
+    """Shares [count, M] of rows [begin, stop), and their sums [M, C], key sums [M, D] and masses [M].
+
+    Returns the bits of the sums' largest element.
+    """
+    M, largest = centers.M, tl.full((), 0, tl.int32)
+    for at in range(begin, stop, BUILD.BLOCK_N):
+        share_out(rows, centers, at, shares_ptr, None, M, BUILD)
+    for start in range(0, M, BUILD.BLOCK_M):
+        add_up(shares_ptr, M, start, begin, stop, masses_ptr, BUILD)
+        found = gather(
+            shares_ptr, M, start, rows.value, rows.value_stride, rows.C, rows.scale, begin, stop, sums_ptr, M, BUILD
+        )
+        largest = tl.maximum(largest, found)
+        if rows.key is not None:
+            gather(
+                shares_ptr, M, start, rows.key, rows.key_stride, rows.D, None, begin, stop, key_sums_ptr, M, BUILD
+            )  # fmt: skip
+    return largest
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def share_forward(
     values_ptr, keys_ptr, scale_ptr, valid_ptr, weight_ptr, bias_ptr, offsets_ptr, lengths_ptr, shares_ptr, sums_ptr,
     key_sums_ptr, masses_ptr, sums_partial_ptr, key_sums_partial_ptr, masses_partial_ptr,
-    value_stride, key_stride, T, C, D, every, M, sets, KEY_GAP: tl.constexpr,
+    value_stride, key_stride, T, C, D, every, M, sets, fewest, KEY_GAP: tl.constexpr,
     BUILD: tl.constexpr,
 ):  # fmt: skip
     """Shares [T, M]; sums [B, M, C], key_sums [B, M, D] and masses [B, M] of sets of one piece, and of each piece
-    [slots, ...] of the others."""
+    [slots, ...] of the others. Of sets with at least `fewest` rows and others in the gap."""
     slot = tl.program_id(0).to(tl.int64)
     p = find_piece(offsets_ptr, lengths_ptr, slot, sets, T, BUILD.PIECE)
-    if (p.begin >= p.count) & (p.index > 0):
+    if ((p.begin >= p.count) & (p.index > 0)) | (p.count + KEY_GAP < fewest):
         return
     values_ptr += p.first * value_stride
     if keys_ptr is not None:
@@ -263,20 +292,10 @@ def share_forward(
         place, sums_ptr, masses_ptr = slot, sums_partial_ptr, masses_partial_ptr
         if keys_ptr is not None:
             key_sums_ptr = key_sums_partial_ptr
-    stop = tl.minimum(p.end, p.count)
-    for at in range(p.begin, stop, BUILD.BLOCK_N):
-        share_out(rows, centers, at, shares_ptr, None, M, BUILD)
-    for start in range(0, M, BUILD.BLOCK_M):
-        add_up(shares_ptr, M, start, p.begin, stop, masses_ptr + place * M, BUILD)
-        gather(
-            shares_ptr, M, start, rows.value, value_stride, C, rows.scale, p.begin, stop, sums_ptr + place * M * C, M,
-            BUILD,
-        )  # fmt: skip
-        if keys_ptr is not None:
-            gather(
-                shares_ptr, M, start, rows.key, key_stride, D, None, p.begin, stop, key_sums_ptr + place * M * D, M,
-                BUILD,
-            )  # fmt: skip
+    share_piece(
+        rows, centers, p.begin, tl.minimum(p.end, p.count), shares_ptr, sums_ptr + place * M * C,
+        key_sums_ptr + place * M * D, masses_ptr + place * M, BUILD,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -35,6 +35,7 @@ class Given(NamedTuple):
     D: Any
     STYLE: Any
     M: Any
+    look: Any  # whether to look at the features; None: yes
 
 
 class Made(NamedTuple):
@@ -84,7 +85,10 @@ def usable_rows(g, first, lane, taking, BLOCK_N: tl.constexpr, BLOCK_C: tl.const
     """Norms [n] of a chunk's rows, and which of those `taking` have all that they need, and finite."""
     usable = taking
     if g.features is not None:
-        norm, largest = norms_of(g.features + first * g.stride, lane, taking, g.stride, g.C, BLOCK_N, BLOCK_C)
+        looking = taking
+        if g.look is not None:
+            looking = looking & g.look
+        norm, largest = norms_of(g.features + first * g.stride, lane, looking, g.stride, g.C, BLOCK_N, BLOCK_C)
         usable = usable & (largest < INFINITY_BITS)
     if g.quality is not None:
         norm = tl.load(g.quality + first + lane, mask=taking, other=0.0)
@@ -151,8 +155,9 @@ def embed(
     if (p.begin >= p.end) | (p.count < fewest):
         return
     given = Given(
-        features_ptr, quality_ptr, styles_ptr, valid_ptr, table_ptr, edges_ptr, centers_ptr, stride, C, D, STYLE, M
-    )
+        features_ptr, quality_ptr, styles_ptr, valid_ptr, table_ptr, edges_ptr, centers_ptr, stride, C, D, STYLE, M,
+        None,
+    )  # fmt: skip
     made = Made(hidden_ptr, attending_ptr, chunk_ptr, norms_ptr, scale_ptr, usable_ptr, code_ptr, place_ptr)
     first, owned, count = bounds(offsets_ptr, lengths_ptr, p.set_id, T)
     embed_tile(given, made, p, first, owned, count, p.begin, BLOCK_N, BLOCK_C)
