@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "sets.h"
@@ -30,19 +31,19 @@ class Backpropagation {
           count(saved.counts[set.number]),
           earlier(std::max<int64_t>(count - 1, 0)),
           indices(saved.indices + set.number * call.k),
-          arriving(count * width),
-          picked(count * width),
-          origin(call.euclidean ? width : 0),
-          along(set.n),
+          arriving(count * width, set.memory),
+          picked(count * width, set.memory),
+          origin(call.euclidean ? width : 0, set.memory),
+          along(set.n, set.memory),
           weights(call),
-          unit_weight(call.min_distances ? set.n : 0),
-          weight(set.n),
-          chain(set.n),
-          slope(set.n),
-          weight_term(set.n),
-          picked_here(set.n),
-          nearest(earlier * set.n),
-          mix(earlier * set.n) {
+          unit_weight(call.min_distances ? set.n : 0, set.memory),
+          weight(set.n, set.memory),
+          chain(set.n, set.memory),
+          slope(set.n, set.memory),
+          weight_term(set.n, set.memory),
+          picked_here(set.n, set.memory),
+          nearest(earlier * set.n, set.memory),
+          mix(earlier * set.n, set.memory) {
         if (call.euclidean && count) copy_row(set.row(indices[0]), origin.data(), call.dim, 0);
         for (int64_t step = 0; step < count; ++step) {
             std::copy_n(grad + (set.number * call.k + step) * call.dim, call.dim, &arriving[step * width]);
@@ -68,18 +69,18 @@ class Backpropagation {
     const int64_t width, count, earlier;  // earlier: picks that have one after them
     const int64_t* const indices;
     // Gradients at the picks, and the picks made unit, or seen from the origin; (count, width).
-    std::vector<Acc> arriving, picked;
-    std::vector<Acc> origin;  // of the Euclidean metric: a pick, from which differences are small numbers; else none
-    std::vector<Acc> along;   // x_n . gradient at the step's pick, less what the pick itself has
+    std::pmr::vector<Acc> arriving, picked;
+    std::pmr::vector<Acc> origin;  // of the Euclidean metric: a pick, from which differences are small numbers; else none
+    std::pmr::vector<Acc> along;   // x_n . gradient at the step's pick, less what the pick itself has
     Weights weights;
-    std::vector<Acc> unit_weight;  // as the forward pass compared them, where there are distances to compare them with
-    std::vector<Acc> weight;       // what a gap is multiplied by to give a distance
-    std::vector<Acc> chain;        // gradient that the running minimum carries down from the later steps
-    std::vector<Acc> slope;        // sum_j dd_j(n)
-    std::vector<Acc> weight_term;  // sum_j dd_j(n) gap_j(n); at last, times the weight
-    std::vector<uint8_t> picked_here;
-    std::vector<Acc> nearest;  // running minimum of the gaps, (earlier, n)
-    std::vector<Acc> mix;      // dcos_j(n) / |x_n|, (n, earlier)
+    std::pmr::vector<Acc> unit_weight;  // as the forward pass compared them, where there are distances to compare them with
+    std::pmr::vector<Acc> weight;       // what a gap is multiplied by to give a distance
+    std::pmr::vector<Acc> chain;        // gradient that the running minimum carries down from the later steps
+    std::pmr::vector<Acc> slope;        // sum_j dd_j(n)
+    std::pmr::vector<Acc> weight_term;  // sum_j dd_j(n) gap_j(n); at last, times the weight
+    std::pmr::vector<uint8_t> picked_here;
+    std::pmr::vector<Acc> nearest;  // running minimum of the gaps, (earlier, n)
+    std::pmr::vector<Acc> mix;      // dcos_j(n) / |x_n|, (n, earlier)
 
     bool usable(int64_t i) const { return norm[i] > 0; }
     Acc gap(int64_t pick, int64_t i) const { return gaps[pick * call.all_rows + i]; }
@@ -140,12 +141,13 @@ class Backpropagation {
     // From the gradient at a step's pick to the distances to the pick before, and so to that pick's gradient.
     void step_back(int64_t step) {
         const int64_t pick = step - 1, blocks = set.blocks();
-        const Acc pick_norm = length(indices[pick]), from = along_pick(step);
+        const double scale = 1 / double(length(indices[pick]));
+        const Acc from = along_pick(step);
         struct Part {
             Acc mean, onto_pick, onto_pick_by_mean;
         };
-        std::vector<Part> parts(blocks);
-        std::vector<Acc> sums(2 * blocks * width);
+        std::pmr::vector<Part> parts(blocks, set.memory);
+        std::pmr::vector<Acc> sums(2 * blocks * width, set.memory);
         set.for_blocks([&](int64_t b, int64_t begin, int64_t end) {
             WeightedSums sum(&sums[2 * b * width], &sums[(2 * b + 1) * width], call.dim,
                              call.euclidean ? origin.data() : nullptr);
@@ -170,12 +172,12 @@ class Backpropagation {
         double mean = 0, onto_pick = 0;
         for (const Part& part : parts) mean += part.mean;
         for (const Part& part : parts) onto_pick += part.onto_pick - mean * part.onto_pick_by_mean;
-        std::vector<double> total(width);
+        std::pmr::vector<double> total(width, set.memory);
         for (int64_t b = 0; b < blocks; ++b)
             for (int64_t c = 0; c < call.dim; ++c)
                 total[c] += sums[2 * b * width + c] - mean * sums[(2 * b + 1) * width + c];
         for (int64_t c = 0; c < call.dim; ++c)
-            arriving[pick * width + c] += Acc((total[c] - onto_pick * picked[pick * width + c]) / pick_norm);
+            arriving[pick * width + c] += Acc((total[c] - onto_pick * picked[pick * width + c]) * scale);
         set.for_blocks([&](int64_t, int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
                 if (!usable(i)) continue;
@@ -238,24 +240,35 @@ class Backpropagation {
     void write_row(int64_t i, Acc radial) {
         // Copies, which the compiler knows that the stores do not change.
         const Acc *const weights = mix.data() + i * earlier, *const picks = picked.data();
-        const int64_t mixed = earlier, stride = width, dim = call.dim;
         const bool is_pick = picked_here[i];
+        const Acc* const from = call.euclidean ? origin.data() : nullptr;
+        const int64_t mixed = earlier, stride = width, dim = call.dim;
         // radial / |x_n| may be infinite for a short row where dx is not
         const bool is_short = norm[i] < Acc(1e-15);
         const Acc first = is_short ? 1 / norm[i] : 1, second = is_short ? radial : radial / norm[i];
+        const Row* const row = set.row(i);
         Row* const to = dx + i * dim;
-        const Acc* const from = call.euclidean ? origin.data() : nullptr;
-        for_columns(set.row(i), dim, [&](Vec x, int64_t c, int) {
-            Vec sum = second * (first * (from ? x - load_work(from + c) : x));
-            for (int64_t pick = 0; pick < mixed; ++pick) sum += weights[pick] * load_work(picks + pick * stride + c);
-            if (is_pick)
-                for (int64_t pick = 0; pick < count; ++pick)
-                    if (indices[pick] == i) sum += load_work(&arriving[pick * width + c]);
-            if (c + LANES <= dim)
-                store(to + c, sum);
-            else
-                store_part(to + c, sum, dim - c);
-        });
+        // so many vectors at once, as they share the weights; the last has `rest` elements
+        const auto write = [&]<int VECTORS>(std::integral_constant<int, VECTORS>, int64_t c, int64_t rest) {
+            Vec sums[VECTORS];
+            for (int u = 0; u < VECTORS; ++u) {
+                const int64_t at = c + u * LANES;
+                const Vec x = rest < LANES ? load_part(row + at, rest) : load(row + at);
+                sums[u] = second * (first * (from ? x - load_work(from + at) : x));
+            }
+            const auto add = [&](Acc weight, const Acc* vector) {
+                for (int u = 0; u < VECTORS; ++u) sums[u] += weight * load_work(vector + c + u * LANES);
+            };
+            for (int64_t pick = 0; pick < mixed; ++pick) add(weights[pick], picks + pick * stride);
+            for (int64_t pick = 0; is_pick && pick < count; ++pick)
+                if (indices[pick] == i) add(1, &arriving[pick * width]);
+            for (int u = 0; u < VECTORS; ++u)
+                rest < LANES ? store_part(to + c, sums[u], rest) : store(to + c + u * LANES, sums[u]);
+        };
+        int64_t c = 0;
+        for (; c + UNROLLED * LANES <= dim; c += UNROLLED * LANES)
+            write(std::integral_constant<int, UNROLLED>(), c, LANES);
+        for (; c < dim; c += LANES) write(std::integral_constant<int, 1>(), c, std::min<int64_t>(LANES, dim - c));
     }
 };
 

@@ -43,24 +43,24 @@ class Selection {
           out(out),
           keep(out.norms),
           noise(set),
-          barred(new uint8_t[set.n]),
-          norm(new Acc[set.n]),
-          least(new Acc[padded(set.n)]),
-          weight(new Acc[padded(set.n)]),
-          met(new int32_t[set.n]),
-          quality(call.quality ? call.quality + set.at : norm.get()),
+          barred(set.n, set.memory),
+          norm(set.n, set.memory),
+          least(padded(set.n), set.memory),
+          weight(padded(set.n), set.memory),
+          met(set.n, set.memory),
+          quality(call.quality ? call.quality + set.at : norm),
           nearest(out.nearest ? out.nearest + set.at : nullptr),
           known(call.min_distances ? call.min_distances + set.at : nullptr),
           weights(call),
           wanted(set.picks()),
           most(call.ranks ? wanted : std::min(wanted, set.n)),
-          directions(std::max<int64_t>(most, 1) * padded(call.dim)),
-          pick_norms(most),
-          own_cosines(most),
-          picks(most),
+          directions(std::max<int64_t>(most, 1) * padded(call.dim), set.memory),
+          pick_norms(most, set.memory),
+          own_cosines(most, set.memory),
+          picks(most, set.memory),
           points(call.euclidean && call.dim <= Points::MOST_DIM ? set.n : 0, call.dim) {
-        std::fill(least.get() + set.n, least.get() + padded(set.n), Acc(-1));
-        std::fill(weight.get() + set.n, weight.get() + padded(set.n), Acc(0));
+        std::fill(least + set.n, least + padded(set.n), Acc(-1));
+        std::fill(weight + set.n, weight + padded(set.n), Acc(0));
     }
 
     void run() {
@@ -108,10 +108,9 @@ class Selection {
     const Selected& out;
     const bool keep;
     Noise noise;
-    std::unique_ptr<uint8_t[]>
-        barred;  // rows that cannot be picked, or not any more; of the former, the rest is not set
-    std::unique_ptr<Acc[]> norm, least, weight;
-    std::unique_ptr<int32_t[]> met;  // picks that the logit knows of
+    Unset<uint8_t> barred;  // rows that cannot be picked, or not any more; of the former, the rest is not set
+    Unset<Acc> norm, least, weight;
+    Unset<int32_t> met;  // picks that the logit knows of
     const Acc* const quality;
     int64_t* const nearest;  // null where no state is asked for
     const Acc* const known;  // distances to what was picked before, or null
@@ -120,8 +119,8 @@ class Selection {
     const int64_t wanted, most;  // picks, and those there can be
     // Of each pick: its row times a power of two that keeps products with it in range, that row's norm, and the cosine
     // to itself as it rounds.
-    std::vector<Acc> directions, pick_norms, own_cosines;
-    std::vector<int64_t> picks;           // among our rows, or -1
+    std::pmr::vector<Acc> directions, pick_norms, own_cosines;
+    std::pmr::vector<int64_t> picks;      // among our rows, or -1
     double pooled[3] = {0, INFINITE, 0};  // of all processes' rows, where there are others: see Ranks
     Points points;                        // none where rows are long, or not compared by their differences
     std::unique_ptr<Buckets> buckets;     // of many points, from the third pick on; then they have the logits
@@ -145,7 +144,7 @@ class Selection {
 
     template <class Scan>
     Best best_of_blocks(Scan scan) const {
-        std::vector<Best> found(set.blocks());
+        std::pmr::vector<Best> found(set.blocks(), set.memory);
         set.for_blocks([&](int64_t b, int64_t begin, int64_t end) { found[b] = scan(begin, end); });
         Best best;
         for (const Best& f : found)
@@ -252,7 +251,7 @@ class Selection {
     int64_t meet_first(int64_t count, Best& second) {
         fit_weights();
         const int64_t taken = call.distinct && count ? picks[0] : -1;
-        std::vector<int64_t> usable(set.blocks());
+        std::pmr::vector<int64_t> usable(set.blocks(), set.memory);
         const bool more = !keep && wanted > 1;
         if (more) noise.advance(1);
         second = best_of_blocks([&](int64_t begin, int64_t end) {
@@ -303,8 +302,8 @@ class Selection {
     // logit below 0, which stays.
     Best meet_points(int64_t begin, int64_t end, int64_t pick) {
         Acc* const gaps = keep && pick < call.k - 1 ? out.gaps + pick * call.all_rows + set.at : nullptr;
-        const Acc* const of_weight = weight.get();  // copies, which the compiler knows that the stores do not change
-        Acc* const of_least = least.get();
+        const Acc* const of_weight = weight;  // copies, which the compiler knows that the stores do not change
+        Acc* const of_least = least;
         Vec highest = Vec{} - 1;
         Lanes rows = {};
         const auto update = [&](Vec squares, int64_t i) {
@@ -346,7 +345,7 @@ class Selection {
 
     // Least distances and nearest picks as the next call takes them.
     void write_state(int64_t count, bool any) {
-        if (buckets) buckets->write(least.get());
+        if (buckets) buckets->write(least);
         if (call.distinct && count) take_out(count - 1);
         set.for_blocks([&](int64_t, int64_t begin, int64_t end) {
             if (any && count > 1 && points) meet_points(begin, end, count - 1);
@@ -416,7 +415,7 @@ class Selection {
     }
 
     Best farthest_of_buckets(int64_t step) {
-        if (!buckets) buckets.reset(new Buckets(points, set.n, barred.get(), least.get(), weight.get()));
+        if (!buckets) buckets.reset(new Buckets(points, set.n, barred, least, weight));
         const Acc* const point = &directions[(step - 1) * padded(call.dim)];
         if (nearest)
             buckets->meet(point, [&](int64_t i) { nearest[i] = step - 1; });

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 #include "sets.h"
 
@@ -38,7 +37,7 @@ inline Acc gumbel(uint32_t word) {
 
 class Noise {
   public:
-    explicit Noise(const Set& set) : set(set), drawn(set.call.seed ? STEPS_PER_DRAW * set.n : 0) {}
+    explicit Noise(const Set& set) : set(set), drawn(set.call.seed ? STEPS_PER_DRAW * set.n : 0, set.memory) {}
 
     // To be called for each step in turn.
     void advance(int64_t step) {
@@ -55,14 +54,14 @@ class Noise {
                 }
             });
         }
-        values = drawn.data() + step % STEPS_PER_DRAW * set.n;
+        values = drawn + step % STEPS_PER_DRAW * set.n;
     }
 
     Acc at(int64_t i) const { return values ? values[i] : 0; }
 
   private:
     const Set& set;
-    std::vector<Acc> drawn;
+    Unset<Acc> drawn;
     const Acc* values = nullptr;
 };
 

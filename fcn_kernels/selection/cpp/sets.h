@@ -8,6 +8,7 @@
 
 #include "calls.h"
 #include "columns.h"
+#include "scratch.h"
 #include "team.h"
 
 namespace fcn_kernels {
@@ -69,9 +70,12 @@ struct Set {
     const Call& call;
     int64_t number, at, n;  // at: its first row among all R
     const Row* first;
-    Team* team;  // that shares it, or null
+    Team* team;                         // that shares it, or null
+    std::pmr::memory_resource* memory;  // for what lasts no longer than the work on it; not for several threads
 
-    Set(const Call& call, int64_t number, Team* team = nullptr) : call(call), number(number), team(team) {
+    Set(const Call& call, int64_t number, Team* team = nullptr,
+        std::pmr::memory_resource* memory = std::pmr::get_default_resource())
+        : call(call), number(number), team(team), memory(memory) {
         // Compiled calls do not look at these values; whatever they say, it stays inside the tensors.
         const auto within = [](int64_t value, int64_t most) { return std::clamp<int64_t>(value, 0, most); };
         if (call.cu_seqlens) {
@@ -108,7 +112,7 @@ struct Set {
     // The sum of what part(row) is over the rows, by blocks.
     template <class Part>
     double sum(Part part) const {
-        std::vector<double> parts(blocks());
+        std::pmr::vector<double> parts(blocks(), memory);
         for_blocks([&](int64_t b, int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) parts[b] += part(i);
         });
@@ -124,6 +128,10 @@ void for_sets(const Call& call, Work work) {
         const int64_t n = Set(call, b).n;
         return call.threads > 1 && n * call.dim >= LEAST_SHARED && n * PARTS_A_THREAD * call.threads > call.all_rows;
     };
+    const auto run = [&](int64_t b, Team* team) {
+        Scratch scratch;
+        work(Set(call, b, team, &scratch));
+    };
     int64_t shared = 0;
     for (int64_t b = 0; b < call.sets; ++b) shared += is_shared(b);
     if (call.ranks)  // all processes come to a set at the same time
@@ -133,10 +141,10 @@ void for_sets(const Call& call, Work work) {
     const bool few = call.all_rows * call.dim < LEAST_SHARED || call.sets == 1;
     Team::run(few && shared == 0 ? 1 : call.threads, [&](Team& team) {
         for (int64_t b = 0; shared && b < call.sets; ++b)
-            if (is_shared(b)) work(Set(call, b, &team));
+            if (is_shared(b)) run(b, &team);
         if (shared == call.sets) return;
         team.for_each(call.sets, [&](int64_t b) {
-            if (!is_shared(b)) work(Set(call, b));
+            if (!is_shared(b)) run(b, nullptr);
         });
     });
 }
