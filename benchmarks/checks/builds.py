@@ -159,8 +159,8 @@ def record(label: str, module: Any, kernels: tuple[str, ...], launch: Callable[[
     return [spec for recorder in recorders.values() for spec in recorder.specs]
 
 
-def build(spec: Spec, target: str) -> Build:
-    """Compile one launch for one target."""
+def compiled(spec: Spec, target: str) -> Any:
+    """One launch's kernel, as Triton compiles it for a target."""
     import importlib
 
     import triton
@@ -175,22 +175,28 @@ def build(spec: Spec, target: str) -> Build:
         constexprs={(order.index(n),): v for n, v in spec.constants.items()},
         attrs={(order.index(n),): [["tt.divisibility", 16]] for n in spec.divisible},
     )
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=spec.options)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=spec.options)
+
+
+def build(spec: Spec, target: str) -> Build:
+    """Compile one launch for one target."""
+    made = compiled(spec, target)
     warps = spec.options["num_warps"]
     if target.startswith("gfx"):
-        registers, spills = _amd_resources(compiled.asm["amdgcn"])
+        registers, spills = _amd_resources(made.asm["amdgcn"])
         loads: dict[str, int] = {}
         products = 0
     else:
-        registers, spills = _nvidia_resources(compiled.asm["cubin"])
-        loads = _load_widths(compiled.asm["ptx"])
-        products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"]))
-    racing = sorted({race.memory.removeprefix("%") for race in races(compiled.asm["ttgir"])})
-    shared = compiled.metadata.shared
+        registers, spills = nvidia_resources(made.asm["cubin"])
+        loads = _load_widths(made.asm["ptx"])
+        products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", made.asm["ptx"]))
+    racing = sorted({race.memory.removeprefix("%") for race in races(made.asm["ttgir"])})
+    shared = made.metadata.shared
     return Build(spec.label, spec.kernel, target, warps, registers, spills, shared, loads, racing, products)
 
 
-def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+def nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and the bytes of its stack."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

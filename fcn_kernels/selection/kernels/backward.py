@@ -306,7 +306,7 @@ def sum_rows(rows, part, kept, state, step, centre, tau, BUILD: tl.constexpr):
 def sum_parts(rows, part, state, BUILD: tl.constexpr):
     """Add the parts' vectors [2 C], each part a share of the columns, in the order of the parts."""
     lane = tl.arange(0, BUILD.BLOCK_P)
-    for begin in range(part.part * BUILD.BLOCK_S, 2 * rows.C, part.parts * BUILD.BLOCK_S):
+    for begin in range(part.part * BUILD.BLOCK_S, 2 * rows.C, part.parts * BUILD.BLOCK_S):  # @sums
         cols = begin + tl.arange(0, BUILD.BLOCK_S)
         at = (part.slot + lane).to(tl.int64)[:, None] * (2 * rows.C) + cols[None, :]
         there = (lane < part.parts)[:, None] & (cols < 2 * rows.C)[None, :]

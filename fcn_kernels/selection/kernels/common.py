@@ -2,7 +2,7 @@
 
 Both passes are made of two loops. The *tile loop* reads rows, a tile [n, c] at a time, and makes products. The *scalar
 loop* works on what is known of a row, a row to a thread: norm, quality, distance, noise, softmax. What one loop makes
-for the other stands in memory, a number a row.
+for the other stands in memory, a number a row. Loops carry a mark, as `# @tiles`, by which benchmarks/model finds them.
 """
 
 from typing import Any, NamedTuple

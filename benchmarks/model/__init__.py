@@ -1,0 +1,1 @@
+"""Predictions of kernels' times from their machine code, for GPUs that are not here."""

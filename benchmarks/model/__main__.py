@@ -1,0 +1,61 @@
+"""Predictions of what selection takes on a GPU that is not here.
+
+python -m benchmarks.model                    # a Markdown table of all calls, some minutes
+python -m benchmarks.model --only "8,000"     # of those whose name has this
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+import triton
+
+from benchmarks.model.multiprocessor import CAP, H100
+from benchmarks.model.predict import BACKWARD, CALLS, EVAL, WORKS, Call, Prediction, predict
+from benchmarks.report.targets import time_of
+
+
+def table(calls: list[Call]) -> Iterator[str]:
+    """Lines, each as soon as it is known."""
+    m = H100
+    yield f"# Predictions for an {m.name}, not measurements"
+    yield ""
+    yield (
+        f"Machine code of Triton {triton.__version__} for {m.target}, bfloat16, quality and gamma given, issued by a "
+        f"model of one of {m.processors} multiprocessors at {m.ghz} GHz. Counted: registers, programs, instructions. "
+        f"Assumed: {m.dram_bytes_per_s / 1e12:.1f} TB/s of which a copy reaches {CAP:.0%}, latencies of "
+        f"{m.dram} (memory), {m.l2} (L2), {m.shared} (shuffles) and {m.barrier} (barriers) cycles, "
+        f"{m.launch:.0f} us for a launch. Not modelled: the instruction cache, bank conflicts, a clock that changes. "
+        "Off by a quarter in either direction would not surprise."
+    )
+    yield ""
+    counted = "registers | programs at once | warp instructions a row"
+    yield f"| call | K | work | {counted} | predicted | bytes alone | share |"
+    yield "|---" * 9 + "|"
+    for call in calls:
+        for work in WORKS if call.k <= 16 else (EVAL,):
+            yield _line(call, work, predict(call, work, m))
+        if call.k == 3:
+            more = call._replace(k=16)
+            for work in (EVAL, BACKWARD):
+                yield _line(more, work, predict(more, work, m))
+
+
+def _line(call: Call, work: str, p: Prediction) -> str:
+    counted = f"{p.registers} | {p.programs} | {p.instructions:.0f}"
+    times = f"{time_of(p.microseconds / 1e6)} | {time_of(p.least / 1e6)} | {p.share:.0%}"
+    return f"| {call.name} | {call.k:,} | {work} | {counted} | {times} |"
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="calls whose name has one of these")
+    args = parser.parse_args()
+    for line in table([call for call in CALLS if any(text in call.name for text in args.only)]):
+        print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

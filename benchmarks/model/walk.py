@@ -1,0 +1,186 @@
+"""The instructions that a warp of a kernel runs, given how often its loops turn and which way its conditions go."""
+
+import itertools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from benchmarks.model.machine_code import Code
+from benchmarks.model.source import Statement, condition_of, statement
+
+FAR = 12  # instructions; a call to a slow path of a division or a root is no further
+UNROLLED = 4  # times that the compiler writes out a loop before a loop for the rest
+LARGER = 2.5  # times as long is a loop's body that it has written out
+
+
+class Way(NamedTuple):
+    """Which way a call goes through a kernel.
+
+    ``loops`` has a number of turns for each mark, ``conditions`` what each condition's text is in the steps of the loop
+    that is marked "steps".
+    """
+
+    loops: Mapping[str, int]
+    conditions: Mapping[str, bool | tuple[bool, ...]]
+
+
+class Executed(NamedTuple):
+    """An instruction of a trace."""
+
+    number: int
+    by_first_warp: bool  # alone
+    step: int
+
+
+class UnknownWayError(LookupError):
+    """The kernel has a loop or a condition that nothing is said of."""
+
+
+def walk(code: Code, way: Way, limit: int = 5_000_000) -> list[Executed]:
+    """The trace of a warp."""
+    return _Walk(code, way).run(limit)
+
+
+class _Walk:
+    def __init__(self, code: Code, way: Way) -> None:
+        self.instructions, self.targets = code
+        self.way = way
+        self.step = 0
+        self.left: dict[int, int] = {}  # turns, by the number of a loop's last instruction
+        self.latches: dict[tuple[str, int], list[int]] = {}
+        for number, to in self.targets.items():
+            if self.instructions[number].name == "BRA" and to <= number:
+                self.latches.setdefault(self._place(number), []).append(number)
+
+    def run(self, limit: int) -> list[Executed]:
+        trace: list[Executed] = []
+        at, alone_until = 0, 0
+        while len(trace) < limit:
+            instruction = self.instructions[at]
+            trace.append(Executed(at, at < alone_until, self.step))
+            if instruction.name == "CALL":
+                raise UnknownWayError(f"a call is reached: {self._where(at)}")
+            if instruction.name == "EXIT" and (not instruction.predicate or self._ends(at)):
+                return trace
+            # .DIV is the way of a warp whose threads have parted
+            if instruction.name != "BRA" or instruction.operation.startswith("BRA.DIV"):
+                at += 1
+                continue
+            if self._is_for_first(at):
+                alone_until = self.targets[at]
+            at = self.targets[at] if self._takes(at) else at + 1
+        raise UnknownWayError(f"it does not end within {limit} instructions")
+
+    def _place(self, at: int) -> tuple[str, int]:
+        return self.instructions[at].file, self.instructions[at].line
+
+    def _statement(self, at: int) -> Statement:
+        return statement(*self._place(at))
+
+    def _where(self, at: int) -> str:
+        file, line = self._place(at)
+        return f'instruction {at}, File "{file}", line {line}: {self._statement(at).text}'
+
+    def _is_for_first(self, at: int) -> bool:
+        """A branch around what the program's first thread does alone: to store a number, or to meet other programs."""
+        text = self._statement(at).text
+        return bool(self.instructions[at].predicate) and ("tl.atomic_add" in text or text.startswith("tl.store"))
+
+    def _ends(self, at: int) -> bool:
+        """Whether an EXIT under a condition is taken."""
+        follows = next((n for n in range(at + 1, at + FAR) if self.instructions[n].name in ("BRA", "EXIT")), at)
+        if not self.instructions[follows].predicate and self.targets.get(follows, follows) <= at:
+            return not self._turns(follows)  # it stands for the loop's end
+        stands = self._statement(at)
+        if stands.kind == "for":
+            return self._count(stands, at) == 0
+        if stands.kind == "if":
+            return not self._holds(stands, at)
+        raise UnknownWayError(self._where(at))
+
+    def _takes(self, at: int) -> bool:
+        """Whether a branch is taken."""
+        instruction, to, stands = self.instructions[at], self.targets[at], self._statement(at)
+        if not instruction.predicate:
+            return True
+        if to <= at:
+            return self._turns(at)
+        if to - at < FAR and any(i.name == "CALL" for i in self.instructions[at + 1 : to]):
+            return True
+        if self._is_for_first(at):
+            return False
+        if stands.kind in ("for", "while"):
+            return self._skips(stands, at, to)
+        if stands.kind == "if":
+            return self._holds(stands, at) != self._is_then(stands, at, to)
+        if "tl.load" in stands.text:
+            return False  # around the load of a number by threads that have none to load
+        stands = condition_of([self._place(n) for n in range(at + 1, to)]) or stands
+        if stands.kind == "if":
+            return not self._holds(stands, at)
+        raise UnknownWayError(self._where(at))
+
+    def _is_then(self, stands: Statement, at: int, to: int) -> bool:
+        """Whether what follows a branch is the condition's body, not what comes for ``else``."""
+        places = [self._place(n) for n in range(at + 1, to)]
+        then, other = (sum(p in lines for p in places) for lines in (stands.then, stands.other))
+        if then == other:
+            raise UnknownWayError(self._where(at))
+        return then > other
+
+    def _holds(self, stands: Statement, at: int) -> bool:
+        if stands.text not in self.way.conditions:
+            raise UnknownWayError(self._where(at))
+        value = self.way.conditions[stands.text]
+        return value[min(self.step, len(value) - 1)] if isinstance(value, tuple) else value
+
+    def _count(self, stands: Statement, at: int) -> int:
+        if stands.text not in self.way.loops:
+            raise UnknownWayError(self._where(at))
+        return self.way.loops[stands.text]
+
+    def _turns(self, latch: int) -> bool:
+        """Whether a loop goes on at its last instruction."""
+        stands = self._statement(latch)
+        if latch not in self.left:
+            self.left[latch] = self._turns_of(stands, latch)
+        self.left[latch] -= 1
+        if self.left[latch] > 0:
+            self.step += stands.text == "steps"
+            return True
+        del self.left[latch]
+        return False
+
+    def _turns_of(self, stands: Statement, latch: int) -> int:
+        count, (whole, rest) = self._count(stands, latch), self._unrolled(latch)
+        if latch == whole:
+            return count // UNROLLED
+        return count % UNROLLED if latch == rest else count
+
+    def _unrolled(self, at: int) -> tuple[int | None, int | None]:
+        """The last instructions of the two loops that one was made of, if it was."""
+        latches = sorted(self.latches.get(self._place(at), []))
+        for whole, rest in itertools.pairwise(latches):
+            if whole - self.targets[whole] > LARGER * (rest - self.targets[rest]):
+                return whole, rest
+        return None, None
+
+    def _skips(self, stands: Statement, at: int, to: int) -> bool:
+        """Whether a branch before a loop is taken: one around it, around a part of it that was written out, or to it,
+        with the way around it in between."""
+        count = self._count(stands, at)
+        whole, rest = self._unrolled(at)
+        passed = [n for n, head in self.targets.items() if at < head <= n < to and self.instructions[n].name == "BRA"]
+        if whole is None or rest is None or not at < rest:
+            return count == 0 if passed else count > 0
+        if rest in passed:
+            return count == 0 if whole in passed else count % UNROLLED == 0
+        return count < UNROLLED if passed else True
+
+
+def executed(code: Code, trace: list[Executed], warps: int) -> dict[str, int]:
+    """How many warps' instructions of each name a program runs."""
+    found: dict[str, int] = {}
+    for number, alone, _ in trace:
+        name = code.instructions[number].name
+        found[name] = found.get(name, 0) + (1 if alone else warps)
+    return found

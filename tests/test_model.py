@@ -1,0 +1,108 @@
+"""The model that predicts kernels' times: what it counts is right, and what is known comes out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.model.machine_code import Code, Instruction, parse
+from benchmarks.model.multiprocessor import CAP, H100, Operation, occupancy, simulate
+from benchmarks.model.walk import UnknownWayError, Way, walk
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("builds")
+ROOT = Path(__file__).parents[1]
+
+TEXT = """
+.text.copy:
+	//## File "/a/copy.py", line 7
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;          /* 0x0000000402047981 */
+                                                                            /* 0x000ea2000c1e1d00 */
+.L_x_0:
+	//## File "/a/copy.py", line 8
+        /*0010*/               @!P0 BRA `(.L_x_0) ;                          /* 0xfffffffc00b8a947 */
+                                                                            /* 0x004fea000383ffff */
+"""
+
+
+def _run(script: str) -> list:
+    """What a process prints in which the compiler, and not the interpreter, takes the kernels."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_instructions_are_read_with_their_control_codes() -> None:
+    code = parse(TEXT)
+    load, branch = code.instructions
+    assert (load.name, load.bytes_of_thread, load.file, load.line, load.stall) == ("LDG", 16, "/a/copy.py", 7, 1)
+    assert load.sets == (2, 7)  # its result's scoreboard; none for its operands
+    assert (branch.predicate, branch.awaits, branch.stall) == ("@!P0", (2,), 5)
+    assert code.targets == {1: 1}
+
+
+def _machine_code(tmp_path: Path, *rows: tuple[str, str, int], targets: dict[int, int]) -> Code:
+    source = tmp_path / "kernel.py"
+    source.write_text("for i in range(n):  # @tiles\n    x = i\nif x > 3:\n    y = 1\nelse:\n    y = 2\n")
+    return Code([Instruction(p, name, "", str(source), line, 0) for p, name, line in rows], targets)
+
+
+def test_loops_turn_as_often_as_is_said(tmp_path: Path) -> None:
+    code = _machine_code(
+        tmp_path, ("@P0", "BRA", 1), ("", "FADD", 2), ("@P1", "BRA", 1), ("", "EXIT", 2), targets={0: 3, 2: 1}
+    )
+    for turns in (1, 5):
+        names = [code.instructions[e.number].name for e in walk(code, Way({"tiles": turns}, {}))]
+        assert names == ["BRA"] + ["FADD", "BRA"] * turns + ["EXIT"]
+    assert [e.number for e in walk(code, Way({"tiles": 0}, {}))] == [0, 3]
+
+
+def test_conditions_go_the_way_that_is_said(tmp_path: Path) -> None:
+    code = _machine_code(
+        tmp_path, ("@P0", "BRA", 3), ("", "FADD", 4), ("", "EXIT", 4), ("", "FMUL", 6), ("", "EXIT", 6), targets={0: 3}
+    )
+    assert [e.number for e in walk(code, Way({}, {"x > 3": True}))] == [0, 1, 2]
+    assert [e.number for e in walk(code, Way({}, {"x > 3": False}))] == [0, 3, 4]
+    with pytest.raises(UnknownWayError, match="x > 3"):
+        walk(code, Way({}, {}))
+
+
+def test_what_a_multiprocessor_holds_and_how_it_issues() -> None:
+    assert occupancy(168, 1024, 4, H100) == 3
+    assert occupancy(255, 1024, 4, H100) == 2
+    assert occupancy(32, 100 << 10, 4, H100) == 2
+    add = Operation("FADD", "fma", 1, 4, (), (7, 7), None, 0, False)
+    assert simulate([add] * 100, 1, 1, 1, H100) == pytest.approx(400, abs=8)  # by the stall count
+    assert simulate([add] * 100, 16, 1, 1, H100) == pytest.approx(400, abs=8)  # four warps to a scheduler hide it
+    assert simulate([add] * 100, 32, 1, 1, H100) == pytest.approx(800, abs=16)  # one a cycle
+    load = add._replace(name="LDG", pipe="memory", holds=(0, 7), access=("dram", 512.0))
+    wait = add._replace(awaits=(0,))
+    assert simulate([load, wait], 1, 1, 1, H100) > H100.dram
+
+
+def test_known_kernels_come_out_at_the_memorys_cap() -> None:
+    found = _run(
+        "import json; from benchmarks.model import known; from benchmarks.model.multiprocessor import H100\n"
+        "print(json.dumps([known.share_of_bandwidth(k, H100) for k in ('copy', 'rms_norm')]))"
+    )
+    assert all(share >= CAP for share in found), found
+
+
+def test_rows_are_read_once_a_pass() -> None:
+    """Counted in the traces, K - 1 forward and K backward, as benchmarks.checks.reads counts in the interpreter."""
+    script = """
+import json
+from benchmarks.model.multiprocessor import H100
+from benchmarks.model.predict import BACKWARD, EVAL, CALLS, kernels_of, rows_read
+found = []
+for call, rows in ((CALLS[0], 32), (CALLS[2], 512)):
+    for work in (EVAL, BACKWARD):
+        kernel = kernels_of(call, work, H100)[-1]
+        found.append(rows_read(call, kernel, rows))
+print(json.dumps(found))
+"""
+    assert _run(script) == [2, 3, 2, 3]
