@@ -189,6 +189,7 @@ def way_of(kernel: Kernel, rows: int, k: int, dim: int) -> Way:
         "writes": tiles,
         "scalars": scalars,
         "first": scalars,
+        "padding": 0,
         "steps": k if kernel.forward else k - 1,
         "picks": k - 1,
         "sums": math.ceil(2 * dim / (plan.parts * launch.SUM_COLUMNS)),

@@ -69,10 +69,10 @@ class State(NamedTuple):
     arriving: Any  # [B, K, C], the complete gradients at the picks
     units: Any  # [B, K, C], the picks' unit vectors; EUCLIDEAN: the picks
     dcos: Any  # [K - 1, R]
-    min_grad: Any  # [R]
+    min_grad: Any  # [R], without what the step gives it
     prob: Any  # [R], a step's softmax
     slope: Any  # [R], of dcos in min_grad
-    dots: Any  # [R], of the first pick
+    dots: Any  # [R], of a step's pick
     means: Any  # [3, slots], of even steps, odd steps, and step 0
     sums: Any  # [slots, 2, C], a step's row sums, without and by the mean
     totals: Any  # [B, 2, C], their sums over the parts
@@ -154,6 +154,15 @@ def share_with_earlier(share, distance, earlier):
 
 
 @triton.jit
+def settled_min_grad(rows, state, n, inside, mean, tau):
+    """The minimum's gradient [n] with what the step after gave it, now that its softmax's mean is known."""
+    at = rows.first + n
+    prob = tl.load(state.prob + at, mask=inside, other=0.0)
+    dot = tl.load(state.dots + at, mask=inside, other=0.0)
+    return tl.load(state.min_grad + at, mask=inside, other=0.0) + times_prob(dot - mean, prob) / tau
+
+
+@triton.jit
 def route_min_grad(rows, kept, state, weights, min_grad, allowed, quality, n, inside, step, BUILD: tl.constexpr):
     """Divide the minimum's gradient [n] of step + 1 between the distance to pick ``step`` and those before it."""
     exponent = exponent_of(kept, step + 1)
@@ -180,22 +189,9 @@ def prepare_step(rows, part, kept, state, weights, step, mean, settle, tau, BUIL
         inside = n < part.high
         allowed, _, quality = load_norm_and_quality(rows, kept, n, inside)
         # -- the minimum's gradient so far
-        min_grad = tl.load(state.min_grad + rows.first + n, mask=inside & settle, other=0.0)
-        prob = tl.load(state.prob + rows.first + n, mask=inside & settle, other=0.0)
+        min_grad = settled_min_grad(rows, state, n, inside & settle, mean, tau)
         if settle:
-            min_grad = route_min_grad(
-                rows,
-                kept,
-                state,
-                weights,
-                min_grad - times_prob(mean, prob) / tau,
-                allowed,
-                quality,
-                n,
-                inside,
-                step,
-                BUILD,
-            )
+            min_grad = route_min_grad(rows, kept, state, weights, min_grad, allowed, quality, n, inside, step, BUILD)
         tl.debug_barrier()  # all have loaded what is stored here
         tl.store(state.min_grad + rows.first + n, min_grad, mask=inside)
         # -- this step's softmax
@@ -223,32 +219,55 @@ def load_cols(pointer, C, j: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def load_origin(rows, kept, step, j: tl.constexpr, BUILD: tl.constexpr):
-    """Columns of chunk j of the row from which a step sees the others [c]: the pick before it, or the first."""
-    pick = tl.maximum(pick_of(kept, tl.maximum(step - 1, 0)), 0).to(tl.int64)
-    cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
-    there = (cols < rows.C) & (kept.picks > 0)
-    return tl.load(rows.features + pick * rows.stride + cols, mask=there, other=0.0).to(tl.float32)
+def load_for_rows(pointer, n, C, j: tl.constexpr, CHUNK: tl.constexpr):
+    """The same columns for each row of a tile [n, c]. One row of them would pass through shared memory to get to the
+    tile's threads, with two barriers; these are found in L1."""
+    cols = j * CHUNK + tl.arange(0, CHUNK)
+    return tl.load(pointer + tl.zeros_like(n)[:, None] + cols[None, :], mask=(cols < C)[None, :], other=0.0)
 
 
 @triton.jit
-def load_tile(rows, kept, n, inside, allowed, step, BUILD: tl.constexpr):
+def load_origin(rows, kept, step, BUILD: tl.constexpr):
+    """The chunks [1, c] of the row from which a step sees the others: the pick before it, or the first. Nothing where
+    rows are seen from 0."""
+    origin = ()
+    if BUILD.EUCLIDEAN:
+        pick = tl.maximum(pick_of(kept, tl.maximum(step - 1, 0)), 0).to(tl.int64)
+        for j in tl.static_range(BUILD.CHUNKS):
+            cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
+            there = (cols < rows.C) & (kept.picks > 0)
+            values = tl.load(rows.features + pick * rows.stride + cols, mask=there, other=0.0)
+            origin = origin + (values.to(tl.float32)[None, :],)
+    return origin
+
+
+@triton.jit
+def load_tile(rows, n, inside, allowed, origin, BUILD: tl.constexpr):
     """A tile's chunks [n, c], 0 in rows that may not be picked: 0 * NaN is NaN, and they must not meet the sums."""
     tile = ()
     for j in tl.static_range(BUILD.CHUNKS):
         chunk = load_chunk(rows, n, inside, j, BUILD)
         if BUILD.EUCLIDEAN:
-            chunk -= load_origin(rows, kept, step, j, BUILD)[None, :]
+            chunk -= origin[j]
         tile = tile + (tl.where(allowed[:, None], chunk, 0.0),)
     return tile
 
 
 @triton.jit
-def dot_rows(tile, vector_ptr, C, BUILD: tl.constexpr):
+def load_vector(pointer, C, BUILD: tl.constexpr):
+    """A vector's chunks [1, c], before a loop that needs them for each tile: there a load is two barriers."""
+    vector = ()
+    for j in tl.static_range(BUILD.CHUNKS):
+        vector = vector + (load_cols(pointer, C, j, BUILD.CHUNK)[None, :],)
+    return vector
+
+
+@triton.jit
+def dot_rows(tile, vector, BUILD: tl.constexpr):
     """x_n . v [n] of a tile's chunks."""
     products = tl.zeros_like(tile[0])
     for j in tl.static_range(BUILD.CHUNKS):
-        products += tile[j] * load_cols(vector_ptr, C, j, BUILD.CHUNK)[None, :]
+        products += tile[j] * vector[j]
     return tl.sum(products, axis=1)
 
 
@@ -267,7 +286,8 @@ def add_weighted(sums, tile, weight, BUILD: tl.constexpr):
 @triton.jit
 def sum_rows(rows, part, kept, state, step, centre, tau, BUILD: tl.constexpr):
     """The tile loop of a step: the dot with the arriving gradient, and the two sums of what pick step - 1 gets."""
-    arriving_ptr = state.arriving + (kept.base + step) * rows.C
+    arriving = load_vector(state.arriving + (kept.base + step) * rows.C, rows.C, BUILD)
+    origin = load_origin(rows, kept, step, BUILD)
     mean = tl.zeros((BUILD.BLOCK_N,), tl.float32)
     fixed, by_mean = (), ()
     for _ in tl.static_range(BUILD.CHUNKS):
@@ -281,12 +301,11 @@ def sum_rows(rows, part, kept, state, step, centre, tau, BUILD: tl.constexpr):
         prob = tl.load(state.prob + at, mask=inside, other=0.0)
         slope = tl.load(state.slope + at, mask=inside, other=0.0)
         min_grad = tl.load(state.min_grad + at, mask=inside, other=0.0)
-        tile = load_tile(rows, kept, n, inside, norm > 0, step, BUILD)
-        dot = tl.where(prob > 0, dot_rows(tile, arriving_ptr, rows.C, BUILD) - centre, 0.0)
+        tile = load_tile(rows, n, inside, norm > 0, origin, BUILD)
+        dot = tl.where(prob > 0, dot_rows(tile, arriving, BUILD) - centre, 0.0)
+        tl.store(state.dots + at, dot, mask=inside)
         mean += prob * dot
         min_grad += prob * dot / tau
-        tl.debug_barrier()  # all have loaded what is stored here
-        tl.store(state.min_grad + at, min_grad, mask=inside)
         norm = tl.where(norm > 0, norm, 1.0)
         if BUILD.NORMALIZED:
             norm = tl.zeros_like(norm) + 1
@@ -351,7 +370,7 @@ def arrive(rows, part, kept, state, step, later, BUILD: tl.constexpr):
 
 
 @triton.jit
-def prepare_write(rows, part, kept, state, grads, weights, mean, tau, BUILD: tl.constexpr):
+def prepare_write(rows, part, kept, state, grads, weights, mean, extent, tau, BUILD: tl.constexpr):
     """The last scalar loop before the rows' gradient: all that is known of a row without its dot with the first pick's.
 
     Leaves in ``slope`` what the row's own direction gets, in ``prob`` the first pick's softmax.
@@ -365,9 +384,7 @@ def prepare_write(rows, part, kept, state, grads, weights, mean, tau, BUILD: tl.
         at = rows.first + n
         allowed, _, quality = load_norm_and_quality(rows, kept, n, inside)
         if settle:
-            min_grad = tl.load(state.min_grad + at, mask=inside, other=0.0)
-            prob = tl.load(state.prob + at, mask=inside, other=0.0)
-            min_grad -= times_prob(mean, prob) / tau
+            min_grad = settled_min_grad(rows, state, n, inside, mean, tau)
             route_min_grad(rows, kept, state, weights, min_grad, allowed, quality, n, inside, 0, BUILD)
         along = tl.zeros((BUILD.BLOCK_R,), tl.float32)
         dlogweight = tl.zeros((BUILD.BLOCK_R,), tl.float32)
@@ -383,6 +400,9 @@ def prepare_write(rows, part, kept, state, grads, weights, mean, tau, BUILD: tl.
             tl.debug_barrier()  # all have loaded what is stored here
             prob = probabilities(rows, kept, quality, n, inside, 0, tau, BUILD)
             tl.store(state.prob + at, tl.where(allowed & (kept.picks > 0), prob, 0.0), mask=inside)
+    for begin in range(part.high, extent, BUILD.BLOCK_R):  # @padding
+        n = begin + tl.arange(0, BUILD.BLOCK_R)
+        tl.store(grads.quality + rows.first + n, tl.zeros_like(dgamma), mask=n < extent)
     tl.store(grads.gamma + part.slot + part.part, tl.sum(dgamma, axis=0))
     tl.debug_barrier()
 
@@ -390,14 +410,15 @@ def prepare_write(rows, part, kept, state, grads, weights, mean, tau, BUILD: tl.
 @triton.jit
 def dot_first(rows, part, kept, state, centre, BUILD: tl.constexpr):
     """Where the quality is the norm, its gradient is part of the rows': a pass for the first pick's dots and mean."""
-    vector_ptr = state.arriving + kept.base * rows.C
+    vector = load_vector(state.arriving + kept.base * rows.C, rows.C, BUILD)
+    origin = load_origin(rows, kept, 0, BUILD)
     mean = tl.zeros((BUILD.BLOCK_N,), tl.float32)
     for begin in range(part.low, part.high, BUILD.BLOCK_N):  # @tiles
         n = begin + tl.arange(0, BUILD.BLOCK_N)
         inside = n < part.high
         prob = tl.load(state.prob + rows.first + n, mask=inside, other=0.0)
-        tile = load_tile(rows, kept, n, inside, prob > 0, 0, BUILD)
-        dot = dot_rows(tile, vector_ptr, rows.C, BUILD) - centre
+        tile = load_tile(rows, n, inside, prob > 0, origin, BUILD)
+        dot = dot_rows(tile, vector, BUILD) - centre
         dot = tl.where(prob > 0, dot, 0.0)
         tl.store(state.dots + rows.first + n, dot, mask=inside)
         mean += prob * dot
@@ -421,18 +442,19 @@ def settle_quality(rows, part, kept, state, grads, tau, BUILD: tl.constexpr):
 
 
 @triton.jit
-def write_chunk(rows, kept, state, tile, n, inside, begin, inverse, radial, j: tl.constexpr, BUILD: tl.constexpr):
+def write_chunk(
+    rows, kept, state, tile, origin, n, inside, begin, inverse, radial, j: tl.constexpr, BUILD: tl.constexpr
+):
     """Columns of chunk j of the rows' gradient, [n, c]."""
     gradient = tile * inverse[:, None] * radial[:, None]
     for step in range(kept.picks):  # @picks
         if step + 1 < kept.picks:
             dcos = tl.load(state.dcos + step * rows.R + rows.first + n, mask=inside, other=0.0) * inverse
-            unit = load_cols(state.units + (kept.base + step) * rows.C, rows.C, j, BUILD.CHUNK)
+            unit = load_for_rows(state.units + (kept.base + step) * rows.C, n, rows.C, j, BUILD.CHUNK)
             if BUILD.EUCLIDEAN:
-                unit -= load_origin(rows, kept, 0, j, BUILD)
-                gradient += 2 * dcos[:, None] * (unit[None, :] - tile)
+                gradient += 2 * dcos[:, None] * (unit - origin[j] - tile)
             else:
-                gradient += dcos[:, None] * unit[None, :]
+                gradient += dcos[:, None] * unit
         row = pick_of(kept, step)
         if (row >= begin) & (row < begin + BUILD.BLOCK_N):
             arriving = load_cols(state.arriving + (kept.base + step) * rows.C, rows.C, j, BUILD.CHUNK)
@@ -444,6 +466,10 @@ def write_chunk(rows, kept, state, tile, n, inside, begin, inverse, radial, j: t
 def write_rows(rows, part, kept, state, grads, centre, extent, BUILD: tl.constexpr):
     """The tile loop that writes the rows' gradient; with a given quality, also the first pick's dots and mean."""
     mean = tl.zeros((BUILD.BLOCK_N,), tl.float32)
+    origin = load_origin(rows, kept, 0, BUILD)
+    vector = ()
+    if BUILD.CHOSEN and rows.quality is not None:
+        vector = load_vector(state.arriving + kept.base * rows.C, rows.C, BUILD)
     for begin in range(part.low, extent, BUILD.BLOCK_N):  # @writes
         n = begin + tl.arange(0, BUILD.BLOCK_N)
         inside = n < part.high
@@ -451,7 +477,7 @@ def write_rows(rows, part, kept, state, grads, centre, extent, BUILD: tl.constex
         norm = tl.load(kept.norms + at, mask=inside, other=-1.0)
         allowed = norm > 0
         radial = tl.load(state.slope + at, mask=inside, other=0.0)
-        tile = load_tile(rows, kept, n, inside, allowed, 0, BUILD)
+        tile = load_tile(rows, n, inside, allowed, origin, BUILD)
         inverse = 1 / tl.where(allowed, norm, 1.0)
         if BUILD.NORMALIZED or BUILD.EUCLIDEAN:
             inverse = tl.zeros_like(norm) + 1
@@ -465,19 +491,18 @@ def write_rows(rows, part, kept, state, grads, centre, extent, BUILD: tl.constex
             radial += slope
         elif BUILD.CHOSEN:
             prob = tl.load(state.prob + at, mask=inside, other=0.0)
-            vector_ptr = state.arriving + kept.base * rows.C
-            dot = tl.where(prob > 0, dot_rows(tile, vector_ptr, rows.C, BUILD) - centre, 0.0)
+            dot = tl.where(prob > 0, dot_rows(tile, vector, BUILD) - centre, 0.0)
             tl.store(state.dots + at, dot, mask=inside)
             mean += prob * dot
         for j in tl.static_range(BUILD.CHUNKS):
             cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
-            gradient = write_chunk(rows, kept, state, tile[j], n, inside & allowed, begin, inverse, radial, j, BUILD)
+            gradient = write_chunk(
+                rows, kept, state, tile[j], origin, n, inside & allowed, begin, inverse, radial, j, BUILD
+            )
             to = grads.rows + at[:, None] * rows.C + cols[None, :]
             written = (n < extent)[:, None] & (cols < rows.C)[None, :]
             gradient = tl.where(allowed[:, None], gradient, 0.0)  # whatever the others' is
             tl.store(to, gradient.to(grads.rows.dtype.element_ty), mask=written)
-        tl.debug_barrier()  # all have loaded, of other rows, what is stored here
-        tl.store(grads.quality + at, tl.zeros_like(norm), mask=(n >= part.high) & (n < extent))
     if BUILD.CHOSEN and rows.quality is not None:
         tl.store(state.means + 2 * part.slots + part.slot + part.part, tl.sum(mean, axis=0))
     tl.debug_barrier()
@@ -522,7 +547,7 @@ def backward_set(rows, part, kept, state, grads, weights, extent, tau, K, turn, 
     if BUILD.SPLIT != LAUNCHES or phase >= ending:
         mean, centre = arrive(rows, part, kept, state, 0, kept.picks > 1, BUILD)
         if BUILD.SPLIT != LAUNCHES or phase == ending:
-            prepare_write(rows, part, kept, state, grads, weights, mean, tau, BUILD)
+            prepare_write(rows, part, kept, state, grads, weights, mean, extent, tau, BUILD)
             if NORMS:
                 dot_first(rows, part, kept, state, centre, BUILD)
         if NORMS:

@@ -126,6 +126,10 @@ def multiply_rows(
 ):
     """Norms and products with the pick's unit vector; returns how many norms have to be made again."""
     extreme = tl.zeros((BUILD.BLOCK_N,), tl.int32)
+    directions = ()
+    if MULTIPLY:
+        for j in tl.static_range(BUILD.CHUNKS):
+            directions = directions + (load_direction(rows, direction_ptr, j, BUILD.CHUNK),)
     for begin in range(low, high, BUILD.BLOCK_N):  # @tiles
         n = begin + tl.arange(0, BUILD.BLOCK_N)
         inside = n < high
@@ -134,11 +138,10 @@ def multiply_rows(
         for j in tl.static_range(BUILD.CHUNKS):
             tile = load_chunk(rows, n, inside, j, BUILD)
             if MULTIPLY:
-                direction = load_direction(rows, direction_ptr, j, BUILD.CHUNK)
                 if BUILD.EUCLIDEAN:
-                    dots += (tile - direction) * (tile - direction)
+                    dots += (tile - directions[j]) * (tile - directions[j])
                 else:
-                    dots += tile * direction
+                    dots += tile * directions[j]
             if MEASURE:
                 if BUILD.EUCLIDEAN:
                     squares += tile - tile  # NaN of a number that is not finite
