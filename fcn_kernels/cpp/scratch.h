@@ -22,7 +22,8 @@ class Scratch final : public std::pmr::memory_resource {
     static size_t whole(size_t bytes) { return (bytes + 63) & ~size_t(63); }
 
     void* do_allocate(size_t bytes, size_t alignment) override {
-        if (bytes > ROOM - used || whole(bytes) > ROOM - used) return ::operator new(bytes, std::align_val_t(alignment));
+        if (bytes > ROOM - used || whole(bytes) > ROOM - used)
+            return ::operator new(bytes, std::align_val_t(alignment));
         void* const place = room + used;
         used += whole(bytes);
         return place;

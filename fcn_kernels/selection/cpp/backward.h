@@ -70,13 +70,15 @@ class Backpropagation {
     const int64_t* const indices;
     // Gradients at the picks, and the picks made unit, or seen from the origin; (count, width).
     std::pmr::vector<Acc> arriving, picked;
-    std::pmr::vector<Acc> origin;  // of the Euclidean metric: a pick, from which differences are small numbers; else none
-    std::pmr::vector<Acc> along;   // x_n . gradient at the step's pick, less what the pick itself has
+    std::pmr::vector<Acc>
+        origin;  // of the Euclidean metric: a pick, from which differences are small numbers; else none
+    std::pmr::vector<Acc> along;  // x_n . gradient at the step's pick, less what the pick itself has
     Weights weights;
-    std::pmr::vector<Acc> unit_weight;  // as the forward pass compared them, where there are distances to compare them with
-    std::pmr::vector<Acc> weight;       // what a gap is multiplied by to give a distance
-    std::pmr::vector<Acc> chain;        // gradient that the running minimum carries down from the later steps
-    std::pmr::vector<Acc> slope;        // sum_j dd_j(n)
+    std::pmr::vector<Acc>
+        unit_weight;               // as the forward pass compared them, where there are distances to compare them with
+    std::pmr::vector<Acc> weight;  // what a gap is multiplied by to give a distance
+    std::pmr::vector<Acc> chain;   // gradient that the running minimum carries down from the later steps
+    std::pmr::vector<Acc> slope;   // sum_j dd_j(n)
     std::pmr::vector<Acc> weight_term;  // sum_j dd_j(n) gap_j(n); at last, times the weight
     std::pmr::vector<uint8_t> picked_here;
     std::pmr::vector<Acc> nearest;  // running minimum of the gaps, (earlier, n)

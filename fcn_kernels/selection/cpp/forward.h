@@ -184,7 +184,7 @@ class Selection {
     // What all processes have to know of one another's rows before the first pick.
     void pool() {
         const Range range = qualities();
-        pooled[0] = double(std::count(barred.get(), barred.get() + set.n, 0));
+        pooled[0] = double(std::count(+barred, barred + set.n, 0));
         pooled[1] = range.least, pooled[2] = range.greatest;
         if (call.ranks->pool(pooled)) throw std::runtime_error("the ranks did not agree");
     }
