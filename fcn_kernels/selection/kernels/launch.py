@@ -31,7 +31,9 @@ WIDE_WARPS = 8
 SHORT_ROWS = 64  # sets of a packed batch that a program of one warp takes
 FORWARD_AT_ONCE = 3  # programs of 4 warps on a multiprocessor
 STATE_AT_ONCE = 2  # with the state asked for: three left it 8 bytes short of registers on sm_80
-BACKWARD_AT_ONCE = 3
+BACKWARD_AT_ONCE = 2
+BACKWARD_ELEMENTS = 64  # of a tile that a thread holds backward, where rows have at most BACKWARD_COLUMNS
+BACKWARD_COLUMNS = 512
 REGISTERS = 65536  # of a multiprocessor
 SPLIT_ROWS = 32  # a part with less work than that costs more at the barrier than it saves
 SCALAR_ROWS = 256  # at a time in the scalar loops
@@ -119,7 +121,8 @@ def backward_plans(
     """As :func:`forward_plans`."""
     chunk = _chunk(dim, itemsize)
     held = max(2 * POINT, -(-dim // chunk) * chunk)  # a row has two weights and two sums beside it
-    return _plans(sets, rows, dim, chunk, held, ragged, device, BACKWARD_AT_ONCE)
+    elements = BACKWARD_ELEMENTS if dim <= BACKWARD_COLUMNS else TILE_ELEMENTS
+    return _plans(sets, rows, dim, chunk, held, ragged, device, BACKWARD_AT_ONCE, elements)
 
 
 def _chunk(dim: int, itemsize: int) -> int:
@@ -130,13 +133,21 @@ def _chunk(dim: int, itemsize: int) -> int:
 
 
 def _plans(
-    sets: int, rows: int | None, dim: int, chunk: int, held: int, ragged: bool, device: Device, at_once: int
+    sets: int,
+    rows: int | None,
+    dim: int,
+    chunk: int,
+    held: int,
+    ragged: bool,
+    device: Device,
+    at_once: int,
+    elements: int = TILE_ELEMENTS,
 ) -> tuple[Plan, ...]:
     chunks = -(-dim // chunk)
     wide, held = held > WIDE, max(held, POINT)
 
     def plan(warps: int, parts: int = 1, split: int = WHOLE.value, **bounds: int) -> Plan:
-        block_n = 1 << max(1, (TILE_ELEMENTS * 32 * warps // held).bit_length() - 1)
+        block_n = 1 << max(1, (elements * 32 * warps // held).bit_length() - 1)
         block_r = max(SCALAR_ROWS * warps // WARPS, block_n if dim <= POINT else 0)
         if rows is not None:
             each = int(triton.next_power_of_2(-(-max(rows, 1) // parts)))
