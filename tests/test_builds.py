@@ -89,6 +89,13 @@ def test_programs_fit_an_sm(builds):
         assert b["registers"] * b["warps"] * 32 * programs <= 65536, b
 
 
+def test_rows_of_odd_lengths_do_not_spill():
+    """Rows that do not lie a multiple of 16 elements apart, each element an address of its own."""
+    built = _builds("--targets", *NVIDIA, "--only", "bfloat16 odd rows")
+    assert len(built) == 2 * len(NVIDIA)
+    assert [b for b in built if b["spills"] or b["races"]] == []
+
+
 def test_kernels_of_neighbors_build_without_spills_or_races():
     every, moments = (f"bfloat16 neighbors (70, 1000, 512) K={k} ids" for k in (50, 0))
     wide = every.replace("1000", "4000").replace("K=50", "K=300")

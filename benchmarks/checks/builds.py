@@ -284,6 +284,9 @@ def selection_specs(target: str) -> Iterator[Spec]:
         yield from specs("tiny sets", 256, 20, 512, bf16, k=64)
         yield from specs("ragged", 1000, None, 768, bf16)
         yield from specs("one set", 1, 100000, 512, bf16)
+        for dtype in (bf16, fp32):
+            yield from specs("odd rows", 1, 100000, 100, dtype)
+            yield from specs("odd, ragged", 1000, None, 100, dtype)
         given = torch.empty(256, dtype=torch.int64)
         yield from specs("norms, given start", 256, 20, 512, bf16, quality=None, start=given)
         yield from specs("norms, given start", 256, 300, 512, bf16, quality=None, start=given)

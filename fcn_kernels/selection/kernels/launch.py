@@ -32,8 +32,9 @@ SHORT_ROWS = 64  # sets of a packed batch that a program of one warp takes
 FORWARD_AT_ONCE = 3  # programs of 4 warps on a multiprocessor
 STATE_AT_ONCE = 2  # with the state asked for: three left it 8 bytes short of registers on sm_80
 BACKWARD_AT_ONCE = 2
-BACKWARD_ELEMENTS = 64  # of a tile that a thread holds backward, where rows have at most BACKWARD_COLUMNS
-BACKWARD_COLUMNS = 512
+BACKWARD_ELEMENTS = 64  # the same backward, by cosine, of rows of BACKWARD_COLUMNS; for others that spills
+BACKWARD_COLUMNS = (128, 256, 384, 512)
+ODD_ELEMENTS = 8  # the same of rows that do not lie 16 elements apart: each element has an address of its own
 REGISTERS = 65536  # of a multiprocessor
 SPLIT_ROWS = 32  # a part with less work than that costs more at the barrier than it saves
 SCALAR_ROWS = 256  # at a time in the scalar loops
@@ -112,16 +113,22 @@ def forward_plans(
     """
     chunk = _chunk(dim, itemsize)
     held = max(chunk, -(-dim // chunk) * chunk // 2)  # the compiler loads all chunks ahead, where they are few
-    return _plans(sets, rows, dim, chunk, held, ragged, device, at_once)
+    return _plans(sets, rows, dim, chunk, held, ragged, device, at_once, _elements(dim))
 
 
 def backward_plans(
-    sets: int, rows: int | None, dim: int, itemsize: int, ragged: bool, device: Device
+    sets: int,
+    rows: int | None,
+    dim: int,
+    itemsize: int,
+    ragged: bool,
+    device: Device,
+    elements: int = BACKWARD_ELEMENTS,
 ) -> tuple[Plan, ...]:
-    """As :func:`forward_plans`."""
+    """As :func:`forward_plans`, with so many ``elements`` of a tile to a thread at the most."""
     chunk = _chunk(dim, itemsize)
     held = max(2 * POINT, -(-dim // chunk) * chunk)  # a row has two weights and two sums beside it
-    elements = BACKWARD_ELEMENTS if dim <= BACKWARD_COLUMNS else TILE_ELEMENTS
+    elements = elements if dim in BACKWARD_COLUMNS else _elements(dim)
     return _plans(sets, rows, dim, chunk, held, ragged, device, BACKWARD_AT_ONCE, elements)
 
 
@@ -130,6 +137,10 @@ def _chunk(dim: int, itemsize: int) -> int:
     if dim <= POINT:
         return max(2, block_c)
     return block_c if dim > WIDE else min(max(16, block_c), CHUNK_BYTES // itemsize)
+
+
+def _elements(dim: int) -> int:
+    return ODD_ELEMENTS if dim > POINT and dim % 16 else TILE_ELEMENTS
 
 
 def _plans(
@@ -141,7 +152,7 @@ def _plans(
     ragged: bool,
     device: Device,
     at_once: int,
-    elements: int = TILE_ELEMENTS,
+    elements: int,
 ) -> tuple[Plan, ...]:
     chunks = -(-dim // chunk)
     wide, held = held > WIDE, max(held, POINT)
@@ -170,8 +181,11 @@ def _plans(
 
 def plans(p: Problem) -> tuple[Plan, Plan]:
     """A call's forward and backward plan; the one for long sets where there are two."""
-    sizes = _plan_sizes(p)
-    return forward_plans(*sizes)[-1], backward_plans(*sizes)[-1]
+    return forward_plans(*_plan_sizes(p))[-1], _backward_plans(p)[-1]
+
+
+def _backward_plans(p: Problem) -> tuple[Plan, ...]:
+    return backward_plans(*_plan_sizes(p), TILE_ELEMENTS if p.euclidean else BACKWARD_ELEMENTS)
 
 
 def _plan_sizes(p: Problem) -> tuple[int, int | None, int, int, bool, Device]:
@@ -230,7 +244,7 @@ def forward(p: Problem, keep: bool, plans: Sequence[Plan] | None = None) -> Sele
 
 def backward(p: Problem, grad: Tensor, saved: Saved, plans: Sequence[Plan] | None = None) -> Gradients:
     """Launches by ``plans``, 2 K + 1 where parts of a set meet between them, and the sum of gamma's gradient."""
-    plans = plans or backward_plans(*_plan_sizes(p))
+    plans = plans or _backward_plans(p)
     new, slots = saved.norms.new_empty, p.sets * plans[0].parts
     drows = torch.empty_like(p.features, memory_format=torch.contiguous_format)
     dquality, dgamma = new(p.rows), new(slots)
