@@ -30,8 +30,8 @@ def test_rows_are_read_once_a_distance(measured: dict) -> None:
     assert measured["whole", "quality"].backward == K + K * ALONE
     assert measured["whole", "norms"].backward == K + 1 + K * ALONE
     assert measured["whole", "norms, start"].backward == K + K * ALONE
-    origins = ROWS // 16 * (2 * K - 1)  # each tile loads the pick from which it sees its rows, again
-    assert measured["whole", "squared distances"].backward == K + (2 * K + origins) * ALONE
+    # each pass loads the pick from which it sees its rows
+    assert measured["whole", "squared distances"].backward == K + 3 * K * ALONE
 
 
 def test_parts_read_what_the_set_would(measured: dict) -> None:
