@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.checks.builds import Spec, compiled, nvidia_resources, record
-from benchmarks.model.machine_code import Code, Instruction, disassemble
+from benchmarks.checks.builds import Spec, nvidia_resources, record
+from benchmarks.model.machine_code import Code, Instruction, compiled_anew, disassemble
 from benchmarks.model.multiprocessor import CAP, Access, Machine, occupancy, operations, simulate
 from benchmarks.model.source import function
 from benchmarks.model.walk import Executed, Way, executed, walk
@@ -130,7 +130,7 @@ _built: dict[tuple[str, str], tuple[Code, int, int]] = {}
 
 def _kernel(key: str, spec: Spec, plan: Plan, machine: Machine, forward: bool) -> Kernel:
     if (key, machine.target) not in _built:
-        made = compiled(spec, machine.target)
+        made = compiled_anew(spec, machine.target)
         registers, _ = nvidia_resources(made.asm["cubin"])
         _built[key, machine.target] = disassemble(made.asm["cubin"]), registers, made.metadata.shared
     return Kernel(*_built[key, machine.target], spec.options["num_warps"], plan, forward)
