@@ -28,7 +28,7 @@ def check_member(group: Group) -> None:
 
 
 def gather(values: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
-    """Every rank's values, (W, ...), of the same shape on each. This is the one collective that the package has."""
+    """Every rank's values, (W, ...), of the same shape on each. Calls over ranks have no other collective."""
     world = dist.get_world_size(group)
     everyone = values.new_empty((world, *values.shape)) if out is None else out
     if world == 1:

@@ -59,12 +59,11 @@ CALLS = (
 
 
 class Prediction(NamedTuple):
-    """Of one call's work on a machine; nothing of it is measured, but the first four are counted."""
+    """Of one call's work on a machine; nothing of it is measured, but the first three are counted."""
 
     registers: int
     programs: int  # that a multiprocessor holds
     instructions: float  # of a warp, a row
-    row_bytes: float  # read in units of all rows' bytes
     microseconds: float
     least: float  # microseconds that the rows' bytes alone would take at the memory's bandwidth
 
@@ -111,7 +110,7 @@ def predict(call: Call, work: str, machine: Machine) -> Prediction:
         time, instructions = _even(call, one, at_once, machine)
     if work == BACKWARD:
         time += machine.launch  # gamma's gradient is summed by a kernel of its own
-    return Prediction(one.registers, at_once, instructions / call.all_rows, from_dram, max(time, least / CAP), least)
+    return Prediction(one.registers, at_once, instructions / call.all_rows, max(time, least / CAP), least)
 
 
 def kernels_of(call: Call, work: str, machine: Machine) -> list[Kernel]:
@@ -148,10 +147,10 @@ def _launches(call: Call, work: str) -> tuple[list[Spec], tuple[Plan, ...]]:
         cu_seqlens=empty(call.sets + 1, dtype=torch.int32) if packed else None,
         k=call.k,
     )
-    sizes = call.sets, call.rows if call.sets > 1 else call.all_rows, call.dim, 2, packed, gpu.device_of(features)
+    forward_plans, backward_plans = launch.plans(p)
     if work != BACKWARD:
         go: Callable[[], object] = functools.partial(launch.forward, p, work == SAMPLE)
-        return record(call.name, launch, ("select_forward",), go), launch.forward_plans(*sizes)
+        return record(call.name, launch, ("select_forward",), go), forward_plans
     saved = Saved(
         indices=empty(call.sets, call.k, dtype=torch.int64),
         counts=empty(call.sets, dtype=torch.int64),
@@ -160,7 +159,7 @@ def _launches(call: Call, work: str) -> tuple[list[Spec], tuple[Plan, ...]]:
         norms=empty(call.all_rows),
     )
     go = functools.partial(launch.backward, p, empty(call.sets, call.k, call.dim, dtype=torch.bfloat16), saved)
-    return record(call.name, launch, ("select_backward",), go), launch.backward_plans(*sizes)
+    return record(call.name, launch, ("select_backward",), go), backward_plans
 
 
 def _fits(call: Call, plan: Plan, machine: Machine) -> bool:

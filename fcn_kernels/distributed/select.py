@@ -15,6 +15,7 @@ from fcn_kernels.group import Group, agree, check_member
 from fcn_kernels.schema import tensors
 from fcn_kernels.selection import torch_backend
 from fcn_kernels.selection.cpp import launch as cpp
+from fcn_kernels.selection.op import asks_for_gradient
 from fcn_kernels.selection.problem import Problem, Saved, Selected
 from fcn_kernels.selection.ranks import Ranks
 from fcn_kernels.selection.select import Call, Coreset, CoresetState, read_call
@@ -163,16 +164,12 @@ def _said(call: Call, start: Tensor | None, backend: str) -> dict[str, object]:
         "choice of min_distances (given or not)": "given" if p.min_distances is not None else "not given",
         "choice of state (returned or not)": "returned" if p.return_state else "not returned",
         "backend": backend,
-        "choice of gradient (asked for or not)": "asked for" if _asks_for_gradient(p) else "not asked for",
+        "choice of gradient (asked for or not)": "asked for" if asks_for_gradient(*p[:3]) else "not asked for",
     }
 
 
 def _noise_kind(p: Problem) -> str:
     return "given" if p.noise is not None else "drawn" if p.seed is not None else "none"
-
-
-def _asks_for_gradient(p: Problem) -> bool:
-    return torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in p[:3])
 
 
 def _given_start(start: Any, call: Call) -> Tensor:
@@ -215,7 +212,7 @@ _TENSORS = tensors(Problem)
 
 def _select(p: Problem, backend: str, ranks: Ranks) -> tuple[Any, ...]:
     """Rows, indices, counts, distances and state."""
-    if _asks_for_gradient(p):
+    if asks_for_gradient(*p[:3]):
         rows, distances, indices, counts, *state = _Select.apply(ranks, backend, *p)
     else:
         rows, distances, indices, counts, state, _ = _forward(_with_a_row(p), False, backend, ranks)

@@ -43,7 +43,7 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 def select(problem: Problem, backend: str) -> tuple[Any, ...]:
     """Run the forward operator: features, distances, indices and counts, and what else it gives."""
     leaves = problem[:3]
-    graded = _asks_for_gradient(*leaves)
+    graded = asks_for_gradient(*leaves)
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return _run(*problem, graded, backend)  # type: ignore[no-any-return]
     if torch._C._are_functorch_transforms_active() or has_tangent(*leaves):
@@ -78,7 +78,8 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
         return _run_backward(*args)  # type: ignore[no-any-return]
 
 
-def _asks_for_gradient(features: Tensor, quality: Tensor | None, gamma: Tensor) -> bool:
+def asks_for_gradient(features: Tensor, quality: Tensor | None, gamma: Tensor) -> bool:
+    """Whether a call's backward pass may be wanted."""
     return torch.is_grad_enabled() and (
         features.requires_grad or gamma.requires_grad or (quality is not None and quality.requires_grad)
     )
@@ -251,7 +252,7 @@ class _SelectBackward(torch.autograd.Function):
 
 def _select_autograd(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
     *fields, _keep, backend = args
-    if _asks_for_gradient(*fields[:3]):
+    if asks_for_gradient(*fields[:3]):
         out = _Select.apply(backend, *fields)
         return *out[:4], list(out[4 : 4 + 2 * Problem(*fields).return_state]), []
     return _forward(*args)

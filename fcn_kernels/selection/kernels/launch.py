@@ -179,9 +179,13 @@ def _plans(
     return (plan(warps),)
 
 
-def plans(p: Problem) -> tuple[Plan, Plan]:
-    """A call's forward and backward plan; the one for long sets where there are two."""
-    return forward_plans(*_plan_sizes(p))[-1], _backward_plans(p)[-1]
+def plans(p: Problem) -> tuple[tuple[Plan, ...], tuple[Plan, ...]]:
+    """A call's forward and backward plans; where there are two, the last is for long sets."""
+    return _forward_plans(p), _backward_plans(p)
+
+
+def _forward_plans(p: Problem) -> tuple[Plan, ...]:
+    return forward_plans(*_plan_sizes(p), STATE_AT_ONCE if p.return_state else FORWARD_AT_ONCE)
 
 
 def _backward_plans(p: Problem) -> tuple[Plan, ...]:
@@ -199,7 +203,7 @@ def forward(p: Problem, keep: bool, plans: Sequence[Plan] | None = None) -> Sele
     reads."""
     if p.dim > MAX_DIM:
         raise ValueError(f'expected at most {MAX_DIM} columns for backend="triton", got {p.dim}')
-    plans = plans or forward_plans(*_plan_sizes(p), STATE_AT_ONCE if p.return_state else FORWARD_AT_ONCE)
+    plans = plans or _forward_plans(p)
     out = Selected.empty(p, keep, normalizers=True)
     slots = p.sets * plans[0].parts
     if p.sets == 0:
