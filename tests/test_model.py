@@ -71,6 +71,32 @@ def test_conditions_go_the_way_that_is_said(tmp_path: Path) -> None:
         walk(code, Way({}, {}))
 
 
+def test_what_the_first_thread_does_alone_ends_where_all_go_on(tmp_path: Path) -> None:
+    """At a barrier, and where a jump leaves it, though it come to a place between by number."""
+    source = tmp_path / "kernel.py"
+    source.write_text("tl.store(x, 1)\ny = 1\n")
+
+    def alone(*names: str, targets: dict[int, int]) -> list[tuple[int, bool]]:
+        rows = (
+            Instruction("" if n else "@P0", name, "", str(source), 2 if n else 1, 0) for n, name in enumerate(names)
+        )
+        return [(e.number, e.by_first_warp) for e in walk(Code([*rows], targets), Way({}, {}))]
+
+    assert alone("BRA", "STG", "BAR", "FADD", "EXIT", targets={0: 4}) == list(
+        enumerate((False, True, False, False, False))
+    )
+    found = alone("BRA", "BRA", "FMUL", "EXIT", "EXIT", "BRA", targets={0: 4, 1: 5, 5: 2})
+    assert found == [(0, False), (1, True), (5, False), (2, False), (3, False)]
+
+
+def test_warps_that_never_end_are_no_prediction() -> None:
+    add = Operation("FADD", "fma", 1, 4, (), (7, 7), None, 0, False)
+    barrier = add._replace(name="BAR", pipe="others")
+    simulate([add, barrier, add], 2, 1, 1, H100)
+    with pytest.raises(RuntimeError, match="barrier"):
+        simulate([add, barrier._replace(alone=True), add], 2, 1, 1, H100)
+
+
 def test_what_a_multiprocessor_holds_and_how_it_issues() -> None:
     assert occupancy(168, 1024, 4, H100) == 3
     assert occupancy(255, 1024, 4, H100) == 2

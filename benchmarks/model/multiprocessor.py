@@ -165,6 +165,8 @@ class _Multiprocessor:
             if self.left[warp.program] == 0 and started < programs:
                 self._start(started, warp.place, time + self.machine.begin)
                 started += 1
+        if any(self.left.values()):
+            raise RuntimeError("warps wait at a barrier that others never come to")
         return end
 
     def _start(self, program: int, place: int, time: float) -> None:

@@ -53,10 +53,12 @@ class _Walk:
 
     def run(self, limit: int) -> list[Executed]:
         trace: list[Executed] = []
-        at, alone_until = 0, 0
+        at, alone = 0, range(0)  # what the first warp runs alone
         while len(trace) < limit:
             instruction = self.instructions[at]
-            trace.append(Executed(at, at < alone_until, self.step))
+            if at not in alone or instruction.name == "BAR":  # no thread comes to a barrier alone
+                alone = range(0)
+            trace.append(Executed(at, at in alone, self.step))
             if instruction.name == "CALL":
                 raise UnknownWayError(f"a call is reached: {self._where(at)}")
             if instruction.name == "EXIT" and (not instruction.predicate or self._ends(at)):
@@ -66,7 +68,7 @@ class _Walk:
                 at += 1
                 continue
             if self._is_for_first(at):
-                alone_until = self.targets[at]
+                alone = range(at + 1, self.targets[at])
             at = self.targets[at] if self._takes(at) else at + 1
         raise UnknownWayError(f"it does not end within {limit} instructions")
 
