@@ -132,3 +132,32 @@ for call, rows in ((CALLS[0], 32), (CALLS[2], 512)):
 print(json.dumps(found))
 """
     assert _run(script) == [2, 3, 2, 3]
+
+
+def test_attentions_programs_load_their_rows_twice_and_fit() -> None:
+    """For the scores, from memory, and for what these are for, from L2."""
+    script = """
+import json
+from benchmarks.model.attention import ATTENTION_CALLS, BACKWARD, EVAL, kernel_of, predict, rows_read
+from benchmarks.model.multiprocessor import H100
+call = ATTENTION_CALLS[0]
+reads = [rows_read(call, kernel_of(call, work, H100)[0]) for work in (EVAL, BACKWARD)]
+p = predict(call, EVAL, H100)
+print(json.dumps([*reads, p.programs, p.launches, p.microseconds > p.least > 0]))
+"""
+    *reads, programs, launches, longer = _run(script)
+    assert reads == pytest.approx([2, 2])
+    assert programs >= 1
+    assert (launches, longer) == (1, True)
+
+
+def test_a_loops_way_around_is_no_part_of_a_store(tmp_path: Path) -> None:
+    """A compiler may give the branch around a loop the line of what comes behind it."""
+    source = tmp_path / "kernel.py"
+    source.write_text("for i in range(n):  # @tiles\n    x = i\ntl.store(p, x)\n")
+    rows = [("@P0", "BRA", 3), ("", "FADD", 2), ("@P1", "BRA", 1), ("", "EXIT", 3), ("", "BRA", 3)]
+    code = Code([Instruction(p, name, "", str(source), line, 0) for p, name, line in rows], {0: 3, 2: 1, 4: 4})
+    assert [e[:2] for e in walk(code, Way({"tiles": 2}, {}))] == [
+        (0, False), (1, False), (2, False), (1, False), (2, False), (3, False),
+    ]  # fmt: skip
+    assert [e.number for e in walk(code, Way({"tiles": 0}, {}))] == [0, 3]

@@ -1,6 +1,6 @@
-"""Predictions of what selection takes on a GPU that is not here.
+"""Predictions of what selection and the head's attention take on a GPU that is not here.
 
-python -m benchmarks.model                    # a Markdown table of all calls, some minutes
+python -m benchmarks.model                    # a Markdown table of each, of all calls, some minutes
 python -m benchmarks.model --only "8,000"     # of those whose name has this
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import triton
 
+from benchmarks.model import attention
 from benchmarks.model.multiprocessor import CAP, H100
 from benchmarks.model.predict import BACKWARD, CALLS, EVAL, WORKS, Call, Prediction, predict
 from benchmarks.report.targets import time_of
@@ -17,6 +18,12 @@ from benchmarks.report.targets import time_of
 
 def table(calls: list[Call]) -> Iterator[str]:
     """Lines, each as soon as it is known."""
+    yield from _heading()
+    yield from _selection(calls)
+    yield from _attention([call for call in calls if call in attention.ATTENTION_CALLS])
+
+
+def _heading() -> Iterator[str]:
     m = H100
     yield f"# Predictions for an {m.name}, not measurements"
     yield ""
@@ -29,6 +36,12 @@ def table(calls: list[Call]) -> Iterator[str]:
         "Off by a quarter in either direction would not surprise."
     )
     yield ""
+
+
+def _selection(calls: list[Call]) -> Iterator[str]:
+    m = H100
+    yield "## Selection"
+    yield ""
     counted = "registers | programs at once | warp instructions a row"
     yield f"| call | K | work | {counted} | predicted | bytes alone | share |"
     yield "|---" * 9 + "|"
@@ -39,6 +52,28 @@ def table(calls: list[Call]) -> Iterator[str]:
             more = call._replace(k=16)
             for work in (EVAL, BACKWARD):
                 yield _line(more, work, predict(more, work, m))
+
+
+def _attention(calls: list[Call]) -> Iterator[str]:
+    yield ""
+    yield "## The head's attention"
+    yield ""
+    yield (
+        f"{attention.QUERIES} queries a set, 8 heads of 3 picks, without the head's own products. Launches are the "
+        "kernels' and those of PyTorch's operations around them. Costs are the device functions with the most "
+        "instructions of their own."
+    )
+    yield ""
+    counted = "registers | programs at once | warp instructions a row | barriers a tile | launches"
+    yield f"| call | work | {counted} | predicted | bytes alone | share | largest costs |"
+    yield "|---" * 11 + "|"
+    for call in calls:
+        for work in attention.WORKS:
+            p = attention.predict(call, work, H100)
+            counts = f"{p.registers} | {p.programs} | {p.instructions:.0f} | {p.barriers:.0f} | {p.launches}"
+            times = f"{time_of(p.microseconds / 1e6)} | {time_of(p.least / 1e6)} | {p.share:.0%}"
+            costs = ", ".join(f"{name} {share:.0%}" for name, share in p.costs)
+            yield f"| {call.name} | {work} | {counts} | {times} | {costs} |"
 
 
 def _line(call: Call, work: str, p: Prediction) -> str:

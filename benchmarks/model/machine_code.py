@@ -49,6 +49,8 @@ class Instruction(NamedTuple):
     @property
     def bytes_of_thread(self) -> int:
         """What a thread loads or stores with it."""
+        if self.name in ("LDSM", "STSM"):
+            return 4 * int(self.operation[-1]) if self.operation[-1] in "24" else 4
         return 16 if ".128" in self.operation else 8 if ".64" in self.operation else 4
 
 

@@ -60,6 +60,7 @@ CAP = 0.93  # of the memory's bandwidth
 
 PIPES = {
     "fma": (1, {"FFMA", "FADD", "FMUL"}),
+    "tensor": (4, {"HMMA"}),  # of 16 x 8 x 16: with operands from registers they run at half of wgmma's rate
     "half": (2, {"IMAD", "HFMA2", "HADD2", "HMUL2"}),
     "special": (8, {"MUFU", "I2F", "F2I", "POPC", "FLO", "F2F", "BREV", "FRND"}),
     "uniform": (

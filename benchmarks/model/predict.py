@@ -121,18 +121,23 @@ def kernels_of(call: Call, work: str, machine: Machine) -> list[Kernel]:
         specs, plans = _launches(call, work)
     finally:
         gpu.INTERPRETER = original
-    return [_kernel(str(spec), spec, plan, machine, work != BACKWARD) for spec, plan in zip(specs, plans, strict=True)]
+    return [
+        Kernel(*built(spec, machine), spec.options["num_warps"], plan, work != BACKWARD)
+        for spec, plan in zip(specs, plans, strict=True)
+    ]
 
 
 _built: dict[tuple[str, str], tuple[Code, int, int]] = {}
 
 
-def _kernel(key: str, spec: Spec, plan: Plan, machine: Machine, forward: bool) -> Kernel:
-    if (key, machine.target) not in _built:
+def built(spec: Spec, machine: Machine) -> tuple[Code, int, int]:
+    """A launch's code, its registers and its bytes of shared memory."""
+    key = str(spec._replace(label="")), machine.target
+    if key not in _built:
         made = compiled_anew(spec, machine.target)
         registers, _ = nvidia_resources(made.asm["cubin"])
-        _built[key, machine.target] = disassemble(made.asm["cubin"]), registers, made.metadata.shared
-    return Kernel(*_built[key, machine.target], spec.options["num_warps"], plan, forward)
+        _built[key] = disassemble(made.asm["cubin"]), registers, made.metadata.shared
+    return _built[key]
 
 
 def _launches(call: Call, work: str) -> tuple[list[Spec], tuple[Plan, ...]]:
@@ -287,7 +292,7 @@ def _packed(call: Call, kernels: list[Kernel], machine: Machine) -> tuple[float,
             cost = costs[math.ceil(rows / kernel.plan.block_n)]
             cycles.append(cost.cycles)
             instructions += cost.instructions
-        time += machine.launch + _schedule(cycles, at_once * machine.processors) / machine.ghz / 1e3
+        time += machine.launch + schedule(cycles, at_once * machine.processors) / machine.ghz / 1e3
     return time, instructions
 
 
@@ -312,7 +317,7 @@ def _costs_by_tiles(
         yield tiles, cost(low).plus(_per(cost(2 * low), cost(low), low), tiles - low)
 
 
-def _schedule(cycles: list[float], slots: int) -> float:
+def schedule(cycles: list[float], slots: int) -> float:
     """When the last program ends, if each begins in its turn where another has ended."""
     ends = [0.0] * slots
     for length in cycles:

@@ -48,7 +48,7 @@ class _Walk:
         self.left: dict[int, int] = {}  # turns, by the number of a loop's last instruction
         self.latches: dict[tuple[str, int], list[int]] = {}
         for number, to in self.targets.items():
-            if self.instructions[number].name == "BRA" and to <= number:
+            if self.instructions[number].name == "BRA" and to < number:  # to itself: the end of the code
                 self.latches.setdefault(self._place(number), []).append(number)
 
     def run(self, limit: int) -> list[Executed]:
@@ -85,7 +85,9 @@ class _Walk:
     def _is_for_first(self, at: int) -> bool:
         """A branch around what the program's first thread does alone: to store a number, or to meet other programs."""
         text = self._statement(at).text
-        return bool(self.instructions[at].predicate) and ("tl.atomic_add" in text or text.startswith("tl.store"))
+        if not self.instructions[at].predicate or not ("tl.atomic_add" in text or text.startswith("tl.store")):
+            return False
+        return self._loop_between(at, self.targets[at]) is None  # else the line is not the branch's own
 
     def _ends(self, at: int) -> bool:
         """Whether an EXIT under a condition is taken."""
@@ -97,6 +99,8 @@ class _Walk:
             return self._count(stands, at) == 0
         if stands.kind == "if":
             return not self._holds(stands, at)
+        if stands.text.startswith("tl.store"):
+            return False  # by threads that have nothing to store; the first warp's have
         raise UnknownWayError(self._where(at))
 
     def _takes(self, at: int) -> bool:
@@ -114,12 +118,23 @@ class _Walk:
             return self._skips(stands, at, to)
         if stands.kind == "if":
             return self._holds(stands, at) != self._is_then(stands, at, to)
-        if "tl.load" in stands.text:
+        if "tl.load" in stands.text or (to - at < FAR and self._moves(at + 1, to)):
             return False  # around the load of a number by threads that have none to load
         stands = condition_of([self._place(n) for n in range(at + 1, to)]) or stands
         if stands.kind == "if":
             return not self._holds(stands, at)
+        if (latch := self._loop_between(at, to)) is not None:
+            return self._count(self._statement(latch), at) == 0
         raise UnknownWayError(self._where(at))
+
+    def _moves(self, begin: int, end: int) -> bool:
+        """Whether there is an exchange between threads, or a load, among these instructions."""
+        return any(i.name in ("LDG", "LDS", "STS") for i in self.instructions[begin:end])
+
+    def _loop_between(self, at: int, to: int) -> int | None:
+        """The last instruction of the longest marked loop that a branch goes around."""
+        latches = [n for n, head in self.targets.items() if at < head <= n < to and self._statement(n).kind == "for"]
+        return max(latches, key=lambda n: n - self.targets[n], default=None)
 
     def _is_then(self, stands: Statement, at: int, to: int) -> bool:
         """Whether what follows a branch is the condition's body, not what comes for ``else``."""

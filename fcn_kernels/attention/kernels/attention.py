@@ -103,7 +103,7 @@ def moments(quality, turns_ptr, C, eps, BLOCK_C: tl.constexpr):
     sin a + cos a = sqrt(2) cos(a - 1/8 turn), and sin^2 + cos^2 = 1, so the mean square is 1/2.
     """
     mean, slope = tl.zeros_like(quality), tl.zeros_like(quality)
-    for begin in range(0, C // 2, BLOCK_C):
+    for begin in range(0, C // 2, BLOCK_C):  # @pairs
         pairs = begin + tl.arange(0, BLOCK_C)
         column_mask = pairs < C // 2
         turns = tl.load(turns_ptr + pairs, mask=column_mask, other=0.0)
@@ -157,7 +157,7 @@ def scores(
     score = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
     reach = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
     largest = tl.zeros((BLOCK_N,), tl.int32)
-    for column in range(0, s.C, BLOCK_C):
+    for column in range(0, s.C, BLOCK_C):  # @scores
         cols = column + tl.arange(0, BLOCK_C)
         stored = load_rows(tile.rows, tl.arange(0, BLOCK_N), tile.row_mask, s.stride_row, cols, s.C)  # [n, c]
         rows = stored.to(tl.float32)
@@ -217,7 +217,7 @@ def attention_forward(
     total = tl.zeros((BLOCK_H,), tl.float32)
     weight_sum = tl.zeros((BLOCK_H,), tl.float32)
     stop = tl.maximum(tl.minimum(end, count), begin + 1)  # a part with no rows still has zeros to write
-    for at in range(begin, stop, BLOCK_N):
+    for at in range(begin, stop, BLOCK_N):  # @tiles
         tile = load_tile(s, at, BLOCK_N, BLOCK_C)
         score, _reach, usable = scores(tile, s, None, OPERAND, PRECISION, BLOCK_N, BLOCK_H, BLOCK_C)
         score = tl.where(usable[None, :], score, float("-inf"))
@@ -237,7 +237,7 @@ def attention_forward(
 
         # -- gather the rows --
         weight = tl.where(usable[None, :], share * tile.quality[None, :], 0.0)  # [h, n]
-        for column in range(0, C, BLOCK_C):
+        for column in range(0, C, BLOCK_C):  # @gathers
             cols = column + tl.arange(0, BLOCK_C)
             rows = load_rows(tile.rows, lane, tile.row_mask & usable, stride_row, cols, C)
             gathered = product(weight, rows, None, OPERAND, PRECISION)
@@ -258,7 +258,7 @@ def write_gradients(
     head, lane = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
     kept, dscore = kept.to(OPERAND), dscore.to(OPERAND)  # [h, n]
     dquality = tl.zeros((BLOCK_N,), tl.float32)
-    for column in range(0, s.C, BLOCK_C):
+    for column in range(0, s.C, BLOCK_C):  # @writes
         cols = column + tl.arange(0, BLOCK_C)
         column_mask = cols < s.C
         rows = load_rows(tile.rows, lane, tile.row_mask & usable, s.stride_row, cols, s.C).to(tl.float32)
@@ -311,7 +311,7 @@ def attention_backward(
     grad_weight_sum = tl.load(grad_weight_sum_ptr + of_set, mask=valid, other=0.0)
     delta = tl.load(delta_ptr + of_set, mask=valid, other=0.0)
     stop = tl.maximum(end, begin + 1)  # a part with no rows still has zeros to write
-    for at in range(begin, stop, BLOCK_N):
+    for at in range(begin, stop, BLOCK_N):  # @tiles
         tile = load_tile(s, at, BLOCK_N, BLOCK_C)
         score, reach, usable = scores(tile, s, grad_ptr, OPERAND, PRECISION, BLOCK_N, BLOCK_H, BLOCK_C)
         mask = valid[:, None] & usable[None, :]
