@@ -20,7 +20,7 @@ constexpr int64_t WALK_BYTES = 8 << 20;     // of a walk's packed rows, and of i
 constexpr int64_t MOST_ROWS = 2048;         // of a walk: the bank is packed once for them
 constexpr int64_t LEAST_SHARE = 128;        // rows of a walk below which packing the bank costs more than they do
 constexpr int64_t FEW = TILE_ROWS / 3;      // rows for which packing the bank costs more than it saves
-constexpr int64_t SEGMENT = 4096;           // bank rows whose moments are summed by themselves; parts are whole ones
+constexpr int64_t SEGMENT = 4096;           // bank rows whose moments are summed by themselves: parts have whole ones
 
 struct Statistics {
     Acc *mean, *std;
@@ -128,7 +128,7 @@ class Walk {
 };
 
 // How rows and bank are cut: into walks of equal numbers of rows, and, where these are fewer than the threads, of parts
-// of the bank.
+// of the bank: whole tiles, or segments where moments are summed.
 struct Plan {
     int64_t rows, chunks, part, parts;
 
@@ -143,10 +143,11 @@ struct Plan {
         rows = std::max<int64_t>(1, (call.n + chunks - 1) / chunks);
         rows = (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
         chunks = (call.n + rows - 1) / rows;
-        const int64_t all = std::max<int64_t>(1, (call.m + SEGMENT - 1) / SEGMENT);
+        const int64_t unit = call.k ? TILE_BANK : SEGMENT;
+        const int64_t all = std::max<int64_t>(1, (call.m + unit - 1) / unit);
         parts = std::clamp<int64_t>(chunks ? call.threads / chunks : 1, 1, all);
         part = (all + parts - 1) / parts;
-        part = std::min<int64_t>(part, (int64_t(1) << 31) / SEGMENT - 1) * SEGMENT;  // places in it are of 32 bits
+        part = std::min<int64_t>(part, (int64_t(1) << 31) / unit - 1) * unit;  // places in it are of 32 bits
         parts = std::max<int64_t>(1, (call.m + part - 1) / part);
     }
 };
