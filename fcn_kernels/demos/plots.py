@@ -191,5 +191,5 @@ def draw_rocs(path: Path, rocs: Mapping[str, Mapping[str, Roc]], of: str = "temp
         axis.grid(color="#e5e5e5")
         axis.spines[["top", "right"]].set_visible(False)
     page.axes[0].set_ylabel("TAR")
-    page.axes[0].legend(frameon=False, loc="lower right")
+    page.axes[0].legend(frameon=False, loc="best")
     page.savefig(path, format="png")
