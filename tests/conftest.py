@@ -21,6 +21,13 @@ if not torch.cuda.is_available():
 
 from everywhere import select, where  # noqa: E402
 
+from fcn_kernels.backends import INTERPRETED  # noqa: E402
+
+if INTERPRETED:
+    from interpreted import replace_once_a_launch
+
+    replace_once_a_launch()
+
 __all__ = ["select", "where"]
 
 settings.register_profile("fcn_kernels", deadline=None, derandomize=True)
