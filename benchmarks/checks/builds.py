@@ -468,6 +468,35 @@ def neighbors_specs(target: str) -> Iterator[Spec]:
         gpu.INTERPRETER = original
 
 
+def launches_of(target: str) -> list[Spec]:
+    """All launches on a target; of those that differ in nothing that is built, one."""
+    specs = (
+        *selection_specs(target),
+        *attention_specs(),
+        *clustering_specs(),
+        *chunks_specs(),
+        *neighbors_specs(target),
+    )
+    return list({str(spec): spec for spec in specs}.values())
+
+
+def pairwise(jobs: list[tuple[Spec, str]]) -> list[tuple[Spec, str]]:
+    """Fewer of the jobs: each launch for one target in turn, and each label and each kernel for every target."""
+    targets = list(dict.fromkeys(target for _, target in jobs))
+    chosen = [
+        job
+        for turn, target in enumerate(targets)
+        for job in [job for job in jobs if job[1] == target][turn :: len(targets)]
+    ]
+    met = {(name, target) for spec, target in chosen for name in (spec.label, spec.kernel)}
+    for spec, target in jobs:
+        pairs = {(spec.label, target), (spec.kernel, target)}
+        if not pairs <= met:
+            chosen.append((spec, target))
+            met |= pairs
+    return chosen
+
+
 def build_all(jobs: list[tuple[Spec, str]], workers: int = 2) -> list[Build]:
     """Launches for targets, in processes of their own."""
     with ProcessPoolExecutor(workers) as pool:
@@ -479,21 +508,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checks.builds", description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="launches whose label has one of these")
+    parser.add_argument(
+        "--pairwise",
+        action="store_true",
+        help="each launch for one target in turn, and each label and each kernel for all, not each launch for all",
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     jobs = [
         (spec, target)
         for target in args.targets
-        for spec in (
-            *selection_specs(target),
-            *attention_specs(),
-            *clustering_specs(),
-            *chunks_specs(),
-            *neighbors_specs(target),
-        )
+        for spec in launches_of(target)
         if any(text in spec.label for text in args.only)
     ]
-    builds = build_all(jobs)
+    builds = build_all(pairwise(jobs) if args.pairwise else jobs)
     if args.json:
         json.dump([b._asdict() for b in builds], sys.stdout)
         return 0
