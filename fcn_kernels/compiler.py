@@ -5,6 +5,7 @@ that later processes run: it is loaded only from a folder and a file that are ou
 what was written, to the last byte.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,6 +16,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -77,16 +79,49 @@ def _load(source: Path, definitions: tuple[str, ...]) -> ctypes.CDLL:
     kept = None if folder is None else folder / f"{source.stem}-{key}.so"
     if kept is not None and (library := _kept(kept)):
         return library
-    _log.info("compiling %s", source.name)
-    with tempfile.TemporaryDirectory(prefix="fcn_kernels-") as place:  # 0700
-        made = Path(place) / f"{source.stem}.so"
-        defined = (f"-D{d}" for d in definitions)
-        _run([str(part) for part in (*compiler, *_FLAGS, *march, *defined, source, *threads, "-o", made)])
-        if not made.is_file():
-            raise CompilerError(f"{' '.join(compiler)} wrote no library")
-        if kept is not None:
-            _keep(made.read_bytes(), kept)
-        return ctypes.CDLL(str(made))  # which stays when its file is removed
+    with _alone(kept) as waited:
+        if waited and kept is not None and (library := _kept(kept)):
+            return library
+        _log.info("compiling %s", source.name)
+        with tempfile.TemporaryDirectory(prefix="fcn_kernels-") as place:  # 0700
+            made = Path(place) / f"{source.stem}.so"
+            defined = (f"-D{d}" for d in definitions)
+            _run([str(part) for part in (*compiler, *_FLAGS, *march, *defined, source, *threads, "-o", made)])
+            if not made.is_file():
+                raise CompilerError(f"{' '.join(compiler)} wrote no library")
+            if kept is not None:
+                _keep(made.read_bytes(), kept)
+            return ctypes.CDLL(str(made))  # which stays when its file is removed
+
+
+@contextlib.contextmanager
+def _alone(kept: Path | None) -> Iterator[bool]:
+    """One process at a time makes a library: others that need it, as the ranks of a job do, wait and find it made.
+
+    Gives whether there was one to wait for. A lock ends with its process; where there can be none, each compiles.
+    """
+    if kept is None:
+        yield False
+        return
+    lock, held, waited = kept.with_suffix(".lock"), None, False
+    try:
+        import fcntl  # not where nothing is compiled
+
+        held = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            waited = True
+    except OSError as error:
+        _log.info("%s is compiled without a lock: %s", kept.name, error)
+    try:
+        yield waited
+    finally:
+        if held is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(lock)
+            os.close(held)
 
 
 def _kept(path: Path) -> ctypes.CDLL | None:

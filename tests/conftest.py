@@ -2,6 +2,8 @@
 
 import os
 import signal
+from itertools import product
+from pathlib import Path
 
 # Workers that each take all cores make each other wait at every operation. Programs that the tests start are no
 # workers, and can be interrupted even where a shell or nohup made its jobs deaf to that.
@@ -21,7 +23,9 @@ if not torch.cuda.is_available():
 
 from everywhere import select, where  # noqa: E402
 
+import fcn_kernels  # noqa: E402
 from fcn_kernels.backends import INTERPRETED  # noqa: E402
+from fcn_kernels.cpp import calls  # noqa: E402
 
 if INTERPRETED:
     from interpreted import replace_once_a_launch
@@ -37,6 +41,16 @@ settings.load_profile("fcn_kernels")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The tests' own option."""
     parser.addoption("--on-device", action="store_true", help="only the tests that run on a GPU where there is one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers compile the C++ between them: each begins elsewhere among the libraries, and finds what others made."""
+    if (worker := getattr(config, "workerinput", None)) is None:
+        return
+    libraries = list(product(sorted(Path(fcn_kernels.__file__).parent.glob("*/cpp/*.cpp")), calls.ROWS))
+    begin = len(libraries) * int(worker["workerid"].removeprefix("gw")) // worker["workercount"]
+    for source, dtype in libraries[begin:] + libraries[:begin]:
+        calls.why_unavailable(source, dtype)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

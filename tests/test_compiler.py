@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,13 @@ def test_an_entry_is_used_again(source: Path, tmp_path: Path, compiled: list[str
     assert len(compiled) == len(entries(tmp_path)) == 2
     assert [answer(source, 7), answer(source), answer(source, 7)] == [7, 42, 7]  # each its own, once both are kept
     assert len(compiled) == 2
+
+
+def test_of_those_who_need_a_library_at_once_one_compiles_it(source: Path, tmp_path: Path, compiled: list[str]) -> None:
+    """Locks are of an open file, so that threads stand for processes here."""
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(answer, [source] * 4)) == [42] * 4
+    assert len(compiled) == len(entries(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "random", "empty", "one bit", "no digest"])
