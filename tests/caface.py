@@ -5,6 +5,7 @@ Its weights and inputs are not stored: they come from 32-bit integer arithmetic,
 has the authors' names of parameters, results and memory; what it computes is written from the paper's equations.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,13 @@ def unit(seed: int, *shape: int) -> Tensor:
     return ((x ^ x >> 16).to(F64) + 0.5).div(2**32).view(shape)
 
 
+@functools.cache
 def spread(seed: int, *shape: int) -> Tensor:
-    """Numbers in (-1, 1)."""
+    """Numbers in (-1, 1), the same tensor again at each call."""
     return 2 * unit(seed, *shape) - 1
 
 
+@functools.cache
 def weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """The entry of their state dict that is number `seed` among the sorted names."""
     s = spread(seed, *shape)
@@ -76,7 +79,7 @@ def inputs(case: int, n: int, c: int, channels: int = 384) -> tuple[Tensor, Tens
     direction = spread(1000 + case, n, c) + 0.5 * spread(2000 + case, 1, c)
     direction = direction / direction.square().sum(-1, keepdim=True).sqrt()
     step = (-33 + 67 * unit(3000 + case, n)).floor() + 0.2 + 0.6 * unit(4000 + case, n)
-    styles = spread(5000 + case, n, channels, 2)
+    styles = spread(5000 + case, n, channels, 2).clone()
     styles[..., 1] = 0.3 + 0.7 * styles[..., 1].abs()
     return direction * (22 + (40 + 1e-5) ** 0.5 * step / 10)[:, None], styles
 
