@@ -71,6 +71,14 @@ def check_flags(**flags: Any) -> None:
             raise TypeError(f"expected {name} to be a bool, got {value!r} of type {type(value).__name__}")
 
 
+def at_most_one(**arguments: Any) -> None:
+    """All but one are None."""
+    given = [name for name, value in arguments.items() if value is not None]
+    if len(given) > 1:
+        *names, last = arguments
+        raise ValueError(f"expected at most one of {', '.join(names)} and {last}, got {' and '.join(given)}")
+
+
 def check_generator(generator: Any) -> None:
     """A Generator or None."""
     if generator is not None and not isinstance(generator, Generator):
@@ -127,6 +135,16 @@ def picks_per_set(k: Any, sets: int, device: torch.device) -> tuple[Any, Tensor 
         if not 0 <= number <= MOST_PICKS:
             raise ValueError(f"expected k of each set from 0 to 2^31 - 1, got {number} for set {b}")
     return max(1, max(each, default=1)), torch.tensor(each, dtype=torch.int64, device=device)
+
+
+def row_quality(quality: Any, features: Tensor, shape: tuple[int, ...], metric: str) -> Tensor | None:
+    """Quality (R,) of the dtype in which rows are summed: as given, else 1 for squared distances, None for cosines."""
+    dtype = accumulator(features.dtype)
+    if quality is None:
+        return features.new_ones(shape, dtype=dtype).reshape(-1) if metric == "sqeuclidean" else None
+    check_tensor("quality", quality, features, shape, DTYPES)
+    quality = quality.reshape(-1)
+    return quality if quality.dtype == dtype else quality.to(dtype)  # type: ignore[no-any-return]
 
 
 def known_distances(values: Any, features: Tensor, shape: tuple[int, ...], look: bool) -> Tensor:

@@ -233,30 +233,19 @@ def read_call(
     checks.check_generator(generator)
     single = features.ndim == 2 and cu_seqlens is None
     shape = tuple(features.shape[:-1])
-    accumulate = accumulator(features.dtype)
     look = checks.may_look(features, strict)
     sets = 1 if single else features.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     most, limits = checks.picks_per_set(k, sets, features.device)
-    given = [n for n, v in (("mask", mask), ("lengths", lengths), ("cu_seqlens", cu_seqlens)) if v is not None]
-    if len(given) > 1:
-        raise ValueError(f"expected at most one of mask, lengths and cu_seqlens, got {' and '.join(given)}")
+    checks.at_most_one(mask=mask, lengths=lengths, cu_seqlens=cu_seqlens)
     if noise is not None:
         if generator is not None:
             raise ValueError("expected noise or generator, got both")
         noise = checks.given_noise(noise, features, (most, *shape), look)
-    if quality is not None:
-        checks.check_tensor("quality", quality, features, shape, checks.DTYPES)
-        quality = quality.reshape(-1)
-        quality = quality if quality.dtype == accumulate else quality.to(accumulate)
-    elif metric == "sqeuclidean":
-        quality = features.new_ones(shape, dtype=accumulate).reshape(-1)
+    quality = checks.row_quality(quality, features, shape, metric)
     if min_distances is not None:
         min_distances = checks.known_distances(min_distances, features, shape, look)
-    offsets = None
-    if anchors is not None:
-        anchors, offsets = checks.anchor_rows(anchors, features, sets)
-    if mask is not None:
-        mask = checks.row_mask(mask, features, shape, look)
+    anchors, offsets = (None, None) if anchors is None else checks.anchor_rows(anchors, features, sets)
+    mask = None if mask is None else checks.row_mask(mask, features, shape, look)
     if single:
         features = features[None]
     if lengths is not None:
@@ -279,7 +268,7 @@ def read_call(
         limits=limits,
         min_distances=min_distances,
         k=most,
-        distance_scale=float(checks.scale("distance_scale", distance_scale, accumulate)),
+        distance_scale=float(checks.scale("distance_scale", distance_scale, accumulator(features.dtype))),
         normalized=normalized,
         distinct=distinct,
         metric=metric,

@@ -122,26 +122,36 @@ class Out(NamedTuple):
     masses: Any  # [M]
 
 
+class Blocks(NamedTuple):
+    """All of them: what is kept after each, what each is multiplied by, and their sizes."""
+
+    kept: Any  # [depth, tokens, D] from the chunk's first token, or None
+    residual: Any  # factors [depth, 2, chunks], or None
+    depth: Any
+    chunks: Any
+    tokens: Any  # of all chunks
+    width: Any  # of a head
+
+
 @triton.jit
-def run_blocks(p, w, r, attending_ptr, hidden_ptr, kept_ptr, residual_ptr, depth, chunks, tokens, D, width,
-               BUILD: tl.constexpr):  # fmt: skip
+def run_blocks(p, w, r, b, attending_ptr, hidden_ptr, D, BUILD: tl.constexpr):
     """A chunk's tokens through all blocks; where they stand after that."""
-    for block in range(depth):
+    for block in range(b.depth):
         out_ptr, attention_ptr, mlp_ptr = hidden_ptr, None, None
-        if kept_ptr is not None:
-            out_ptr = kept_ptr + tl.cast(block, tl.int64) * tokens * D
-        if residual_ptr is not None:
-            attention_ptr = residual_ptr + 2 * block * chunks + p.set_id
-            mlp_ptr = attention_ptr + chunks
-        run_block(p, w, r, attending_ptr, hidden_ptr, out_ptr, attention_ptr, mlp_ptr, block, D, width, BUILD)
+        if b.kept is not None:
+            out_ptr = b.kept + tl.cast(block, tl.int64) * b.tokens * D
+        if b.residual is not None:
+            attention_ptr = b.residual + 2 * block * b.chunks + p.set_id
+            mlp_ptr = attention_ptr + b.chunks
+        run_block(p, w, r, attending_ptr, hidden_ptr, out_ptr, attention_ptr, mlp_ptr, block, D, b.width, BUILD)
         hidden_ptr = out_ptr
     return hidden_ptr
 
 
 @triton.jit
 def run_chunk(
-    given, made, w, r, o, p, first, owned, count, keys_ptr, kept_ptr, residual_ptr, weight_ptr, bias_ptr, depth, chunks,
-    tokens, width, BUILD: tl.constexpr, SUMS: tl.constexpr,
+    given, made, w, r, b, o, p, first, owned, count, keys_ptr, weight_ptr, bias_ptr, BUILD: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
     """A chunk from its rows to its sums. Returns the bits of their largest element."""
     D, size = given.D, p.count
@@ -149,10 +159,7 @@ def run_chunk(
         embed_tile(given, made, p, first, owned, count, at, BUILD.BLOCK_N, BUILD.BLOCK_K)
     tl.debug_barrier()
     inner = Piece(p.set_id, 0, 0, size, size, 0)  # of pointers that start at the chunk's first token
-    hidden_ptr = run_blocks(
-        inner, w, r, made.attending + p.first, made.hidden + p.first * D, kept_ptr, residual_ptr, depth, chunks, tokens,
-        D, width, BUILD,
-    )  # fmt: skip
+    hidden_ptr = run_blocks(inner, w, r, b, made.attending + p.first, made.hidden + p.first * D, D, BUILD)
     normalize(hidden_ptr, keys_ptr, None, size, D, BUILD)
     rows = Rows(
         given.features + first * given.stride, keys_ptr, made.scale + first, made.usable + first, given.stride, D,
@@ -198,6 +205,7 @@ def blocks_of_small_chunks(
     out = Out(shares_ptr + first * M, sums_ptr + place * C, key_sums_ptr + place * D, masses_ptr + place)
     if kept_ptr is not None:
         kept_ptr += start * D
+    blocks = Blocks(kept_ptr, residual_ptr, depth, chunks, tokens, width)
     p = Piece(chunk, start, 0, all_tokens, size, 0)
     attempts: tl.constexpr = 1 if quality_ptr is None else 2
     largest = tl.full((), INFINITY_BITS, tl.int32)
@@ -209,6 +217,6 @@ def blocks_of_small_chunks(
                 STYLE, M, look,
             )  # fmt: skip
             largest = run_chunk(
-                given, made, weights, room, out, p, first, owned, count, keys_ptr + start * D, kept_ptr, residual_ptr,
-                weight_ptr, bias_ptr, depth, chunks, tokens, width, BUILD, SUMS,
+                given, made, weights, room, blocks, out, p, first, owned, count, keys_ptr + start * D, weight_ptr,
+                bias_ptr, BUILD, SUMS,
             )  # fmt: skip
