@@ -296,13 +296,6 @@ def test_compiles_once_for_a_machine(fresh: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 @needs_compiler
-def test_with_nowhere_to_keep_it(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    fresh.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert picks(backend="cpp") == picks(backend="torch")
-
-
-@needs_compiler
 @pytest.mark.parametrize("name", DTYPES)
 def test_compiles_without_a_warning(name: str, tmp_path: Path) -> None:
     defined = [f"-D{d}" for d in calls.ROWS[DTYPES[name]]]
