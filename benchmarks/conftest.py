@@ -38,6 +38,7 @@ COMPILE_SECONDS = {"cuda": 120.0, "cpu": 40.0, "quick": 0.0}
 CPU_SECONDS = 180.0
 """After which a CPU starts no new row, so that all of it ends within four minutes."""
 ORDER = (
+    "bandwidth",
     "scaling",
     "memory",
     "flops",
@@ -45,10 +46,12 @@ ORDER = (
     "graphs",
     "kcenter",
     "selection",
+    "attention",
     "clustering",
     "neighbors",
     "threads",
     "distributed",
+    "samplers",
     "peers",
 )
 """The short and the most wanted first, should time run out; what others' code takes to compile is not ours to bound."""
@@ -181,7 +184,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The order in which the benchmarks run; within a module it stays."""
     places = {Path(__file__).with_name(f"test_{name}.py"): place for place, name in enumerate(ORDER)}
-    items.sort(key=lambda item: places.get(item.path, -1))
+    items.sort(key=lambda item: places.get(item.path, len(ORDER)))
 
 
 def _name(part: object) -> str:

@@ -1,6 +1,7 @@
 """The GPU suite: its steps one by one, and the whole of it, small, on whatever machine this is."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import torch
 
 from benchmarks.checks import gpu_suite
 from benchmarks.checks.gpu_suite import LIMIT, Outcome, Step, run, steps, summary
+from benchmarks.conftest import ORDER
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("matplotlib")
@@ -64,13 +66,26 @@ def test_all_limits_together_stay_under_ten_minutes(tmp_path: Path) -> None:
     assert gpu_suite.SECONDS + gpu_suite.INTERRUPT_SECONDS * len(planned) <= 600
     assert [s.name for s in planned] == [
         "small shapes",
+        "benchmarks",
+        "repeats",
         "tests",
         "memcheck",
         "racecheck",
-        "repeats",
-        "benchmarks",
         "report",
     ]
+
+
+def test_benchmarks_begin_with_memory_and_end_with_what_others_compile() -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", "--benchmark-only", "--quick"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=gpu_suite.ROOT, env=environment, capture_output=True, text=True, check=False)
+    files = [line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line]
+    order = [Path(name).stem.removeprefix("test_") for name in dict.fromkeys(files)]
+    first = [line for line in done.stdout.splitlines() if "::" in line][:4]
+    assert order[0] == "bandwidth", done.stdout + done.stderr
+    assert [name in line for name, line in zip(("copy", "sum", "large", "large"), first, strict=True)] == [True] * 4
+    assert order == [name for name in ORDER if name in order]  # none is left out of it
+    assert set(order[-2:]) == {"samplers", "peers"}
 
 
 def test_what_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,8 @@ def test_rows_are_read_once_a_pass() -> None:
     script = """
 import json
 from benchmarks.model.multiprocessor import H100
-from benchmarks.model.predict import BACKWARD, EVAL, CALLS, kernels_of, rows_read
+from benchmarks.model.calls import BACKWARD, CALLS, EVAL
+from benchmarks.model.predict import kernels_of, rows_read
 found = []
 for call, rows in ((CALLS[0], 32), (CALLS[2], 512)):
     for work in (EVAL, BACKWARD):
@@ -138,10 +139,11 @@ def test_attentions_programs_load_their_rows_twice_and_fit() -> None:
     """For the scores, from memory, and for what these are for, from L2."""
     script = """
 import json
-from benchmarks.model.attention import ATTENTION_CALLS, BACKWARD, EVAL, kernel_of, predict, rows_read
+from benchmarks.model.attention import ATTENTION_CALLS, kernels_of, predict, rows_read
+from benchmarks.model.calls import BACKWARD, EVAL
 from benchmarks.model.multiprocessor import H100
 call = ATTENTION_CALLS[0]
-reads = [rows_read(call, kernel_of(call, work, H100)[0]) for work in (EVAL, BACKWARD)]
+reads = [rows_read(call, kernels_of(call, work, H100)[0][0]) for work in (EVAL, BACKWARD)]
 p = predict(call, EVAL, H100)
 print(json.dumps([*reads, p.programs, p.launches, p.microseconds > p.least > 0]))
 """

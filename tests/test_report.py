@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report import picture, targets
+from benchmarks.model.calls import BACKWARD, CALLS, EVAL, TRAINING
+from benchmarks.report import picture, predictions, targets
 from benchmarks.report import tables as report
 from benchmarks.report.results import Results, Row, exponent, load
 from fcn_kernels import coreset_select
@@ -213,6 +214,58 @@ def test_searches_in_a_bank_are_held_against_all_scores_at_once() -> None:
     table = report.report(found)
     assert "| 4,000 | 50,000 | 50 | forward | matmul + topk | 3.6 s [3.24, 4.32] | 3.60x |" in table
     assert "| 4,096 by 256 of them | 206,000 |" in table
+
+
+def test_predictions_stand_beside_what_was_measured_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nowhere else: a call that was not measured has no line, and a CPU has none at all."""
+    text = """# Predictions
+## Selection
+| call | K | work | predicted | share |
+|---|---|---|---|---|
+| 8,000 rows | 3 | inference | 20 us | 9% |
+| 8,000 rows | 3 | sampling | 25 us | 9% |
+| 8,000 rows | 3 | backward | 0.1 ms | 9% |
+| 100,000 rows | 3 | inference | 85.5 us | 9% |
+## The head's attention
+| call | work | predicted |
+|---|---|---|
+| 8,000 rows | inference | 40 us |
+"""
+    (tmp_path / "table.md").write_text(text)
+    known = predictions.load(tmp_path / "table.md")
+    assert known[predictions.Key("Selection", "8,000 rows", 3, "backward")] == pytest.approx(1e-4)
+    assert len(known) == 5
+    monkeypatch.setattr(predictions, "load", lambda: known)
+    measured = [
+        row("fused", 30e-6, 8000, group="selection"),
+        row("fused", 250e-6, 8000, group="selection", work="forward + backward"),
+        row("eager listing", 1e-3, 8000, group="selection"),
+        row("fused", 60e-6, 8000, group="attention"),
+        row("fused", 1.0, 8000, group="attention", work="forward + backward"),  # of which a part is not predicted
+        row("fused", 1.0, 8000, group="selection", dtype="float32"),
+        row("fused", 1.0, 5000, group="selection"),
+    ]
+    section = report.report(results(*measured)).partition("## Measured, and predicted")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert [line.split(" | ")[-4:] for line in lines] == [
+        ["forward", "30 us [27, 36]", "20 us", "1.50x |"],
+        ["forward + backward", "250 us [225, 300]", "125 us", "2.00x |"],
+        ["forward", "60 us [54, 72]", "40 us", "1.50x |"],
+    ]
+    assert "85.5" not in section
+    on_cpu = [row("fused", 30e-6, 8000, group="selection", device_type="cpu")]
+    assert "predicted" not in report.report(results(*on_cpu))
+
+
+def test_every_call_of_the_model_has_its_committed_prediction() -> None:
+    known = predictions.load()
+    for call in CALLS:
+        assert known[predictions.Key("Selection", call.name, call.k, EVAL)] > 0
+        if call.k == 3:
+            assert known[predictions.Key("Selection", call.name, 3, BACKWARD)] > 0
+        if call.k == 3 and call.all_rows < 1_000_000:
+            for work in (EVAL, TRAINING, BACKWARD):
+                assert known[predictions.Key("The head's attention", call.name, 3, work)] > 0
 
 
 def test_selection_table_divides_by_the_fused_time_and_marks_the_scaled_loop() -> None:

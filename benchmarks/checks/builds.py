@@ -43,6 +43,7 @@ CHUNK_KERNELS = (
     "attend_queries",
     "attend_keys",
 )
+ATTENTION_KERNELS = ("attention_forward", "merge_parts", "attention_backward")
 NEIGHBORS_KERNELS = (
     "measure_rows",
     "filter_scores",
@@ -315,19 +316,20 @@ def selection_specs(target: str) -> Iterator[Spec]:
 
 
 def attention_specs() -> Iterator[Spec]:
-    """Set attention for the head's 24 queries, in training and inference, and for the most that it is planned for."""
+    """Set attention for the head's 24 queries, in training and inference, of large sets and of small ones, and for the
+    most queries that it is planned for."""
     import torch
 
     from fcn_kernels.attention.inputs import Arriving, Inputs
     from fcn_kernels.attention.kernels import launch
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for queries, dropout in ((24, 0.1), (24, 0.0), (64, 0.1)):
+        for rows, queries, dropout in ((1000, 24, 0.1), (1000, 24, 0.0), (1000, 64, 0.1), (20, 24, 0.1)):
             empty = torch.empty
             inputs = Inputs(
                 queries=empty(4, queries, 512),
-                features=empty(4000, 512, dtype=dtype),
-                quality=empty(4000),
+                features=empty(4 * rows, 512, dtype=dtype),
+                quality=empty(4 * rows),
                 encoding_weight=empty(512),
                 offsets=empty(5, dtype=torch.int64),
                 lengths=empty(4, dtype=torch.int64),
@@ -343,8 +345,8 @@ def attention_specs() -> Iterator[Spec]:
                 launch.backward(inputs, arriving)
 
             kind = str(dtype).removeprefix("torch.")
-            label = f"{kind} attention (4, 1000, 512) H={queries} dropout {dropout}"
-            yield from record(label, launch, ("attention_forward", "attention_backward"), both)
+            label = f"{kind} attention (4, {rows}, 512) H={queries} dropout {dropout}"
+            yield from record(label, launch, ATTENTION_KERNELS, both)
 
 
 def clustering_specs() -> Iterator[Spec]:

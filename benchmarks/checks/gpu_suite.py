@@ -2,8 +2,9 @@
 
     python -m benchmarks.checks.gpu_suite OUT
 
-runs the kernels on small shapes, the tests on the device, the small shapes again under compute-sanitizer (memcheck,
-racecheck), training steps again and again, which must give the same bits, and the benchmarks. It writes OUT/report.md
+runs the kernels on small shapes, the benchmarks (copies of memory and one large set first, what others' code compiles
+last), training steps again and again, which must give the same bits, the tests on the device, and the small shapes
+again under compute-sanitizer (memcheck, racecheck). It writes OUT/report.md
 (tables and targets, with plots beside it), results.json (pytest-benchmark's), suite.json (what each step did) and
 log.txt (all output). A step that cannot run here is left out, and it is said why; without a GPU the tests run in
 Triton's interpreter and the benchmarks on the CPU.
@@ -73,13 +74,13 @@ def steps(out: Path, quick: bool) -> list[Step]:
     timed += ["--benchmark-only", f"--benchmark-json={results}", f"--time-limit={LIMIT}", *["--quick"] * quick]
     return [
         Step("small shapes", [*small, workers], 40, no_gpu),
+        Step("benchmarks", timed, 200),
+        Step("repeats", [*python, "benchmarks.checks.repeats"], 40, no_gpu),
         # interpreted, with the time of what is left out
         Step("tests", [*python, "pytest", "-q", *parallel, *tests], 300 if no_gpu else 150),
         Step("memcheck", [*sanitized, "memcheck", *small], 50, no_sanitizer),
         # hazards, not warnings: those it gives for the reductions that Triton itself makes
         Step("racecheck", [*sanitized, "racecheck", "--racecheck-detect-level", "error", *small], 50, no_sanitizer),
-        Step("repeats", [*python, "benchmarks.checks.repeats"], 40, no_gpu),
-        Step("benchmarks", timed, 240),
         Step("report", [*python, "benchmarks.report", str(results), "--out", str(out)], 30),
     ]
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import triton
 
 from benchmarks.model import attention
+from benchmarks.model.calls import BACKWARD, CALLS, EVAL, Call
 from benchmarks.model.multiprocessor import CAP, H100
-from benchmarks.model.predict import BACKWARD, CALLS, EVAL, WORKS, Call, Prediction, predict
+from benchmarks.model.predict import WORKS, Prediction, predict
 from benchmarks.report.targets import time_of
 
 

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.checks.builds import Spec, record
+from benchmarks.checks.builds import ATTENTION_KERNELS, Spec, record
+from benchmarks.model.calls import BACKWARD, CALLS, EVAL, TRAINING, Call
 from benchmarks.model.machine_code import Code, Instruction
 from benchmarks.model.multiprocessor import CAP, Access, Machine, occupancy, operations, simulate
-from benchmarks.model.predict import CALLS, Call, Cost, built, schedule
+from benchmarks.model.predict import Cost, built, schedule
 from benchmarks.model.source import function, statement
 from benchmarks.model.walk import Executed, Way, executed, walk
 from benchmarks.workloads import counted_bytes, template_lengths
@@ -22,11 +23,10 @@ from fcn_kernels.device import gpu
 
 QUERIES = 24  # 8 heads of 3 picks
 DROPOUT = 0.1
-EVAL, TRAINING, BACKWARD = "inference", "training, forward", "backward"
 WORKS = (EVAL, TRAINING, BACKWARD)
 ATTENTION_CALLS = tuple(call for call in CALLS if call.k == 3 and call.all_rows < 1_000_000)
 FIT = 4  # tiles from which on a program's time is taken to grow evenly
-WITHOUT_KERNEL = ("empty", "new_empty", "empty_like")
+WITHOUT_KERNEL = ("empty", "new_empty", "empty_like", "_local_scalar_dense")  # the last: a seed on the host is read
 
 
 class Prediction(NamedTuple):
@@ -81,14 +81,15 @@ class CountedLaunches(TorchDispatchMode):
 
 def predict(call: Call, work: str, machine: Machine) -> Prediction:
     """Build, walk, simulate."""
-    kernel, around, moved = kernel_of(call, work, machine)
+    (kernel, *merging), around, moved = kernels_of(call, work, machine)
     at_once = occupancy(kernel.registers, kernel.shared, kernel.warps, machine)
     if call.rows is None:
         lengths = template_lengths(call.sets, call.all_rows)
     else:
         block = kernel.constants["BLOCK_N"]
         of_part = math.ceil(math.ceil(call.rows / kernel.parts) / block) * block
-        lengths = (min(of_part, call.rows),) * (call.sets * kernel.parts)
+        begins = range(0, kernel.parts * of_part, of_part)
+        lengths = tuple(max(0, min(of_part, call.rows - begin)) for begin in begins) * call.sets
     at_once = min(at_once, math.ceil(len(lengths) / machine.processors))
     costs = _costs(call, kernel, at_once, machine, lengths)
     each = [costs[_tiles(kernel, rows)] for rows in lengths]
@@ -97,6 +98,7 @@ def predict(call: Call, work: str, machine: Machine) -> Prediction:
     least = passes * call.bytes / machine.dram_bytes_per_s * 1e6
     time = machine.launch + max(cycles / machine.ghz / 1e3, least / CAP)
     time += around * machine.launch + moved / machine.dram_bytes_per_s * 1e6
+    time += sum(machine.launch + _merge(call, kernel, other, machine) for other in merging)
     one, two = (_trace(call, kernel, tiles) for tiles in (1, 2))
     of_tile = executed(kernel.code, two, kernel.warps)["BAR"] - executed(kernel.code, one, kernel.warps)["BAR"]
     return Prediction(
@@ -104,14 +106,14 @@ def predict(call: Call, work: str, machine: Machine) -> Prediction:
         programs=occupancy(kernel.registers, kernel.shared, kernel.warps, machine),
         instructions=sum(cost.instructions for cost in each) / call.all_rows,
         barriers=of_tile / kernel.warps,
-        launches=1 + around,
+        launches=1 + len(merging) + around,
         microseconds=time,
         least=least,
         costs=_largest(kernel, two),
     )
 
 
-def kernel_of(call: Call, work: str, machine: Machine) -> tuple[Kernel, int, float]:
+def kernels_of(call: Call, work: str, machine: Machine) -> tuple[list[Kernel], int, float]:
     """What the launcher would launch, built; the launches that PyTorch adds, and their bytes."""
     original = gpu.INTERPRETER
     gpu.INTERPRETER = gpu.Device(machine.processors, cooperative=True)
@@ -119,21 +121,21 @@ def kernel_of(call: Call, work: str, machine: Machine) -> tuple[Kernel, int, flo
     try:
         p, go = _launch(call, work)
         launch._turns(call.dim, p.features.device)  # made once
-        parts = launch._plan(p).parts
-        name = "attention_backward" if work == BACKWARD else "attention_forward"
+        parts = launch.plan_of(p, backward=work == BACKWARD).parts
         counted = CountedLaunches()
 
         def launched() -> None:
-            specs.extend(record(call.name, launch, (name,), go))
+            specs.extend(record(call.name, launch, ATTENTION_KERNELS, go))
 
         with counted:
             moved = counted_bytes(launched)
     finally:
         gpu.INTERPRETER = original
-    code, registers, shared = built(specs[0], machine)
-    spec = specs[0]
-    sizes = spec.options["num_warps"], spec.constants, spec.options["num_stages"], parts
-    return Kernel(code, registers, shared, *sizes, work != BACKWARD), counted.launches, moved
+    kernels = []
+    for spec in specs:
+        sizes = spec.options["num_warps"], spec.constants, spec.options.get("num_stages", 1), parts
+        kernels.append(Kernel(*built(spec, machine), *sizes, work != BACKWARD))
+    return kernels, counted.launches, moved
 
 
 def _launch(call: Call, work: str) -> tuple[Inputs, Callable[[], object]]:
@@ -158,8 +160,8 @@ def _launch(call: Call, work: str) -> tuple[Inputs, Callable[[], object]]:
 def way_of(call: Call, kernel: Kernel, tiles: int) -> Way:
     """Through a program of so many tiles."""
     columns = _columns(call, kernel)
-    loops = {"tiles": tiles, "scores": columns, "gathers": columns, "writes": columns, "pairs": math.ceil(columns / 2)}
-    return Way(loops, {})
+    loops = {"steps": tiles, "scores": columns, "gathers": columns, "writes": columns, "pairs": math.ceil(columns / 2)}
+    return Way(loops, {"started": (False, True)})
 
 
 def _columns(call: Call, kernel: Kernel) -> int:
@@ -227,6 +229,16 @@ def rows_read(call: Call, kernel: Kernel) -> float:
     loads = (i for i in every if i.name in ("LDG", "LDGSTS") and function(i.file, i.line) == "load_rows")
     moved = sum(kernel.bytes_of(i, _columns(call, kernel)) for i in loads)
     return moved * kernel.warps / (2 * rows * call.dim)
+
+
+def _merge(call: Call, kernel: Kernel, merging: Kernel, machine: Machine) -> float:
+    """Microseconds of the kernel that puts parts together."""
+    blocks = math.ceil(kernel.parts / merging.constants["BLOCK_P"])
+    trace = walk(merging.code, Way({"tops": blocks, "parts": blocks}, {"block == 0": True}))
+    programs = math.ceil(call.sets * QUERIES * call.dim / merging.constants["BLOCK_C"] / machine.processors)
+    at_once = min(programs, occupancy(merging.registers, merging.shared, merging.warps, machine))
+    work = operations(merging.code, trace, lambda i, step: ("l2", 32.0 * i.bytes_of_thread))
+    return simulate(work, merging.warps, at_once, programs, machine) / machine.ghz / 1e3
 
 
 def _largest(kernel: Kernel, trace: list[Executed]) -> tuple[tuple[str, float], ...]:

@@ -9,53 +9,22 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.checks.builds import Spec, nvidia_resources, record
+from benchmarks.model.calls import BACKWARD, EVAL, SAMPLE, Call
 from benchmarks.model.machine_code import Code, Instruction, compiled_anew, disassemble
 from benchmarks.model.multiprocessor import CAP, Access, Machine, occupancy, operations, simulate
 from benchmarks.model.source import function
 from benchmarks.model.walk import Executed, Way, executed, walk
-from benchmarks.workloads import IJBC_ROWS, IJBC_SETS, template_lengths
+from benchmarks.workloads import template_lengths
 from fcn_kernels.device import gpu
 from fcn_kernels.selection.kernels import launch
 from fcn_kernels.selection.kernels.launch import Plan
 from fcn_kernels.selection.problem import Problem, Saved
 
-EVAL, SAMPLE, BACKWARD = "inference", "sampling", "backward"
 WORKS = (EVAL, SAMPLE, BACKWARD)
 MOST_STEPS = 16  # that are walked; of more, each is as long as the last
 PASSED_BY = 800  # cycles of a program whose set is another launch's
 WAVES = 3  # of programs that are simulated, so that one's loads hide behind another's work
 FIT = 8  # tiles from which on a part's time is taken to grow evenly
-
-
-class Call(NamedTuple):
-    """Sets of rows of bfloat16; ``rows`` None: packed ones, of lengths as IJB-C's templates have."""
-
-    name: str
-    sets: int
-    rows: int | None
-    dim: int = 512
-    k: int = 3
-
-    @property
-    def all_rows(self) -> int:
-        """R."""
-        return IJBC_ROWS if self.rows is None else self.sets * self.rows
-
-    @property
-    def bytes(self) -> int:
-        """Of all rows."""
-        return 2 * self.all_rows * self.dim
-
-
-CALLS = (
-    Call("256 sets of 20", 256, 20),
-    Call("64 sets of 256", 64, 256),
-    Call("8,000 rows", 1, 8_000),
-    Call("100,000 rows", 1, 100_000),
-    Call("1,000,000 rows", 1, 1_000_000),
-    Call("IJB-C, packed", IJBC_SETS, None),
-    Call("200,000 rows of 1,536, K = 2,000", 1, 200_000, 1536, 2000),
-)
 
 
 class Prediction(NamedTuple):

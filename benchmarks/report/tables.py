@@ -10,10 +10,14 @@ import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from benchmarks.report import predictions
 from benchmarks.report.plots import draw
 from benchmarks.report.results import Results, Row, exponent, load
 from benchmarks.report.targets import FITTED_FROM, judge, time_of
 from benchmarks.workloads import BOTH, COMPILED, EAGER, FORWARD, FUSED, LOOP
+
+PREDICTED = ("one large set", "selection", "attention", "k-center-greedy")
+"""Groups of which the model knows calls."""
 
 
 def report(results: Results) -> str:
@@ -21,7 +25,10 @@ def report(results: Results) -> str:
     sections = (
         _machine,
         _targets,
+        _predictions,
+        _bandwidth,
         _selection,
+        _attention,
         _scaling,
         _kcenter,
         _peers,
@@ -77,6 +84,28 @@ def _targets(results: Results) -> Iterator[str]:
         ("target", "wanted", "measured", ""),
         ((t.name, t.wanted, t.measured, words[t.reached]) for t in judge(results)),
     )
+
+
+def _predictions(results: Results) -> Iterator[str]:
+    """Beside what was measured, and never without: a prediction fills no gap."""
+    known = predictions.load()
+    pairs = [(r, predictions.seconds(r, known)) for r in results.rows if r.group in PREDICTED]
+    lines = [
+        (r.group, *_shape(r), r.work, _time(r), time_of(expected), f"{r.median_s / expected:.2f}x")
+        for r, expected in pairs
+        if expected is not None and r.median_s > 0
+    ]
+    if not lines:
+        return
+    yield "## Measured, and predicted beforehand"
+    yield ""
+    yield (
+        f"Predictions are those of {predictions.TABLE.name}, for an H100: computed from the kernels' machine code "
+        f"without a GPU. This is {results.rows[0].device}. Of a training step they are the sum of its passes."
+    )
+    yield ""
+    heads = ("", "B", "N", "C", "K", "dtype", "work", "measured", "predicted for an H100", "measured / predicted")
+    yield from table(heads, lines)
 
 
 def _selection(results: Results) -> Iterator[str]:
@@ -145,6 +174,23 @@ def _scaling(results: Results) -> Iterator[str]:
         ("work", "", *(f"N = {n:,}" for n in lengths), f"exponent from {FITTED_FROM:,} rows"),
         lines,
     )
+
+
+def _bandwidth(results: Results) -> Iterator[str]:
+    yield from _pairs(results, "bandwidth", "What memory does: a plain copy and a sum of two vectors")
+    yield from _pairs(results, "one large set", "One large set, measured before all else")
+
+
+def _attention(results: Results) -> Iterator[str]:
+    rows = results.of("attention")
+    if not rows:
+        return
+    yield "## The head's attention"
+    yield ""
+    yield "24 queries a set; forward is inference, forward + backward a training step with dropout 0.1."
+    yield ""
+    lines = [(*_shape(r), r.work, r.implementation, _time(r), _ratio(r, _beside(results, r, FUSED))) for r in rows]
+    yield from table(("B", "N", "C", "K", "dtype", "work", "", "time", "of fused"), lines)
 
 
 def _kcenter(results: Results) -> Iterator[str]:

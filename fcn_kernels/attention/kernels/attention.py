@@ -102,16 +102,18 @@ def moments(quality, turns_ptr, C, eps, BLOCK_C: tl.constexpr):
 
     sin a + cos a = sqrt(2) cos(a - 1/8 turn), and sin^2 + cos^2 = 1, so the mean square is 1/2.
     """
-    mean, slope = tl.zeros_like(quality), tl.zeros_like(quality)
+    # [n, c], summed over the columns once: each sum over them has threads meet
+    waves = tl.zeros((quality.shape[0], BLOCK_C), tl.float32)
+    slopes = tl.zeros_like(waves)
     for begin in range(0, C // 2, BLOCK_C):  # @pairs
         pairs = begin + tl.arange(0, BLOCK_C)
         column_mask = pairs < C // 2
         turns = tl.load(turns_ptr + pairs, mask=column_mask, other=0.0)
         angle = angles(quality, turns) - 0.125
-        mean += tl.sum(tl.where(column_mask[None, :], cosine(angle), 0.0), axis=1)
-        slope += tl.sum(cosine(angle + 0.25) * turns[None, :], axis=1)  # turns are 0 past the end
-    mean *= SQRT_2 / C
-    return mean, 1 / tl.sqrt_rn(0.5 + eps - mean * mean), slope * (SQRT_2 * TAU / C)
+        waves += tl.where(column_mask[None, :], cosine(angle), 0.0)
+        slopes += cosine(angle + 0.25) * turns[None, :]  # turns are 0 past the end
+    mean = tl.sum(waves, axis=1) * (SQRT_2 / C)
+    return mean, 1 / tl.sqrt_rn(0.5 + eps - mean * mean), tl.sum(slopes, axis=1) * (SQRT_2 * TAU / C)
 
 
 @triton.jit
@@ -187,11 +189,11 @@ def after_dropout(share, rows, head, dropout, DROPOUT: tl.constexpr):
 
 @triton.jit
 def accumulate(pointer, where, mask, started, scale, value):
-    """Scale what a program has in memory, and add to it; where nothing is started, it is zero."""
-    before = tl.load(pointer + where, mask=mask & started, other=0.0)
-    tl.debug_barrier()  # who stores an element need not be all who loaded it
-    tl.store(pointer + where, before * scale + value, mask=mask)
-    tl.debug_barrier()  # the next to read it may be another thread
+    """Add to what a program has in memory, scaled, if it has started; else that is nothing."""
+    if started:
+        value += tl.load(pointer + where, mask=mask, other=0.0) * scale
+        tl.debug_barrier()  # who stores an element need not be all who loaded it
+    tl.store(pointer + where, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -217,7 +219,7 @@ def attention_forward(
     total = tl.zeros((BLOCK_H,), tl.float32)
     weight_sum = tl.zeros((BLOCK_H,), tl.float32)
     stop = tl.maximum(tl.minimum(end, count), begin + 1)  # a part with no rows still has zeros to write
-    for at in range(begin, stop, BLOCK_N):  # @tiles
+    for at in range(begin, stop, BLOCK_N):  # @steps
         tile = load_tile(s, at, BLOCK_N, BLOCK_C)
         score, _reach, usable = scores(tile, s, None, OPERAND, PRECISION, BLOCK_N, BLOCK_H, BLOCK_C)
         score = tl.where(usable[None, :], score, float("-inf"))
@@ -237,6 +239,7 @@ def attention_forward(
 
         # -- gather the rows --
         weight = tl.where(usable[None, :], share * tile.quality[None, :], 0.0)  # [h, n]
+        tl.debug_barrier()  # what the last tile added up may be loaded by another thread
         for column in range(0, C, BLOCK_C):  # @gathers
             cols = column + tl.arange(0, BLOCK_C)
             rows = load_rows(tile.rows, lane, tile.row_mask & usable, stride_row, cols, C)
@@ -257,7 +260,8 @@ def write_gradients(
     """Of a tile's rows, and its share of those of queries and weight; returns those of its norms [n]."""
     head, lane = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
     kept, dscore = kept.to(OPERAND), dscore.to(OPERAND)  # [h, n]
-    dquality = tl.zeros((BLOCK_N,), tl.float32)
+    dquality = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    tl.debug_barrier()  # what the last tile added up may be loaded by another thread
     for column in range(0, s.C, BLOCK_C):  # @writes
         cols = column + tl.arange(0, BLOCK_C)
         column_mask = cols < s.C
@@ -271,7 +275,7 @@ def write_gradients(
         # -- to the norm: of x = q f, and through the standardized sinusoid --
         wave_slope = cosine(angle + 0.25) * (turns * TAU)[None, :]
         unit_slope = wave_slope + (tile.slope * tile.rstd * tile.mean)[:, None] * unit - tile.slope[:, None]
-        dquality += tl.sum(drow * rows + dkey * weight[None, :] * (tile.rstd[:, None] * unit_slope), axis=1)
+        dquality += drow * rows + dkey * weight[None, :] * (tile.rstd[:, None] * unit_slope)
         where = lane[:, None] * s.C + cols[None, :]
         mask = (lane < tile_end)[:, None] & column_mask[None, :]
         tl.store(drows_ptr + where, (drow * tile.quality[:, None]).to(drows_ptr.dtype.element_ty), mask=mask)
@@ -281,7 +285,7 @@ def write_gradients(
         dquery = product(dscore, key, None, OPERAND, PRECISION)  # [h, c]
         where = head[:, None] * s.C + cols[None, :]
         accumulate(dqueries_ptr, where, (head < s.H)[:, None] & column_mask[None, :], started, 1.0, dquery)
-    return tl.where(usable, dquality, 0.0)
+    return tl.where(usable, tl.sum(dquality, axis=1), 0.0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -311,7 +315,7 @@ def attention_backward(
     grad_weight_sum = tl.load(grad_weight_sum_ptr + of_set, mask=valid, other=0.0)
     delta = tl.load(delta_ptr + of_set, mask=valid, other=0.0)
     stop = tl.maximum(end, begin + 1)  # a part with no rows still has zeros to write
-    for at in range(begin, stop, BLOCK_N):  # @tiles
+    for at in range(begin, stop, BLOCK_N):  # @steps
         tile = load_tile(s, at, BLOCK_N, BLOCK_C)
         score, reach, usable = scores(tile, s, grad_ptr, OPERAND, PRECISION, BLOCK_N, BLOCK_H, BLOCK_C)
         mask = valid[:, None] & usable[None, :]
