@@ -118,6 +118,18 @@ def test_kernels_of_neighbors_build_for_float32():
     assert [b for b in built if not any(int(width) >= 128 for width in b["row_loads"])] == []
 
 
+def test_the_kernel_that_leaves_out_rows_sums_them_in_the_same_order():
+    """Its picks are those of the other to the bit, if each thread has the same elements of what is summed."""
+    built = _builds("--targets", *NVIDIA, "--only", "bfloat16 many picks (1, 400000, 1536) K=64")
+    assert [b for b in built if b["spills"] or b["races"] or not any(int(w) >= 128 for w in b["row_loads"])] == []
+    for target in NVIDIA:
+        orders = {b["kernel"]: {name: order for name, *order in b["sums"]} for b in built if b["target"] == target}
+        all_rows, some_rows = orders["select_forward"], orders["select_lazily"]
+        assert some_rows["gap_to_picks"] == all_rows["multiply_rows"]
+        for name in ("unit_vector", "multiply_extreme_rows"):
+            assert some_rows[name] == all_rows[name]
+
+
 TENSOR_CORES = """
 from benchmarks.checks.builds import build, chunks_specs
 

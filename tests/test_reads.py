@@ -42,6 +42,15 @@ def test_parts_read_what_the_set_would(measured: dict) -> None:
     assert K + 1 < measured["split", "norms"].backward < K + 1 + 2 * (K + 3) * ALONE
 
 
+def test_rows_that_cannot_win_are_not_read() -> None:
+    """Of 128 rows each of two parts brings two tiles forward a pick, and reads the picks."""
+    rows, k, eager = 128, 16, 4
+    every, some = reads.many_picks(rows, k, eager=eager)
+    assert every > k - 1
+    assert eager < some < eager + (k - eager) * 20 / rows
+    assert some < every / 2
+
+
 def test_the_count_counts() -> None:
     """A tensor that nothing loads, and one that is loaded whole: a set of one row, picked once."""
     once, _ = reads.passes(1, 1)

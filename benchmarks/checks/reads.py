@@ -37,7 +37,10 @@ class Reads(NamedTuple):
 
 @contextmanager
 def counted(tensor: Tensor) -> Iterator[list[int]]:
-    """Count the elements of ``tensor`` that interpreted kernels load meanwhile; the list's one number is the count."""
+    """Count the elements of ``tensor`` that interpreted kernels load meanwhile; the list's one number is the count.
+
+    What one load asks for more than once, as for a row that meets several picks, counts once.
+    """
     from triton.runtime.interpreter import InterpreterBuilder
 
     begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.itemsize
@@ -45,7 +48,8 @@ def counted(tensor: Tensor) -> Iterator[list[int]]:
     load = InterpreterBuilder.create_masked_load
 
     def counting(self: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
-        count[0] += int(np.count_nonzero(mask.data & (ptrs.data >= begin) & (ptrs.data < end)))
+        asked = (mask.data != 0) & (ptrs.data >= begin) & (ptrs.data < end)
+        count[0] += np.unique(ptrs.data[asked]).size if asked.any() else 0
         return load(self, ptrs, mask, *args)
 
     InterpreterBuilder.create_masked_load = counting
@@ -79,6 +83,26 @@ def ways() -> dict[str, Any]:
 
     whole = launch.Plan(16, 16, 1, 1)
     return {"whole": whole, "split": whole._replace(parts=2, split=LAUNCHES.value)}
+
+
+def many_picks(rows: int = 128, k: int = 24, dim: int = 16, eager: int = 4) -> tuple[float, float]:
+    """Passes over a split set's rows without gradient: of all rows, and where those that cannot win are left out after
+    ``eager`` picks. Rows are Gaussian."""
+    from fcn_kernels.selection.kernels import launch
+    from fcn_kernels.selection.problem import Problem
+
+    generator = torch.Generator().manual_seed(0)
+    problem = Problem(torch.randn(1, rows, dim, generator=generator), torch.ones(rows), k=k)
+    original, found = (launch.LAZY_PICKS, launch.LAZY_BYTES, launch.EAGER_PICKS), []
+    try:
+        launch.EAGER_PICKS = eager
+        for launch.LAZY_PICKS, launch.LAZY_BYTES in ((k + 1, 1), (k, 1)):
+            with counted(problem.features) as count:
+                launch.forward(problem, False, (ways()["split"],))
+            found.append(count[0] / problem.features.numel())
+    finally:
+        launch.LAZY_PICKS, launch.LAZY_BYTES, launch.EAGER_PICKS = original
+    return found[0], found[1]
 
 
 def measure(rows: int = 64, k: int = 3) -> list[Reads]:
@@ -171,6 +195,13 @@ def main() -> int:
     print("\n| way | given | forward | backward |\n|---|---|---|---|")
     for r in found:
         print(f"| {r.way} | {r.given} | {r.forward:.3f} | {r.backward:.3f} |")
+    rows, k, eager = 128, 24, 4
+    every, some = many_picks(rows, k, eager=eager)
+    print(
+        f"\nPasses over the rows of a set of {rows} in parts, K = {k}, without gradient, {eager} of them of all rows."
+    )
+    print("\n| rows | forward |\n|---|---|")
+    print(f"| all | {every:.3f} |\n| those that can win | {some:.3f} |")
     print("\nPasses over the rows of clustering. A launch reads them from memory once, then from L1 or L2.")
     print("\n| call | forward | backward |\n|---|---|---|")
     for c in measure_clustering():

@@ -51,6 +51,7 @@ class Constants(NamedTuple):
     KEEP: tl.constexpr = tl.constexpr(False)  # what the backward pass reads
     STATE: tl.constexpr = tl.constexpr(False)  # what another call goes on from: a pass after the last pick, too
     EARLY: tl.constexpr = tl.constexpr(False)  # the first pick needs no pass: K > 1, and a quality or a start is given
+    LATE: tl.constexpr = tl.constexpr(0)  # picks at a time that a row meets late: see `lazy.py`
     # backward
     CHOSEN: tl.constexpr = tl.constexpr(False)  # the first pick was chosen by quality
     FOLD: tl.constexpr = tl.constexpr(0)  # rows of a tile in different threads

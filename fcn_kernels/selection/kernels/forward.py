@@ -415,6 +415,17 @@ def unit_vector(values, there):
 
 
 @triton.jit
+def direction_of(values, there, BUILD: tl.constexpr):
+    """What rows are multiplied with to tell how far they are from a pick [c], and of NORMALIZED rows its square."""
+    own = 1.0
+    if BUILD.NORMALIZED:
+        own = tl.sum(values * values, axis=0)
+    elif not BUILD.EUCLIDEAN:
+        values, _ = unit_vector(values, there)
+    return values, own
+
+
+@triton.jit
 def norm_of(values, there, BUILD: tl.constexpr):
     """A row's norm, as the tile loop has it."""
     if BUILD.EUCLIDEAN:
@@ -569,12 +580,7 @@ def forward_set(rows, part, out, state, shared, weights, start_ptr, limit, tau, 
             store_pick(rows, out, partial, step, there, values, count, BUILD)
         if BUILD.STATE or step + 1 < K:
             # -- products with it, a tile at a time
-            direction = values.to(tl.float32)
-            own = 1.0
-            if BUILD.NORMALIZED:
-                own = tl.sum(direction * direction, axis=0)
-            elif not BUILD.EUCLIDEAN:
-                direction, _ = unit_vector(direction, there)
+            direction, own = direction_of(values.to(tl.float32), there, BUILD)
             tl.debug_barrier()  # all have read what these loops write
             tl.store(state.directions + slot.to(tl.int64) * rows.C + cols, direction, mask=cols < rows.C)
             tl.debug_barrier()

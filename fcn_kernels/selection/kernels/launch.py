@@ -16,8 +16,9 @@ from fcn_kernels.device.constants import constants
 from fcn_kernels.device.gpu import Device, device_of, gamma_argument, has_no_room, seed_argument
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE
 from fcn_kernels.selection.kernels.backward import select_backward
-from fcn_kernels.selection.kernels.common import Constants
+from fcn_kernels.selection.kernels.common import NO_ROW, Constants
 from fcn_kernels.selection.kernels.forward import select_forward
+from fcn_kernels.selection.kernels.lazy import select_lazily
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
 
 MAX_DIM = 4096  # a row must fit a program
@@ -31,6 +32,7 @@ WIDE_WARPS = 8
 SHORT_ROWS = 64  # sets of a packed batch that a program of one warp takes
 FORWARD_AT_ONCE = 3  # programs of 4 warps on a multiprocessor
 STATE_AT_ONCE = 2  # with the state asked for: three left it 8 bytes short of registers on sm_80
+LAZY_AT_ONCE = 2  # where rows that cannot win are left out: three left it 32 bytes short
 BACKWARD_AT_ONCE = 2
 BACKWARD_ELEMENTS = 64  # the same backward, by cosine, of rows of BACKWARD_COLUMNS; for others that spills
 BACKWARD_COLUMNS = (128, 256, 384, 512)
@@ -38,6 +40,14 @@ ODD_ELEMENTS = 8  # the same of rows that do not lie 16 elements apart: each ele
 REGISTERS = 65536  # of a multiprocessor
 SPLIT_ROWS = 32  # a part with less work than that costs more at the barrier than it saves
 SCALAR_ROWS = 256  # at a time in the scalar loops
+LAZY_PICKS = 64  # from which on rows that cannot win are left out: EAGER_PICKS should be a small part of them
+LAZY_BYTES = 2**26  # of a set's rows, to do so: a pass over fewer takes no longer than what parts have to exchange
+EAGER_PICKS = 16  # made before: with fewer, distances still fall so far that most rows would have to be read
+LATE_PICKS = 8  # at a time that a row meets, at the least
+NOT_LATE = (  # what `select_forward` takes and `select_lazily` does not
+    *("tau_ptr", "tau_value", "start_ptr", "mask_ptr", "softmax_ptr", "gaps_ptr", "least_ptr", "owners_ptr"),
+    *("directions_ptr", "extremes_ptr", "openings_ptr"),
+)
 SUM_COLUMNS = 16  # 64 bytes a part: C = 512 is 64 parts' work
 SUM_ELEMENTS = 32  # of a tile of the parts' sums that a thread holds
 
@@ -181,11 +191,12 @@ def _plans(
 
 def plans(p: Problem) -> tuple[tuple[Plan, ...], tuple[Plan, ...]]:
     """A call's forward and backward plans; where there are two, the last is for long sets."""
-    return _forward_plans(p), _backward_plans(p)
+    return _forward_plans(p, True), _backward_plans(p)
 
 
-def _forward_plans(p: Problem) -> tuple[Plan, ...]:
-    return forward_plans(*_plan_sizes(p), STATE_AT_ONCE if p.return_state else FORWARD_AT_ONCE)
+def _forward_plans(p: Problem, keep: bool) -> tuple[Plan, ...]:
+    at_once = STATE_AT_ONCE if p.return_state else LAZY_AT_ONCE if is_lazy(p, keep) else FORWARD_AT_ONCE
+    return forward_plans(*_plan_sizes(p), at_once)
 
 
 def _backward_plans(p: Problem) -> tuple[Plan, ...]:
@@ -203,7 +214,7 @@ def forward(p: Problem, keep: bool, plans: Sequence[Plan] | None = None) -> Sele
     reads."""
     if p.dim > MAX_DIM:
         raise ValueError(f'expected at most {MAX_DIM} columns for backend="triton", got {p.dim}')
-    plans = plans or _forward_plans(p)
+    plans = plans or _forward_plans(p, keep)
     out = Selected.empty(p, keep, normalizers=True)
     slots = p.sets * plans[0].parts
     if p.sets == 0:
@@ -242,8 +253,39 @@ def forward(p: Problem, keep: bool, plans: Sequence[Plan] | None = None) -> Sele
     with torch.cuda.device_of(p.features):
         for plan in plans:
             build = plan.constants(p, DISTINCT=p.distinct, KEEP=keep, STATE=p.return_state, EARLY=early)
-            _launch(select_forward, p, plan, p.k + 1, arguments, build)
+            if plan.parts > 1 and is_lazy(p, keep):
+                first = plan._replace(split=LAUNCHES.value)
+                _launch(select_forward, p, first, EAGER_PICKS + 1, arguments, build._replace(SPLIT=LAUNCHES))
+                _launch_lazily(p, plan, arguments)
+            else:
+                _launch(select_forward, p, plan, p.k + 1, arguments, build)
     return out
+
+
+def is_lazy(p: Problem, keep: bool) -> bool:
+    """Whether a call whose sets are split leaves out rows that cannot win: many picks from large sets, and neither a
+    gradient nor the state asked for. Points of up to POINT columns are read as fast as what is known of them."""
+    size = p.rows // max(p.sets, 1) * p.dim * p.features.itemsize
+    large = p.dim > POINT and p.k >= LAZY_PICKS and size >= LAZY_BYTES
+    return large and not (keep or p.return_state)
+
+
+def _launch_lazily(p: Problem, plan: Plan, arguments: dict[str, Any]) -> None:
+    """The picks from EAGER_PICKS on: one launch; or a launch a round, as many as there can be, of which those after the
+    last do nothing."""
+    slots, new = p.sets * plan.parts, p.features.new_empty
+    own = {
+        "tables_ptr": new((p.sets * p.k + slots, p.dim), dtype=torch.float32),
+        "squares_ptr": new((p.sets * p.k + slots,), dtype=torch.float32),
+        "met_ptr": new((p.rows,), dtype=torch.int32).fill_(EAGER_PICKS),
+        "rivals_ptr": new((2, slots), dtype=torch.int32).fill_(NO_ROW.value),
+        "progress_ptr": new((slots, 2), dtype=torch.int32),
+        "begin": EAGER_PICKS,
+    }
+    build = plan.constants(p, DISTINCT=p.distinct, LATE=max(LATE_PICKS, plan.block_n))
+    arguments = {name: value for name, value in arguments.items() if name not in NOT_LATE}
+    rounds = 2 if p.seed is None and p.noise is None else 3
+    _launch(select_lazily, p, plan, rounds * (p.k - EAGER_PICKS), arguments | own, build)
 
 
 def backward(p: Problem, grad: Tensor, saved: Saved, plans: Sequence[Plan] | None = None) -> Gradients:
