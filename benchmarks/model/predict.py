@@ -84,12 +84,13 @@ def predict(call: Call, work: str, machine: Machine) -> Prediction:
 
 def kernels_of(call: Call, work: str, machine: Machine) -> list[Kernel]:
     """What the launcher would launch, built."""
-    original = gpu.INTERPRETER
+    original = gpu.INTERPRETER, launch.LAZY_PICKS
     gpu.INTERPRETER = gpu.Device(machine.processors, cooperative=True)
+    launch.LAZY_PICKS = call.k + 1  # of many picks, too, the kernel that reads all rows: of the other no way is known
     try:
         specs, plans = _launches(call, work)
     finally:
-        gpu.INTERPRETER = original
+        gpu.INTERPRETER, launch.LAZY_PICKS = original
     return [
         Kernel(*built(spec, machine), spec.options["num_warps"], plan, work != BACKWARD)
         for spec, plan in zip(specs, plans, strict=True)
