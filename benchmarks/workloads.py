@@ -224,7 +224,7 @@ def tiers(case: Case, i: Inputs) -> tuple[str, str]:
         return name, name
     from fcn_kernels.selection.kernels import launch
 
-    forward, backward = (plans[-1] for plans in launch.plans(problem(case, i)))
+    forward, backward = (plans[0] for plans in launch.plans(problem(case, i)))
     return forward.name, backward.name
 
 

@@ -59,6 +59,10 @@ def test_loops_turn_as_often_as_is_said(tmp_path: Path) -> None:
         names = [code.instructions[e.number].name for e in walk(code, Way({"tiles": turns}, {}))]
         assert names == ["BRA"] + ["FADD", "BRA"] * turns + ["EXIT"]
     assert [e.number for e in walk(code, Way({"tiles": 0}, {}))] == [0, 3]
+    for number, to in ((4, 4), (5, 5)):  # what fills the end of the code is no loop
+        code.instructions.append(code.instructions[2])
+        code.targets[number] = to
+    assert len(walk(code, Way({"tiles": 5}, {}))) == 12
 
 
 def test_conditions_go_the_way_that_is_said(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ GPU = gpu.Device(processors=132, cooperative=True)
 def test_plans_fit_and_cover(device_kind: gpu.Device) -> None:
     for (sets, rows, dim, itemsize, ragged), plan_for in product(SIZES, (launch.forward_plans, launch.backward_plans)):
         plans = plan_for(sets, rows, dim, itemsize, ragged, device_kind)
-        assert plans[0].shortest == 0
-        assert plans[-1].longest >= launch.MAX_ROWS
-        assert all(b.shortest == a.longest + 1 for a, b in pairwise(plans))  # each set is one launch's
+        assert plans[-1].shortest == 0
+        assert plans[0].longest >= launch.MAX_ROWS
+        assert all(a.shortest == b.longest + 1 for a, b in pairwise(plans))  # each set is one launch's
         for plan in plans:
             for size in (plan.block_n, plan.chunk, plan.warps, plan.block_r):
                 assert size & (size - 1) == 0

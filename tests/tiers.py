@@ -21,7 +21,10 @@ def plans_of(tier: str, dim: int) -> tuple[launch.Plan, ...]:
     plan = launch.Plan(4, 16, -(-dim // 16), 1, block_r=8)
     return {
         "whole": (plan,),
-        "two lengths": (plan._replace(block_n=2, longest=4), plan._replace(shortest=5)),
+        "two lengths": (
+            plan._replace(shortest=7, look=2),
+            plan._replace(block_n=2, longest=6, last=3),
+        ),
         "split": (plan._replace(parts=3, split=LAUNCHES.value),),
         "split at barriers": (plan._replace(parts=3, split=COOPERATIVE.value),),
     }[tier]

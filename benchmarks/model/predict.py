@@ -22,7 +22,7 @@ from fcn_kernels.selection.problem import Problem, Saved
 
 WORKS = (EVAL, SAMPLE, BACKWARD)
 MOST_STEPS = 16  # that are walked; of more, each is as long as the last
-PASSED_BY = 800  # cycles of a program whose set is another launch's
+PASSED_BY = 800.0  # cycles of a program whose set is another's
 WAVES = 3  # of programs that are simulated, so that one's loads hide behind another's work
 FIT = 8  # tiles from which on a part's time is taken to grow evenly
 
@@ -147,7 +147,8 @@ def way_of(kernel: Kernel, rows: int, k: int, dim: int) -> Way:
     plan = kernel.plan
     tiles, scalars = math.ceil(rows / plan.block_n), math.ceil(rows / plan.block_r)
     always = {
-        "(count >= shortest) & (count <= longest)": True,
+        "(rows.count > above) & (rows.count <= longest)": True,
+        "low < end": (True, False),  # a program has one set of those that it looks through
         "(row >= begin) & (row < begin + BUILD.BLOCK_N)": False,  # a pick is in one tile of all
         "extreme > 0": False,
         "part.part == 0": plan.parts == 1,
@@ -168,6 +169,7 @@ def way_of(kernel: Kernel, rows: int, k: int, dim: int) -> Way:
         "picks": k - 1,
         "sums": math.ceil(2 * dim / (plan.parts * launch.SUM_COLUMNS)),
         "seen < arrivals": 2,
+        "set_id < end": 1,
         "(row != NO_ROW) & (is_usable_pick(rows, row, BUILD) == 0)": 0,
     }
     return Way(loops, always)
@@ -201,6 +203,7 @@ def _program(call: Call, kernel: Kernel, rows: int, at_once: int, waves: int, ma
 
     def at(rows: int, k: int) -> Cost:
         trace = walk(kernel.code, way_of(kernel, rows, k, call.dim))
+        _check_reads(kernel, trace, rows, k)
         work = operations(kernel.code, trace, _access(call, kernel, rows, machine))
         cycles = simulate(work, kernel.warps, at_once, waves * at_once, machine) / waves
         return Cost(cycles, sum(executed(kernel.code, trace, kernel.warps).values()))
@@ -223,6 +226,14 @@ def _program(call: Call, kernel: Kernel, rows: int, at_once: int, waves: int, ma
         return of(call.k)
     three = of(3)
     return three.plus(_per(of(4), three, 1), call.k - 3)
+
+
+def _check_reads(kernel: Kernel, trace: list[Executed], rows: int, k: int) -> None:
+    """That a trace has all passes over the rows: a step that the walk left out would pass for speed."""
+    plan, passes = kernel.plan, k - 1 if kernel.forward else k
+    wanted = 2 * passes * math.ceil(rows / plan.block_n) * plan.block_n * plan.chunk * plan.chunks
+    if (found := _bytes_of(kernel, trace, "load_chunk")) != wanted:
+        raise RuntimeError(f"expected {passes} passes over {rows} rows, {wanted} bytes, found {found:.0f} in the trace")
 
 
 def _per(more: Cost, less: Cost, count: float) -> Cost:
@@ -248,22 +259,34 @@ def _even(call: Call, kernel: Kernel, at_once: int, machine: Machine) -> tuple[f
 
 
 def _packed(call: Call, kernels: list[Kernel], machine: Machine) -> tuple[float, float]:
-    """The same of packed sets: two launches, in each of which a program takes its set or passes it by."""
+    """The same of packed sets: two launches side by side, the one for long sets begun first."""
     lengths = template_lengths(call.sets, call.all_rows)
-    time, instructions = 0.0, 0.0
+    queue: list[tuple[float, int]] = []  # programs' cycles and how much of a multiprocessor they take
+    instructions = 0.0
     for kernel in kernels:
         at_once = occupancy(kernel.registers, kernel.shared, kernel.warps, machine)
         costs = dict(_costs_by_tiles(call, kernel, at_once, machine, lengths))
-        cycles = []
-        for rows in lengths:
-            if not kernel.plan.shortest <= rows <= kernel.plan.longest:
-                cycles.append(float(PASSED_BY))
-                continue
-            cost = costs[math.ceil(rows / kernel.plan.block_n)]
-            cycles.append(cost.cycles)
-            instructions += cost.instructions
-        time += machine.launch + schedule(cycles, at_once * machine.processors) / machine.ghz / 1e3
-    return time, instructions
+        cost_of = functools.partial(_cost_of, costs, kernel.plan)
+        instructions += sum(cost_of(rows).instructions for rows in lengths)
+        queue += [(cycles, machine.registers // at_once) for cycles in _programs(kernel.plan, lengths, cost_of)]
+    return machine.launch * len(kernels) + side_by_side(queue, machine) / machine.ghz / 1e3, instructions
+
+
+def _cost_of(costs: dict[int, Cost], plan: Plan, rows: int) -> Cost:
+    """Of a set; nothing where it is another launch's."""
+    taken = plan.shortest <= rows <= plan.longest
+    return costs[math.ceil(rows / plan.block_n)] if taken else Cost(0.0, 0.0)
+
+
+def _programs(plan: Plan, lengths: tuple[int, ...], cost_of: Callable[[int], Cost]) -> Iterator[float]:
+    """The cycles of a launch's programs, in their order."""
+    if plan.look:
+        for begin in range(0, len(lengths), plan.look):
+            yield PASSED_BY + sum(cost_of(rows).cycles for rows in lengths[begin : begin + plan.look])
+        return
+    yield from (cost_of(rows).cycles * (rows > plan.last) or PASSED_BY for rows in lengths)
+    if plan.last:
+        yield from (cost_of(rows).cycles * (rows <= plan.last) or PASSED_BY for rows in lengths)
 
 
 def _costs_by_tiles(
@@ -293,6 +316,21 @@ def schedule(cycles: list[float], slots: int) -> float:
     for length in cycles:
         heapq.heappush(ends, heapq.heappop(ends) + length)
     return max(ends)
+
+
+def side_by_side(queue: list[tuple[float, int]], machine: Machine) -> float:
+    """When the last program ends, if each begins in its turn as soon as a multiprocessor has so many registers left."""
+    left = [machine.registers] * machine.processors
+    ends: list[tuple[float, int, int]] = []
+    now = 0.0
+    for cycles, registers in queue:
+        place = left.index(max(left))
+        while left[place] < registers:
+            now, place, freed = heapq.heappop(ends)
+            left[place] += freed
+        left[place] -= registers
+        heapq.heappush(ends, (now + cycles, place, registers))
+    return max(ends)[0]
 
 
 def rows_read(call: Call, kernel: Kernel, rows: int) -> float:

@@ -95,7 +95,7 @@ class _Walk:
         if not self.instructions[follows].predicate and self.targets.get(follows, follows) <= at:
             return not self._turns(follows)  # it stands for the loop's end
         stands = self._statement(at)
-        if stands.kind == "for":
+        if stands.kind in ("for", "while"):
             return self._count(stands, at) == 0
         if stands.kind == "if":
             return not self._holds(stands, at)
@@ -120,6 +120,8 @@ class _Walk:
             return self._holds(stands, at) != self._is_then(stands, at, to)
         if "tl.load" in stands.text or (to - at < FAR and self._moves(at + 1, to)):
             return False  # around the load of a number by threads that have none to load
+        if any(self.targets.get(n) == to for n in range(at + 1, at + FAR)):
+            return False  # what follows decides whether to go there
         stands = condition_of([self._place(n) for n in range(at + 1, to)]) or stands
         if stands.kind == "if":
             return not self._holds(stands, at)

@@ -73,7 +73,7 @@ def describe(args: argparse.Namespace, device: str) -> list[str]:
         cu_seqlens=torch.empty(args.sets + 1, dtype=torch.int32, device="meta") if args.packed else None,
         k=args.k,
     )
-    forward, backward = (plans[-1] for plans in launch.plans(problem))
+    forward, backward = (plans[0] for plans in launch.plans(problem))
     lines = ["backend triton"]
     for name, plan in (("forward", forward), ("backward", backward)):
         tile = f"tiles of {plan.block_n} x {plan.block_c}"

@@ -1,6 +1,8 @@
 """What a launch has to know of a GPU, and how a call's numbers reach a kernel."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -54,6 +56,30 @@ def has_no_room(error: RuntimeError, features: Tensor) -> bool:
         return False
     _without_room.add(features.get_device())
     return True
+
+
+@cache
+def _side_stream(index: int) -> torch.cuda.Stream:
+    """Of a device, ahead of others: what runs there takes longest."""
+    return torch.cuda.Stream(index, priority=-1)
+
+
+@contextmanager
+def side_stream(features: Tensor, used: bool) -> Iterator[AbstractContextManager[object]]:
+    """A stream for launches that may run beside those on the current one; none where it is not ``used``.
+
+    What came before on the current stream is done before they begin, and what comes after begins when they are done:
+    their memory can be freed as if they had been on it.
+    """
+    if not (used and features.is_cuda):
+        yield nullcontext()
+        return
+    current, side = torch.cuda.current_stream(), _side_stream(features.get_device())
+    side.wait_stream(current)
+    try:
+        yield torch.cuda.stream(side)
+    finally:
+        current.wait_stream(side)
 
 
 def gamma_argument(gamma: Tensor) -> tuple[Tensor | None, float]:

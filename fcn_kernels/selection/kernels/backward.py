@@ -22,19 +22,20 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fcn_kernels.device.rows import load_row, locate
-from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE, divide, grid_barrier
+from fcn_kernels.device.rows import Layout, load_row, next_set, set_of
+from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE, grid_barrier
 from fcn_kernels.selection.kernels.common import (
     MOST_WEIGHT_LOG2,
     TAKEN,
     UNSPECIALIZED,
-    Part,
     Rows,
     Weights,
     add_noise,
     finite_or_nan,
     load_earlier,
     noise_unit,
+    part_of,
+    rows_of,
     scalar,
     softmax_term,
     times_power_of_two,
@@ -48,6 +49,7 @@ class Kept(NamedTuple):
 
     grad: Any  # [B, K, C]
     indices: Any  # [B, K] int64
+    counts: Any  # [B] int64
     softmax: Any  # [B, K, 3] float32
     gaps: Any  # [K - 1, R] float32
     norms: Any  # [R] float32
@@ -517,13 +519,28 @@ def meet(rows, part, met, BUILD: tl.constexpr):
 
 
 @triton.jit
-def backward_set(rows, part, kept, state, grads, weights, extent, tau, K, turn, BUILD: tl.constexpr):
-    """One part of one set: its rows [low, high), and to ``extent`` padding, which gets zeros.
+def padded_extent(rows, part, layout, BUILD: tl.constexpr):
+    """Where the rows and padding of a part end: the last one has all of a set's padding."""
+    extent = rows.count
+    if layout.cu_seqlens is None:
+        extent = layout.N
+    if BUILD.SPLIT != WHOLE:
+        extent = tl.where(part.part == part.parts - 1, extent, part.high)
+    return extent
+
+
+@triton.jit
+def backward_set(rows, part, layout, saved, state, grads, weights, tau, K, turn, BUILD: tl.constexpr):
+    """One part of one set: its rows [low, high), and what of the set's padding comes after, which gets zeros.
 
     Two phases a step (the part's sums, the parts' sum), then three: what precedes the rows' gradient, the rows'
     gradient, what waited for the first pick's mean. Launches take one phase each, in a cooperative launch there is a
     barrier between.
     """
+    extent = padded_extent(rows, part, layout, BUILD)
+    base = rows.set_id.to(tl.int64) * K
+    picks = tl.load(saved.counts + rows.set_id).to(tl.int32)
+    kept = Kept(saved.grad, saved.indices, saved.counts, saved.softmax, saved.gaps, saved.norms, base, picks)
     begin_back, end_back = 0, kept.picks - 1
     phase = turn
     if BUILD.SPLIT == LAUNCHES:
@@ -596,6 +613,7 @@ def select_backward(
     sums_ptr,
     totals_ptr,  # (split)
     barrier_ptr,  # [B] int32, zero: parts that arrived (cooperative)
+    sets,
     parts,
     turn,
     stride_set,
@@ -604,39 +622,33 @@ def select_backward(
     C,
     K,
     R: "i64",
-    shortest,  # sets of fewer rows are another launch's
-    longest,
+    above,  # sets of so many rows or fewer are another launch's; TWICE: are begun with last
+    longest,  # sets of more rows are another launch's
     scale,
     BUILD: tl.constexpr,  # see `Constants`
 ):
-    set_id = tl.program_id(0)
-    part, sets = 0, tl.num_programs(0)
-    if BUILD.SPLIT != WHOLE:
-        sets = sets // parts
-        part = set_id % parts
-        set_id = set_id // parts
-    first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
-    if BUILD.TIGHT:
-        offset = offset // BUILD.CHUNK * BUILD.CHUNK  # which the compiler would not know
-    extent = count if cu_seqlens_ptr is not None else N
-    low, high = 0, count
-    if BUILD.SPLIT != WHOLE:
-        low, high = divide(count, part, parts, BUILD.BLOCK_N)
-        if part != parts - 1:
-            extent = high
+    program = tl.program_id(0)
+    layout = Layout(sets, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     seed = (seed_ptr, seed_value)
-    rows = Rows(
-        rows_ptr + offset, stride_row, C, R, set_id, first, count, quality_ptr, None, earlier_ptr, noise_ptr, seed
-    )
-    mine = Part(low, high, part, parts, set_id * parts, sets * parts, barrier_ptr)
-    base = set_id.to(tl.int64) * K
-    picks = tl.load(counts_ptr + set_id).to(tl.int32)
-    kept = Kept(grad_ptr, indices_ptr, softmax_ptr, gaps_ptr, norms_ptr, base, picks)
+    given = Rows(rows_ptr, stride_row, C, R, 0, 0, 0, quality_ptr, None, earlier_ptr, noise_ptr, seed)
+    saved = Kept(grad_ptr, indices_ptr, counts_ptr, softmax_ptr, gaps_ptr, norms_ptr, 0, 0)
     grads = Grads(drows_ptr, dquality_ptr, dgamma_ptr)
     state = State(
         arriving_ptr, units_ptr, dcos_ptr, min_grad_ptr, prob_ptr, slope_ptr, dots_ptr, means_ptr, sums_ptr, totals_ptr
     )
     weights = Weights(finite_or_nan(scalar(gamma_ptr, gamma_value)), scale)
     tau = scalar(tau_ptr, tau_value)
-    if (count >= shortest) & (count <= longest):
-        backward_set(rows, mine, kept, state, grads, weights, extent, tau, K, turn, BUILD)
+    if BUILD.LOOK == 0:
+        set_id, above, longest = set_of(program // parts, layout, above, longest, BUILD.TWICE)
+        rows = rows_of(set_id, given, layout, BUILD)
+        part = part_of(rows, layout, program % parts, parts, barrier_ptr, BUILD)
+        if (rows.count > above) & (rows.count <= longest):
+            backward_set(rows, part, layout, saved, state, grads, weights, tau, K, turn, BUILD)
+    else:
+        end = tl.minimum((program + 1) * BUILD.LOOK, sets)
+        set_id = next_set(program * BUILD.LOOK, end, above, longest, layout, BUILD.LOOK)
+        while set_id < end:
+            rows = rows_of(set_id, given, layout, BUILD)
+            part = part_of(rows, layout, 0, 1, None, BUILD)
+            backward_set(rows, part, layout, saved, state, grads, weights, tau, K, turn, BUILD)
+            set_id = next_set(set_id + 1, end, above, longest, layout, BUILD.LOOK)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from fcn_kernels.device.noise import gumbel_noise, seed_of
+from fcn_kernels.device.rows import locate
+from fcn_kernels.device.splits import WHOLE, divide
 
 NO_ROW = tl.constexpr(2147483647)  # above all rows, so that a minimum over rows passes it by
 
@@ -29,7 +31,7 @@ MOST_LOG2 = tl.constexpr(64.0)  # of weights that need no unit of their own
 MOST_WEIGHT_LOG2 = tl.constexpr(100)  # of a weight in a gradient
 
 # Call-dependent scalars. Specializing on 1 or 16-divisibility would recompile without helping address arithmetic.
-UNSPECIALIZED = ["seed_value", "parts", "turn", "N", "K", "R", "shortest", "longest"]
+UNSPECIALIZED = ["seed_value", "sets", "parts", "turn", "N", "K", "R", "above", "longest"]
 
 
 class Constants(NamedTuple):
@@ -46,6 +48,8 @@ class Constants(NamedTuple):
     BLOCK_C: tl.constexpr  # C up to the next power of two
     BLOCK_P: tl.constexpr  # parts up to the next power of two
     BLOCK_R: tl.constexpr  # rows at a time in the scalar loops
+    TWICE: tl.constexpr = tl.constexpr(False)  # two programs a set: the first takes a long one, the second a short one
+    LOOK: tl.constexpr = tl.constexpr(0)  # sets that a program looks through for long ones; 0: it has one
     # forward
     DISTINCT: tl.constexpr = tl.constexpr(False)
     KEEP: tl.constexpr = tl.constexpr(False)  # what the backward pass reads
@@ -92,6 +96,27 @@ class Weights(NamedTuple):
 
     gamma: Any  # NaN if it is not finite
     scale: Any
+
+
+@triton.jit
+def rows_of(set_id, given, layout, BUILD: tl.constexpr):
+    """One set's rows, of what is ``given`` for all."""
+    first, count, offset = locate(set_id, layout)
+    if BUILD.TIGHT:
+        offset = offset // BUILD.CHUNK * BUILD.CHUNK  # which the compiler would not know
+    return Rows(
+        given.features + offset, given.stride, given.C, given.R, set_id, first, count, given.quality, given.mask,
+        given.earlier, given.noise, given.seed,
+    )  # fmt: skip
+
+
+@triton.jit
+def part_of(rows, layout, part, parts, barrier_ptr, BUILD: tl.constexpr):
+    """A part of a set, all of it where it is not split."""
+    low, high = 0, rows.count
+    if BUILD.SPLIT != WHOLE:
+        low, high = divide(rows.count, part, parts, BUILD.BLOCK_N)
+    return Part(low, high, part, parts, rows.set_id * parts, layout.sets * parts, barrier_ptr)
 
 
 @triton.jit

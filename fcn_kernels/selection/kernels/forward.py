@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fcn_kernels.device.rows import load_row, locate
-from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE, divide, grid_barrier
+from fcn_kernels.device.rows import Layout, load_row, next_set, set_of
+from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE, grid_barrier
 from fcn_kernels.selection.kernels.common import (
     MOST_GAP,
     MOST_LOG2,
@@ -24,7 +24,6 @@ from fcn_kernels.selection.kernels.common import (
     SAME_COSINE,
     TAKEN,
     UNSPECIALIZED,
-    Part,
     Rows,
     Weights,
     add_noise,
@@ -37,6 +36,8 @@ from fcn_kernels.selection.kernels.common import (
     log2_weight,
     noise_unit,
     opening_logits,
+    part_of,
+    rows_of,
     scalar,
     softmax_term,
     times_power_of_two,
@@ -536,12 +537,15 @@ def open_rows(rows, part, out, state, shared, weights, opened, given, tau, START
 
 
 @triton.jit
-def forward_set(rows, part, out, state, shared, weights, start_ptr, limit, tau, K, turn, BUILD: tl.constexpr):
-    """At most ``limit`` picks by one part of one set, all of it where it is not split; launch ``turn`` > 0 of several
-    makes pick turn - 1."""
+def forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, tau, K, turn, BUILD: tl.constexpr):
+    """The picks by one part of one set, all of it where it is not split; launch ``turn`` > 0 of several makes pick
+    turn - 1."""
     START: tl.constexpr = start_ptr is not None
     cols = tl.arange(0, BUILD.BLOCK_C)
     slot = part.slot + part.part
+    limit = K
+    if limits_ptr is not None:
+        limit = tl.minimum(tl.maximum(tl.load(limits_ptr + rows.set_id), 0), K).to(tl.int32)
     begin_step, end_step = 0, K
     if BUILD.SPLIT == LAUNCHES:
         begin_step, end_step = tl.maximum(turn - 1, 0), turn
@@ -638,6 +642,7 @@ def select_forward(
     pickable_ptr,
     openings_ptr,
     barrier_ptr,  # [B] int32, zero: parts that arrived (cooperative)
+    sets,
     parts,
     turn,
     stride_set,
@@ -646,35 +651,31 @@ def select_forward(
     C,
     K,
     R: "i64",
-    shortest,  # sets of fewer rows are another launch's
-    longest,
+    above,  # sets of so many rows or fewer are another launch's; TWICE: are begun with last
+    longest,  # sets of more rows are another launch's
     scale,
     BUILD: tl.constexpr,  # see `Constants`
 ):
-    set_id = tl.program_id(0)
-    part, sets = 0, tl.num_programs(0)
-    if BUILD.SPLIT != WHOLE:
-        sets = sets // parts
-        part = set_id % parts
-        set_id = set_id // parts
-    first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
-    if BUILD.TIGHT:
-        offset = offset // BUILD.CHUNK * BUILD.CHUNK  # which the compiler would not know
-    low, high = 0, count
-    if BUILD.SPLIT != WHOLE:
-        low, high = divide(count, part, parts, BUILD.BLOCK_N)
+    program = tl.program_id(0)
+    layout = Layout(sets, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     seed = (seed_ptr, seed_value)
-    rows = Rows(
-        rows_ptr + offset, stride_row, C, R, set_id, first, count, quality_ptr, mask_ptr, earlier_ptr, noise_ptr, seed
-    )
-    mine = Part(low, high, part, parts, set_id * parts, sets * parts, barrier_ptr)
+    given = Rows(rows_ptr, stride_row, C, R, 0, 0, 0, quality_ptr, mask_ptr, earlier_ptr, noise_ptr, seed)
     out = Out(picked_ptr, distances_ptr, indices_ptr, counts_ptr, softmax_ptr, gaps_ptr, least_ptr, owners_ptr, K)
     state = State(norms_ptr, products_ptr, nearest_ptr, directions_ptr, exponents_ptr, extremes_ptr)
     shared = Shared(numbers_ptr, winners_ptr, pickable_ptr, openings_ptr)
     weights = Weights(finite_or_nan(scalar(gamma_ptr, gamma_value)), scale)
     tau = scalar(tau_ptr, tau_value)
-    limit = K
-    if limits_ptr is not None:
-        limit = tl.minimum(tl.maximum(tl.load(limits_ptr + set_id), 0), K).to(tl.int32)
-    if (count >= shortest) & (count <= longest):
-        forward_set(rows, mine, out, state, shared, weights, start_ptr, limit, tau, K, turn, BUILD)
+    if BUILD.LOOK == 0:
+        set_id, above, longest = set_of(program // parts, layout, above, longest, BUILD.TWICE)
+        rows = rows_of(set_id, given, layout, BUILD)
+        part = part_of(rows, layout, program % parts, parts, barrier_ptr, BUILD)
+        if (rows.count > above) & (rows.count <= longest):
+            forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, tau, K, turn, BUILD)
+    else:
+        end = tl.minimum((program + 1) * BUILD.LOOK, sets)
+        set_id = next_set(program * BUILD.LOOK, end, above, longest, layout, BUILD.LOOK)
+        while set_id < end:
+            rows = rows_of(set_id, given, layout, BUILD)
+            part = part_of(rows, layout, 0, 1, None, BUILD)
+            forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, tau, K, turn, BUILD)
+            set_id = next_set(set_id + 1, end, above, longest, layout, BUILD.LOOK)

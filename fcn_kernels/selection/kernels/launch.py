@@ -6,6 +6,7 @@ without a GPU.
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import triton
 from torch import Tensor
 
 from fcn_kernels.device.constants import constants
-from fcn_kernels.device.gpu import Device, device_of, gamma_argument, has_no_room, seed_argument
+from fcn_kernels.device.gpu import Device, device_of, gamma_argument, has_no_room, seed_argument, side_stream
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE
 from fcn_kernels.selection.kernels.backward import select_backward
 from fcn_kernels.selection.kernels.common import NO_ROW, Constants
@@ -29,11 +30,19 @@ POINT = 8  # columns up to which a thread has whole rows, and a tile as many as 
 WIDE = 1024  # columns above which a row takes all of a program's threads, and not a warp, a chunk at a time
 WARPS = 4
 WIDE_WARPS = 8
-SHORT_ROWS = 64  # sets of a packed batch that a program of one warp takes
+SHORT_ROWS = (
+    128  # sets of a packed batch that a program of one warp takes; whatever the batch, so that bits do not change
+)
+BACKWARD_SHORT_ROWS = 64
+LAST_ROWS = 32  # sets of up to so many are begun with last, so that none is left alone at the end
+LOOK = 16  # sets that a program looks through for long ones; backward the loop spills, and most programs have none
 FORWARD_AT_ONCE = 3  # programs of 4 warps on a multiprocessor
 STATE_AT_ONCE = 2  # with the state asked for: three left it 8 bytes short of registers on sm_80
 LAZY_AT_ONCE = 2  # where rows that cannot win are left out: three left it 32 bytes short
 BACKWARD_AT_ONCE = 2
+SHORT_AT_ONCE = 4  # of sets of several lengths: 16 programs of a warp
+WARP_ROWS = 32  # at a time in the scalar loops of a warp
+LONG_AT_ONCE = 2
 BACKWARD_ELEMENTS = 64  # the same backward, by cosine, of rows of BACKWARD_COLUMNS; for others that spills
 BACKWARD_COLUMNS = (128, 256, 384, 512)
 ODD_ELEMENTS = 8  # the same of rows that do not lie 16 elements apart: each element has an address of its own
@@ -66,6 +75,10 @@ class Plan(NamedTuple):
     at_once: int = BACKWARD_AT_ONCE
     shortest: int = 0
     longest: int = MAX_ROWS
+    last: int = 0
+    """Sets of up to so many rows are begun with last, by programs of their own."""
+    look: int = 0
+    """How many sets a program looks through for those of the launch; 0: each set has programs of its own."""
 
     @property
     def name(self) -> str:
@@ -93,8 +106,14 @@ class Plan(NamedTuple):
             BLOCK_C=self.block_c,
             BLOCK_P=int(triton.next_power_of_2(self.parts)),
             BLOCK_R=self.block_r,
+            TWICE=self.last > 0,
+            LOOK=self.look,
             **options,
         )
+
+    def programs(self, sets: int) -> int:
+        """How many are launched."""
+        return -(-sets // self.look) if self.look else sets * (2 if self.last else self.parts)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -103,7 +122,7 @@ class Plan(NamedTuple):
         if torch.version.hip is None:
             # a multiple of 8, as registers are handed out; all programs of a cooperative launch must run at once
             most = REGISTERS // (32 * self.warps * self.at_once) // 8 * 8
-            options["maxnreg"] = min(255, most) if self.split == COOPERATIVE.value else 255
+            options["maxnreg"] = min(255, most) if self.split == COOPERATIVE.value or self.last else 255
         return options | ({"launch_cooperative_grid": True} if self.split == COOPERATIVE.value else {})
 
 
@@ -113,7 +132,13 @@ def _lie_side_by_side(features: Tensor) -> bool:
 
 
 def forward_plans(
-    sets: int, rows: int | None, dim: int, itemsize: int, ragged: bool, device: Device, at_once: int = FORWARD_AT_ONCE
+    sets: int,
+    rows: int | None,
+    dim: int,
+    itemsize: int,
+    ragged: bool,
+    device: Device,
+    at_once: int = FORWARD_AT_ONCE,
 ) -> tuple[Plan, ...]:
     """The forward launches for ``sets`` sets of up to ``rows`` rows (None: known on the device alone).
 
@@ -123,7 +148,8 @@ def forward_plans(
     """
     chunk = _chunk(dim, itemsize)
     held = max(chunk, -(-dim // chunk) * chunk // 2)  # the compiler loads all chunks ahead, where they are few
-    return _plans(sets, rows, dim, chunk, held, ragged, device, at_once, _elements(dim))
+    sizes, elements = (sets, rows, dim, chunk, held, device), _elements(dim)
+    return _tiers(*sizes, ragged, SHORT_AT_ONCE, elements, SHORT_ROWS, LOOK) or _plans(*sizes, at_once, elements)
 
 
 def backward_plans(
@@ -138,8 +164,11 @@ def backward_plans(
     """As :func:`forward_plans`, with so many ``elements`` of a tile to a thread at the most."""
     chunk = _chunk(dim, itemsize)
     held = max(2 * POINT, -(-dim // chunk) * chunk)  # a row has two weights and two sums beside it
-    elements = elements if dim in BACKWARD_COLUMNS else _elements(dim)
-    return _plans(sets, rows, dim, chunk, held, ragged, device, BACKWARD_AT_ONCE, elements)
+    holds = dim in BACKWARD_COLUMNS and (dim, itemsize) != (128, 4)  # which spills 8 bytes on sm_80
+    elements = elements if holds else _elements(dim)
+    sizes = sets, rows, dim, chunk, held, device
+    tiers = _tiers(*sizes, ragged, BACKWARD_AT_ONCE, elements, BACKWARD_SHORT_ROWS, look=0)
+    return tiers or _plans(*sizes, BACKWARD_AT_ONCE, elements)
 
 
 def _chunk(dim: int, itemsize: int) -> int:
@@ -153,44 +182,60 @@ def _elements(dim: int) -> int:
     return ODD_ELEMENTS if dim > POINT and dim % 16 else TILE_ELEMENTS
 
 
+def _plan(
+    rows: int | None, dim: int, chunk: int, held: int, at_once: int, elements: int, warps: int, **options: int
+) -> Plan:
+    """A plan for parts of sets of up to ``rows`` rows, with programs of so many ``warps``."""
+    block_n = 1 << max(1, (elements * 32 * warps // held).bit_length() - 1)
+    block_r = max(SCALAR_ROWS * warps // WARPS, block_n if dim <= POINT else 0)
+    if rows is not None:
+        each = int(triton.next_power_of_2(-(-max(rows, 1) // options.get("parts", 1))))
+        block_n, block_r = max(2, min(block_n, each)), max(16, min(block_r, each))
+    at_once = max(1, at_once * WARPS // warps)
+    return Plan(min(block_n, block_r), chunk, -(-dim // chunk), warps, block_r=block_r, at_once=at_once, **options)
+
+
 def _plans(
+    sets: int, rows: int | None, dim: int, chunk: int, held: int, device: Device, at_once: int, elements: int
+) -> tuple[Plan, ...]:
+    """One launch for all sets."""
+    warps, held = WIDE_WARPS if held > WIDE else WARPS, max(held, POINT)
+    parts = _parts(sets, rows, device.processors * max(1, at_once * WARPS // warps))
+    split = (COOPERATIVE if device.cooperative else LAUNCHES) if parts > 1 else WHOLE
+    return (_plan(rows, dim, chunk, held, at_once, elements, warps, parts=parts, split=split.value),)
+
+
+def _parts(sets: int, rows: int | None, programs: int) -> int:
+    return 1 if rows is None else max(1, min(programs // max(sets, 1), rows // SPLIT_ROWS))
+
+
+def _tiers(
     sets: int,
     rows: int | None,
     dim: int,
     chunk: int,
     held: int,
-    ragged: bool,
     device: Device,
+    ragged: bool,
     at_once: int,
     elements: int,
+    short: int,
+    look: int,
 ) -> tuple[Plan, ...]:
-    chunks = -(-dim // chunk)
-    wide, held = held > WIDE, max(held, POINT)
-
-    def plan(warps: int, parts: int = 1, split: int = WHOLE.value, **bounds: int) -> Plan:
-        block_n = 1 << max(1, (elements * 32 * warps // held).bit_length() - 1)
-        block_r = max(SCALAR_ROWS * warps // WARPS, block_n if dim <= POINT else 0)
-        if rows is not None:
-            each = int(triton.next_power_of_2(-(-max(rows, 1) // parts)))
-            block_n, block_r = max(2, min(block_n, each)), max(16, min(block_r, each))
-        return Plan(
-            min(block_n, block_r), chunk, chunks, warps, parts, split, block_r, max(1, at_once * WARPS // warps),
-            **bounds
-        )  # fmt: skip
-
-    warps = WIDE_WARPS if wide else WARPS
-    programs = device.processors * max(1, at_once * WARPS // warps)
-    if rows is not None:
-        parts = min(programs // max(sets, 1), rows // SPLIT_ROWS)
-        if parts > 1:
-            return (plan(warps, parts, (COOPERATIVE if device.cooperative else LAUNCHES).value),)
-    if ragged and sets > 1 and not wide and (rows is None or rows > SHORT_ROWS):
-        return plan(1, longest=SHORT_ROWS), plan(warps, shortest=SHORT_ROWS + 1)
-    return (plan(warps),)
+    """Two launches for sets whose lengths are on the device, larger programs for long ones and those of one warp for
+    short ones; none where one launch is as good."""
+    if not ragged or sets <= 1 or held > WIDE or _parts(sets, rows, device.processors * FORWARD_AT_ONCE) > 1:
+        return ()
+    if rows is not None and rows <= short:
+        return ()
+    sizes = rows, dim, chunk, max(held, POINT)
+    shorter = _plan(*sizes, at_once, elements, 1, longest=short, last=LAST_ROWS)
+    longer = _plan(*sizes, LONG_AT_ONCE, elements, WARPS, shortest=short + 1, look=look)
+    return longer, shorter._replace(block_r=max(shorter.block_n, WARP_ROWS))
 
 
 def plans(p: Problem) -> tuple[tuple[Plan, ...], tuple[Plan, ...]]:
-    """A call's forward and backward plans; where there are two, the last is for long sets."""
+    """A call's forward and backward plans; where there are two, the first is for long sets."""
     return _forward_plans(p, True), _backward_plans(p)
 
 
@@ -250,15 +295,16 @@ def forward(p: Problem, keep: bool, plans: Sequence[Plan] | None = None) -> Sele
         "openings_ptr": new(slots),
     }
     early = p.k > 1 and (p.quality is not None or p.start is not None)
-    with torch.cuda.device_of(p.features):
+    with torch.cuda.device_of(p.features), side_stream(p.features, len(plans) > 1) as beside:
         for plan in plans:
             build = plan.constants(p, DISTINCT=p.distinct, KEEP=keep, STATE=p.return_state, EARLY=early)
-            if plan.parts > 1 and is_lazy(p, keep):
-                first = plan._replace(split=LAUNCHES.value)
-                _launch(select_forward, p, first, EAGER_PICKS + 1, arguments, build._replace(SPLIT=LAUNCHES))
-                _launch_lazily(p, plan, arguments)
-            else:
-                _launch(select_forward, p, plan, p.k + 1, arguments, build)
+            with beside if plan is not plans[-1] else nullcontext():
+                if plan.parts > 1 and is_lazy(p, keep):
+                    first = plan._replace(split=LAUNCHES.value)
+                    _launch(select_forward, p, first, EAGER_PICKS + 1, arguments, build._replace(SPLIT=LAUNCHES))
+                    _launch_lazily(p, plan, arguments)
+                else:
+                    _launch(select_forward, p, plan, p.k + 1, arguments, build)
     return out
 
 
@@ -315,13 +361,14 @@ def backward(p: Problem, grad: Tensor, saved: Saved, plans: Sequence[Plan] | Non
         "sums_ptr": new(slots, 2, p.dim),
         "totals_ptr": new(p.sets, 2, p.dim),
     }
-    with torch.cuda.device_of(p.features):
+    with torch.cuda.device_of(p.features), side_stream(p.features, len(plans) > 1) as beside:
         for plan in plans:
             fold = min(plan.block_n, max(1, plan.warps * CHUNK_BYTES // p.features.itemsize // plan.chunk))
             columns = SUM_ELEMENTS * 32 * plan.warps // int(triton.next_power_of_2(plan.parts))
             columns = max(1, min(SUM_COLUMNS, columns))
             build = plan.constants(p, CHOSEN=p.by_quality, FOLD=fold, BLOCK_S=columns)
-            _launch(select_backward, p, plan, 2 * p.k + 1, arguments, build)
+            with beside if plan is not plans[-1] else nullcontext():
+                _launch(select_backward, p, plan, 2 * p.k + 1, arguments, build)
     return Gradients(drows, dquality, dgamma.sum())
 
 
@@ -363,15 +410,16 @@ def _launch(kernel: Any, p: Problem, plan: Plan, turns: int, arguments: dict[str
     """One launch, or a launch a turn; parts that cannot all run at once meet between launches, here and from now on."""
     cooperative = plan.split == COOPERATIVE.value
     barrier = torch.zeros(p.sets, dtype=torch.int32, device=p.features.device) if cooperative else None
-    launch: Callable[..., None] = kernel[(p.sets * plan.parts,)]
+    launch: Callable[..., None] = kernel[(plan.programs(p.sets),)]
     try:
         for turn in range(turns if plan.split == LAUNCHES.value else 1):
             launch(
                 **arguments,
                 barrier_ptr=barrier,
+                sets=p.sets,
                 parts=plan.parts,
                 turn=turn,
-                shortest=plan.shortest,
+                above=plan.last or plan.shortest - 1,
                 longest=plan.longest,
                 BUILD=build,
                 **plan.options,

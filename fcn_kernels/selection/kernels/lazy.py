@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fcn_kernels.device.rows import load_row, locate
+from fcn_kernels.device.rows import Layout, load_row, locate
 from fcn_kernels.device.splits import LAUNCHES, divide, grid_barrier
 from fcn_kernels.selection.kernels.common import (
     NO_ROW,
@@ -347,6 +347,7 @@ def select_lazily(
     met_ptr,  # [R] int32, ``begin`` of all rows
     rivals_ptr,  # [2, slots] int32, NO_ROW: the rows of the parts' best bounds
     progress_ptr,  # [slots, 2] int32: `Progress`, from launch to launch
+    sets,
     parts,
     turn,
     begin,
@@ -356,13 +357,14 @@ def select_lazily(
     C,
     K,
     R: "i64",
-    shortest,
+    above,
     longest,
     scale,
     BUILD: tl.constexpr,  # see `Constants`
 ):
-    sets, part, set_id = tl.num_programs(0) // parts, tl.program_id(0) % parts, tl.program_id(0) // parts
-    first, count, offset = locate(set_id, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
+    part, set_id = tl.program_id(0) % parts, tl.program_id(0) // parts
+    layout = Layout(sets, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
+    first, count, offset = locate(set_id, layout)
     low, high = divide(count, part, parts, BUILD.BLOCK_N)
     seed = (seed_ptr, seed_value)
     rows = Rows(
@@ -379,7 +381,7 @@ def select_lazily(
     if limits_ptr is not None:
         limit = tl.minimum(tl.maximum(tl.load(limits_ptr + set_id), 0), K).to(tl.int32)
     at = Progress(begin, LOOK)
-    mine_to_do = (count >= shortest) & (count <= longest)
+    mine_to_do = (count > above) & (count <= longest)
     if BUILD.SPLIT == LAUNCHES:
         if turn > 0:
             at = Progress(tl.load(progress_ptr + slot * 2), tl.load(progress_ptr + slot * 2 + 1))
