@@ -40,7 +40,8 @@ FORWARD_AT_ONCE = 3  # programs of 4 warps on a multiprocessor
 STATE_AT_ONCE = 2  # with the state asked for: three left it 8 bytes short of registers on sm_80
 LAZY_AT_ONCE = 2  # where rows that cannot win are left out: three left it 32 bytes short
 BACKWARD_AT_ONCE = 2
-SHORT_AT_ONCE = 4  # of sets of several lengths: 16 programs of a warp
+SHORT_AT_ONCE = 4  # 16 programs of a warp for short sets of 512 columns of 2 bytes; others spill with 128 registers
+SHORT_REST_AT_ONCE = 2
 WARP_ROWS = 32  # at a time in the scalar loops of a warp
 LONG_AT_ONCE = 2
 BACKWARD_ELEMENTS = 64  # the same backward, by cosine, of rows of BACKWARD_COLUMNS; for others that spills
@@ -149,7 +150,8 @@ def forward_plans(
     chunk = _chunk(dim, itemsize)
     held = max(chunk, -(-dim // chunk) * chunk // 2)  # the compiler loads all chunks ahead, where they are few
     sizes, elements = (sets, rows, dim, chunk, held, device), _elements(dim)
-    return _tiers(*sizes, ragged, SHORT_AT_ONCE, elements, SHORT_ROWS, LOOK) or _plans(*sizes, at_once, elements)
+    short_at_once = SHORT_AT_ONCE if (dim, itemsize) == (512, 2) else SHORT_REST_AT_ONCE
+    return _tiers(*sizes, ragged, short_at_once, elements, SHORT_ROWS, LOOK) or _plans(*sizes, at_once, elements)
 
 
 def backward_plans(
