@@ -551,7 +551,8 @@ def main() -> int:
     print("|---" * 10 + "|")
     for b in builds:
         loads = ", ".join(f"{n} x {w}" for w, n in sorted(b.row_loads.items(), key=lambda item: -int(item[0])))
-        print(f"| {' | '.join(map(str, b[:-3]))} | {loads} | {', '.join(b.races)} | {b.tensor_cores} |")
+        first = " | ".join(map(str, b[: Build._fields.index("row_loads")]))
+        print(f"| {first} | {loads} | {', '.join(b.races)} | {b.tensor_cores} |")
     return 0
 
 
