@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from benchmarks.checks.builds import Spec, nvidia_resources
-from benchmarks.model.machine_code import compiled_anew, disassemble
+from benchmarks.checks.builds import Spec, compiled, nvidia_resources
+from benchmarks.model.machine_code import disassemble
 from benchmarks.model.multiprocessor import Machine, occupancy, operations, simulate
 from benchmarks.model.walk import Way, walk
 
@@ -34,7 +34,7 @@ def share_of_bandwidth(kernel: str, machine: Machine) -> float:
     pointers = {"from_ptr": "*bf16", "to_ptr": "*bf16"}
     signature = {**pointers, "BLOCK": "constexpr"}
     spec = Spec(kernel, __name__, kernel, signature, {"BLOCK": COLUMNS}, [*pointers], {"num_warps": WARPS})
-    made = compiled_anew(spec, machine.target)
+    made = compiled(spec, machine.target)
     code = disassemble(made.asm["cubin"])
     registers, _ = nvidia_resources(made.asm["cubin"])
     at_once = occupancy(registers, made.metadata.shared, WARPS, machine)

@@ -4,9 +4,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from benchmarks.checks.builds import Spec, compiled
+from typing import NamedTuple
 
 INSTRUCTION = re.compile(
     r"\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;?\s*/\* 0x[0-9a-f]{16} \*/"
@@ -59,15 +57,6 @@ class Code(NamedTuple):
 
     instructions: list[Instruction]
     targets: dict[int, int]
-
-
-def compiled_anew(spec: Spec, target: str) -> Any:
-    """A launch's kernel, not from Triton's cache: what lies there names the lines of the checkout that it came from."""
-    import triton
-
-    with triton.knobs.compilation.scope():
-        triton.knobs.compilation.always_compile = True
-        return compiled(spec, target)
 
 
 def disassemble(cubin: bytes) -> Code:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.checks.builds import Spec, nvidia_resources, record
+from benchmarks.checks.builds import Spec, compiled, nvidia_resources, record
 from benchmarks.model.calls import BACKWARD, EVAL, SAMPLE, Call
-from benchmarks.model.machine_code import Code, Instruction, compiled_anew, disassemble
+from benchmarks.model.machine_code import Code, Instruction, disassemble
 from benchmarks.model.multiprocessor import CAP, Access, Machine, occupancy, operations, simulate
 from benchmarks.model.source import function
 from benchmarks.model.walk import Executed, Way, executed, walk
@@ -104,7 +104,7 @@ def built(spec: Spec, machine: Machine) -> tuple[Code, int, int]:
     """A launch's code, its registers and its bytes of shared memory."""
     key = str(spec._replace(label="")), machine.target
     if key not in _built:
-        made = compiled_anew(spec, machine.target)
+        made = compiled(spec, machine.target)
         registers, _ = nvidia_resources(made.asm["cubin"])
         _built[key] = disassemble(made.asm["cubin"]), registers, made.metadata.shared
     return _built[key]
