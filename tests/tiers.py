@@ -35,7 +35,11 @@ def forced(tier: str, backward: str | None = None) -> Iterator[None]:
     """Launch by these plans."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "forward_plans", lambda sets, rows, dim, *rest: plans_of(tier, dim))
-        patch.setattr(launch, "backward_plans", lambda sets, rows, dim, *rest: plans_of(backward or tier, dim))
+        patch.setattr(
+            launch,
+            "backward_plans",  # in which no program looks through sets for its own
+            lambda sets, rows, dim, *rest: tuple(plan._replace(look=0) for plan in plans_of(backward or tier, dim)),
+        )
         yield
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fcn_kernels.device.rows import Layout, load_row, next_set, set_of
+from fcn_kernels.device.rows import Layout, load_row, set_of
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE, grid_barrier
 from fcn_kernels.selection.kernels.common import (
     MOST_WEIGHT_LOG2,
@@ -638,17 +638,8 @@ def select_backward(
     )
     weights = Weights(finite_or_nan(scalar(gamma_ptr, gamma_value)), scale)
     tau = scalar(tau_ptr, tau_value)
-    if BUILD.LOOK == 0:
-        set_id, above, longest = set_of(program // parts, layout, above, longest, BUILD.TWICE)
-        rows = rows_of(set_id, given, layout, BUILD)
-        part = part_of(rows, layout, program % parts, parts, barrier_ptr, BUILD)
-        if (rows.count > above) & (rows.count <= longest):
-            backward_set(rows, part, layout, saved, state, grads, weights, tau, K, turn, BUILD)
-    else:
-        end = tl.minimum((program + 1) * BUILD.LOOK, sets)
-        set_id = next_set(program * BUILD.LOOK, end, above, longest, layout, BUILD.LOOK)
-        while set_id < end:
-            rows = rows_of(set_id, given, layout, BUILD)
-            part = part_of(rows, layout, 0, 1, None, BUILD)
-            backward_set(rows, part, layout, saved, state, grads, weights, tau, K, turn, BUILD)
-            set_id = next_set(set_id + 1, end, above, longest, layout, BUILD.LOOK)
+    set_id, above, longest = set_of(program // parts, layout, above, longest, BUILD.TWICE)
+    rows = rows_of(set_id, given, layout, BUILD)
+    part = part_of(rows, layout, program % parts, parts, barrier_ptr, BUILD)
+    if (rows.count > above) & (rows.count <= longest):
+        backward_set(rows, part, layout, saved, state, grads, weights, tau, K, turn, BUILD)
