@@ -120,6 +120,15 @@ def part_of(rows, layout, part, parts, barrier_ptr, BUILD: tl.constexpr):
 
 
 @triton.jit
+def picks_of(set_id, limits_ptr, K):
+    """How many picks a set is to have."""
+    limit = K
+    if limits_ptr is not None:
+        limit = tl.minimum(tl.maximum(tl.load(limits_ptr + set_id), 0), K).to(tl.int32)
+    return limit
+
+
+@triton.jit
 def scalar(pointer, value):
     """A number of the call: given by value, or read on the device, where the host need not wait for it."""
     if pointer is not None:

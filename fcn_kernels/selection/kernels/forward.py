@@ -37,6 +37,7 @@ from fcn_kernels.selection.kernels.common import (
     noise_unit,
     opening_logits,
     part_of,
+    picks_of,
     rows_of,
     scalar,
     softmax_term,
@@ -385,24 +386,49 @@ def store_partial(shared, part, step, partial):
 
 
 @triton.jit
-def merge_partials(shared, part, step, tau, BUILD: tl.constexpr):
-    """The set's partial from those of its parts, in the largest unit of them, and how many rows may be picked."""
+def load_partials(shared, part, turn, BUILD: tl.constexpr):
+    """What a set's parts left before exchange ``turn``, in their own units: partials [p]; where, and which there are.
+    And how many rows may be picked."""
     lane = tl.arange(0, BUILD.BLOCK_P)
     there = lane < part.parts
-    at = (step % 2) * part.slots + part.slot + lane
+    at = (turn % 2) * part.slots + part.slot + lane
     # .cg: other SMs wrote these, and L1 may hold what was here before
     row = tl.load(shared.winners + at, mask=there, other=NO_ROW, cache_modifier=".cg")
     score = tl.load(shared.numbers + at * 4, mask=there, other=float("-inf"), cache_modifier=".cg")
     logit = tl.load(shared.numbers + at * 4 + 1, mask=there, other=0.0, cache_modifier=".cg")
     denominator = tl.load(shared.numbers + at * 4 + 2, mask=there, other=0.0, cache_modifier=".cg")
     exponents = tl.load(shared.numbers + at * 4 + 3, mask=there, other=0.0, cache_modifier=".cg").to(tl.int32)
-    exponent = tl.max(tl.where(row != NO_ROW, exponents, -1000000), axis=0)
-    exponent = tl.where(exponent == -1000000, 0, exponent)
-    factor = times_power_of_two(1.0, tl.minimum(tl.maximum(exponents - exponent, -252), 0))
-    score = tl.where(score > float("-inf"), score * factor, score)
-    best = Partial(score, row, logit * factor, denominator, exponent)
     count = tl.load(shared.pickable + part.slot + lane, mask=there, other=0, cache_modifier=".cg")
-    return reduce_best(best, exponent, tau, BUILD.KEEP), tl.sum(count, axis=0)
+    return Partial(score, row, logit, denominator, exponents), at, there, tl.sum(count, axis=0)
+
+
+@triton.jit
+def unit_factor(exponent, largest):
+    """What takes numbers in units of 2^exponent to the set's unit."""
+    return times_power_of_two(1.0, tl.minimum(tl.maximum(exponent - largest, -252), 0))
+
+
+@triton.jit
+def common_unit(exponents, taking_part):
+    """The largest unit of the parts that take part, 0 of none; what takes each of them to it."""
+    exponent = tl.max(tl.where(taking_part, exponents, -1000000), axis=0)
+    exponent = tl.where(exponent == -1000000, 0, exponent)
+    return exponent, unit_factor(exponents, exponent)
+
+
+@triton.jit
+def rescaled(score, factor):
+    """Scores in a larger unit."""
+    return tl.where(score > float("-inf"), score * factor, score)
+
+
+@triton.jit
+def merge_partials(shared, part, step, tau, BUILD: tl.constexpr):
+    """The set's partial from those of its parts, in the largest unit of them, and how many rows may be picked."""
+    each, _at, _there, count = load_partials(shared, part, step, BUILD)
+    exponent, factor = common_unit(each.exponent, each.row != NO_ROW)
+    best = Partial(rescaled(each.score, factor), each.row, each.logit * factor, each.denominator, exponent)
+    return reduce_best(best, exponent, tau, BUILD.KEEP), count
 
 
 @triton.jit
@@ -543,9 +569,7 @@ def forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, 
     START: tl.constexpr = start_ptr is not None
     cols = tl.arange(0, BUILD.BLOCK_C)
     slot = part.slot + part.part
-    limit = K
-    if limits_ptr is not None:
-        limit = tl.minimum(tl.maximum(tl.load(limits_ptr + rows.set_id), 0), K).to(tl.int32)
+    limit = picks_of(rows.set_id, limits_ptr, K)
     begin_step, end_step = 0, K
     if BUILD.SPLIT == LAUNCHES:
         begin_step, end_step = tl.maximum(turn - 1, 0), turn

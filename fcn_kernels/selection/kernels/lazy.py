@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fcn_kernels.device.rows import Layout, load_row, locate
-from fcn_kernels.device.splits import LAUNCHES, divide, grid_barrier
+from fcn_kernels.device.rows import Layout, load_row
+from fcn_kernels.device.splits import LAUNCHES, grid_barrier
 from fcn_kernels.selection.kernels.common import (
     NO_ROW,
     TAKEN,
     UNSPECIALIZED,
-    Part,
     Rows,
     Weights,
     add_noise,
@@ -31,6 +30,9 @@ from fcn_kernels.selection.kernels.common import (
     is_extreme,
     load_earlier,
     noise_unit,
+    part_of,
+    picks_of,
+    rows_of,
     scalar,
     times_power_of_two,
     weight_of,
@@ -40,14 +42,18 @@ from fcn_kernels.selection.kernels.forward import (
     Partial,
     Shared,
     State,
+    common_unit,
     direction_of,
     fresh_gaps,
     load_chunk,
+    load_partials,
     multiply_extreme_rows,
     nobody,
     reduce_best,
+    rescaled,
     store_partial,
     store_pick,
+    unit_factor,
     update_best,
 )
 
@@ -192,18 +198,6 @@ def refresh_row(rows, picks, state, weights, row, step, floor, budget, exponent,
 
 
 @triton.jit
-def rescaled(score, factor):
-    """Scores in a larger unit."""
-    return tl.where(score > float("-inf"), score * factor, score)
-
-
-@triton.jit
-def unit_factor(exponent, largest):
-    """What takes numbers in units of 2^exponent to the set's unit."""
-    return times_power_of_two(1.0, tl.minimum(tl.maximum(exponent - largest, -252), 0))
-
-
-@triton.jit
 def better(one, other):
     """Whether a partial comes before another: the larger score, on ties the lower row."""
     ahead = (one.score > other.score) | ((one.score == other.score) & (one.row < other.row))
@@ -214,30 +208,19 @@ def better(one, other):
 def merge_parts(shared, rivals, part, turn, BUILD: tl.constexpr):
     """From what its parts left, a set's best exact score, its best bound, and the best of both beside the former; in
     the largest unit of its parts. And how many rows may be picked."""
-    lane = tl.arange(0, BUILD.BLOCK_P)
-    there = lane < part.parts
-    at = (turn % 2) * part.slots + part.slot + lane
-    # .cg: as in `merge_partials`
-    row = tl.load(shared.winners + at, mask=there, other=NO_ROW, cache_modifier=".cg")
-    rival = tl.load(rivals + at, mask=there, other=NO_ROW, cache_modifier=".cg")
-    score = tl.load(shared.numbers + at * 4, mask=there, other=float("-inf"), cache_modifier=".cg")
-    logit = tl.load(shared.numbers + at * 4 + 1, mask=there, other=0.0, cache_modifier=".cg")
-    bound = tl.load(shared.numbers + at * 4 + 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-    exponents = tl.load(shared.numbers + at * 4 + 3, mask=there, other=0.0, cache_modifier=".cg").to(tl.int32)
-    taking_part = (row != NO_ROW) | (rival != NO_ROW)
-    exponent = tl.max(tl.where(taking_part, exponents, -1000000), axis=0)
-    exponent = tl.where(exponent == -1000000, 0, exponent)
-    factor = unit_factor(exponents, exponent)
+    each, at, there, count = load_partials(shared, part, turn, BUILD)
+    row = each.row
+    rival = tl.load(rivals + at, mask=there, other=NO_ROW, cache_modifier=".cg")  # as there
+    exponent, factor = common_unit(each.exponent, (row != NO_ROW) | (rival != NO_ROW))
+    score = tl.where(row != NO_ROW, rescaled(each.score, factor), float("-inf"))
+    bound = tl.where(rival != NO_ROW, rescaled(each.denominator, factor), float("-inf"))  # see `take_turn`
     nothing = tl.zeros_like(score)
-    score = tl.where(row != NO_ROW, rescaled(score, factor), float("-inf"))
-    bound = tl.where(rival != NO_ROW, rescaled(bound, factor), float("-inf"))
-    best = reduce_best(Partial(score, row, logit * factor, nothing, exponent), exponent, 1.0, False)
+    best = reduce_best(Partial(score, row, each.logit * factor, nothing, exponent), exponent, 1.0, False)
     bounds = reduce_best(Partial(bound, rival, nothing, nothing, exponent), exponent, 1.0, False)
     left = (row != NO_ROW) & (row != best.row) & ((score >= bound) | (rival == NO_ROW))
     left_score, left_row = tl.where(left, score, bound), tl.where(left, row, rival)
     next_best = reduce_best(Partial(left_score, left_row, nothing, nothing, exponent), exponent, 1.0, False)
-    count = tl.load(shared.pickable + part.slot + lane, mask=there, other=0, cache_modifier=".cg")
-    return best, bounds, next_best, tl.sum(count, axis=0)
+    return best, bounds, next_best, count
 
 
 @triton.jit
@@ -362,26 +345,21 @@ def select_lazily(
     scale,
     BUILD: tl.constexpr,  # see `Constants`
 ):
-    part, set_id = tl.program_id(0) % parts, tl.program_id(0) // parts
+    set_id = tl.program_id(0) // parts
     layout = Layout(sets, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
-    first, count, offset = locate(set_id, layout)
-    low, high = divide(count, part, parts, BUILD.BLOCK_N)
     seed = (seed_ptr, seed_value)
-    rows = Rows(
-        rows_ptr + offset, stride_row, C, R, set_id, first, count, quality_ptr, None, earlier_ptr, noise_ptr, seed
-    )
-    mine = Part(low, high, part, parts, set_id * parts, sets * parts, barrier_ptr)
+    given = Rows(rows_ptr, stride_row, C, R, 0, 0, 0, quality_ptr, None, earlier_ptr, noise_ptr, seed)
+    rows = rows_of(set_id, given, layout, BUILD)
+    mine = part_of(rows, layout, tl.program_id(0) % parts, parts, barrier_ptr, BUILD)
     out = Out(picked_ptr, distances_ptr, indices_ptr, counts_ptr, None, None, None, None, K)
     state = State(norms_ptr, products_ptr, nearest_ptr, None, exponents_ptr, None)
     shared = Shared(numbers_ptr, winners_ptr, pickable_ptr, None)
-    slot = set_id * parts + part
+    slot = mine.slot + mine.part
     picks = Picks(tables_ptr, squares_ptr, met_ptr, set_id * K, sets * K + slot)
     weights = Weights(finite_or_nan(scalar(gamma_ptr, gamma_value)), scale)
-    limit = K
-    if limits_ptr is not None:
-        limit = tl.minimum(tl.maximum(tl.load(limits_ptr + set_id), 0), K).to(tl.int32)
+    limit = picks_of(set_id, limits_ptr, K)
     at = Progress(begin, LOOK)
-    mine_to_do = (count > above) & (count <= longest)
+    mine_to_do = (rows.count > above) & (rows.count <= longest)
     if BUILD.SPLIT == LAUNCHES:
         if turn > 0:
             at = Progress(tl.load(progress_ptr + slot * 2), tl.load(progress_ptr + slot * 2 + 1))
