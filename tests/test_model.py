@@ -148,8 +148,8 @@ from benchmarks.model.calls import BACKWARD, EVAL
 from benchmarks.model.multiprocessor import H100
 call = ATTENTION_CALLS[0]
 reads = [rows_read(call, kernels_of(call, work, H100)[0][0]) for work in (EVAL, BACKWARD)]
-p = predict(call, EVAL, H100)
-print(json.dumps([*reads, p.programs, p.launches, p.microseconds > p.least > 0]))
+p, _, launches, _ = predict(call, EVAL, H100)
+print(json.dumps([*reads, p.programs, launches, p.microseconds > p.least > 0]))
 """
     *reads, programs, launches, longer = _run(script)
     assert reads == pytest.approx([2, 2])

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -239,6 +240,19 @@ def _load_widths(ptx: str) -> dict[str, int]:
     return widths
 
 
+@contextmanager
+def as_if_on(processors: int, cooperative: bool = True) -> Iterator[None]:
+    """Launchers plan as for a device of so many multiprocessors, which is not here."""
+    from fcn_kernels.device import gpu
+
+    original = gpu.INTERPRETER
+    gpu.INTERPRETER = gpu.Device(processors, cooperative)
+    try:
+        yield
+    finally:
+        gpu.INTERPRETER = original
+
+
 def selection_specs(target: str) -> Iterator[Spec]:
     """The selection's launches on a device, over the sizes, dtypes and options that change what is built."""
     import torch
@@ -281,11 +295,7 @@ def selection_specs(target: str) -> Iterator[Spec]:
             return [made[0], made[-1]]  # of the launches before the last, which are all alike, one
         return record(label, launch, ("select_forward", "select_backward"), both)
 
-    from fcn_kernels.device import gpu
-
-    original = gpu.INTERPRETER
-    gpu.INTERPRETER = gpu.Device(PROCESSORS[target], cooperative=target.startswith("sm"))
-    try:
+    with as_if_on(PROCESSORS[target], cooperative=target.startswith("sm")):
         for dtype in (bf16, fp32):
             for dim in (128, 512, 1024, 2048, 4096):
                 yield from specs("tiny sets", 256, 20, dim, dtype)
@@ -326,10 +336,8 @@ def selection_specs(target: str) -> Iterator[Spec]:
                 yield from specs(
                     f"{metric} going on", sets, rows, dim, fp32, return_state=True, metric=metric, **going_on
                 )
-        gpu.INTERPRETER = gpu.Device(PROCESSORS[target], cooperative=False)
+    with as_if_on(PROCESSORS[target], cooperative=False):
         yield from specs("one set, launches", 1, 8000, 512, bf16)
-    finally:
-        gpu.INTERPRETER = original
 
 
 def attention_specs() -> Iterator[Spec]:
@@ -456,13 +464,10 @@ def neighbors_specs(target: str) -> Iterator[Spec]:
     """Forward and backward by the k nearest, and the moments of all, with and without identities."""
     import torch
 
-    from fcn_kernels.device import gpu
     from fcn_kernels.neighbors.kernels import launch
     from fcn_kernels.neighbors.problem import Arriving, Problem, Statistics
 
-    original = gpu.INTERPRETER
-    gpu.INTERPRETER = gpu.Device(PROCESSORS[target], cooperative=target.startswith("sm"))
-    try:
+    with as_if_on(PROCESSORS[target], cooperative=target.startswith("sm")):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for ids in (True, False):
                 for m, k in ((1000, 50), (1000, 0), (4000, 300)):
@@ -483,8 +488,6 @@ def neighbors_specs(target: str) -> Iterator[Spec]:
                     if k == 300:  # only what holds all that a filter stored is another kernel
                         specs = [spec for spec in specs if spec.kernel == "select_best"]
                     yield from {str(spec): spec for spec in specs}.values()
-    finally:
-        gpu.INTERPRETER = original
 
 
 def launches_of(target: str) -> list[Spec]:

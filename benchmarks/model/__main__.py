@@ -12,7 +12,7 @@ import triton
 
 from benchmarks.model import attention
 from benchmarks.model.calls import BACKWARD, CALLS, EVAL, Call
-from benchmarks.model.multiprocessor import CAP, H100
+from benchmarks.model.multiprocessor import CAP, H100, Machine
 from benchmarks.model.predict import WORKS, Prediction, predict
 from benchmarks.report.targets import time_of
 
@@ -48,11 +48,16 @@ def _selection(calls: list[Call]) -> Iterator[str]:
     yield "|---" * 9 + "|"
     for call in calls:
         for work in WORKS if call.k <= 16 else (EVAL,):
-            yield _line(call, work, predict(call, work, m))
+            yield _line(call, work, m)
         if call.k == 3 and call.rows:  # of packed sets that would take minutes
             more = call._replace(k=16)
             for work in (EVAL, BACKWARD):
-                yield _line(more, work, predict(more, work, m))
+                yield _line(more, work, m)
+
+
+def _line(call: Call, work: str, machine: Machine) -> str:
+    p = predict(call, work, machine)
+    return f"| {call.name} | {call.k:,} | {work} | {_counts(p)} | {_times(p)} |"
 
 
 def _attention(calls: list[Call]) -> Iterator[str]:
@@ -70,17 +75,17 @@ def _attention(calls: list[Call]) -> Iterator[str]:
     yield "|---" * 11 + "|"
     for call in calls:
         for work in attention.WORKS:
-            p = attention.predict(call, work, H100)
-            counts = f"{p.registers} | {p.programs} | {p.instructions:.0f} | {p.barriers:.0f} | {p.launches}"
-            times = f"{time_of(p.microseconds / 1e6)} | {time_of(p.least / 1e6)} | {p.share:.0%}"
-            costs = ", ".join(f"{name} {share:.0%}" for name, share in p.costs)
-            yield f"| {call.name} | {work} | {counts} | {times} | {costs} |"
+            p, barriers, launches, largest = attention.predict(call, work, H100)
+            costs = ", ".join(f"{name} {share:.0%}" for name, share in largest)
+            yield f"| {call.name} | {work} | {_counts(p)} | {barriers:.0f} | {launches} | {_times(p)} | {costs} |"
 
 
-def _line(call: Call, work: str, p: Prediction) -> str:
-    counted = f"{p.registers} | {p.programs} | {p.instructions:.0f}"
-    times = f"{time_of(p.microseconds / 1e6)} | {time_of(p.least / 1e6)} | {p.share:.0%}"
-    return f"| {call.name} | {call.k:,} | {work} | {counted} | {times} |"
+def _counts(p: Prediction) -> str:
+    return f"{p.registers} | {p.programs} | {p.instructions:.0f}"
+
+
+def _times(p: Prediction) -> str:
+    return f"{time_of(p.microseconds / 1e6)} | {time_of(p.least / 1e6)} | {p.share:.0%}"
 
 
 def main() -> int:

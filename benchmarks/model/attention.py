@@ -9,17 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.checks.builds import ATTENTION_KERNELS, Spec, record
+from benchmarks.checks.builds import ATTENTION_KERNELS, Spec, as_if_on, record
 from benchmarks.model.calls import BACKWARD, CALLS, EVAL, TRAINING, Call
 from benchmarks.model.machine_code import Code, Instruction
 from benchmarks.model.multiprocessor import CAP, Access, Machine, occupancy, operations, simulate
-from benchmarks.model.predict import Cost, built, schedule
+from benchmarks.model.predict import Cost, Prediction, built, schedule
 from benchmarks.model.source import function, statement
 from benchmarks.model.walk import Executed, Way, executed, walk
 from benchmarks.workloads import counted_bytes, template_lengths
 from fcn_kernels.attention.inputs import Arriving, Inputs
 from fcn_kernels.attention.kernels import launch
-from fcn_kernels.device import gpu
 
 QUERIES = 24  # 8 heads of 3 picks
 DROPOUT = 0.1
@@ -29,22 +28,13 @@ FIT = 4  # tiles from which on a program's time is taken to grow evenly
 WITHOUT_KERNEL = ("empty", "new_empty", "empty_like", "_local_scalar_dense")  # the last: a seed on the host is read
 
 
-class Prediction(NamedTuple):
-    """Of one call's work on a machine; nothing of it is measured. What is not a time is counted."""
+class Detailed(NamedTuple):
+    """A prediction, and what else is counted."""
 
-    registers: int
-    programs: int  # that a multiprocessor holds
-    instructions: float  # of a warp, a row
+    prediction: Prediction
     barriers: float  # a tile
     launches: int  # the kernel, and PyTorch's operations
-    microseconds: float
-    least: float  # microseconds that the rows' bytes alone would take at the memory's bandwidth
     costs: tuple[tuple[str, float], ...]  # the device functions with the most instructions, and their shares
-
-    @property
-    def share(self) -> float:
-        """Of the time that bytes alone would take."""
-        return self.least / self.microseconds
 
 
 class Kernel(NamedTuple):
@@ -79,7 +69,7 @@ class CountedLaunches(TorchDispatchMode):
         return out
 
 
-def predict(call: Call, work: str, machine: Machine) -> Prediction:
+def predict(call: Call, work: str, machine: Machine) -> Detailed:
     """Build, walk, simulate."""
     (kernel, *merging), around, moved = kernels_of(call, work, machine)
     at_once = occupancy(kernel.registers, kernel.shared, kernel.warps, machine)
@@ -101,24 +91,20 @@ def predict(call: Call, work: str, machine: Machine) -> Prediction:
     time += sum(machine.launch + _merge(call, kernel, other, machine) for other in merging)
     one, two = (_trace(call, kernel, tiles) for tiles in (1, 2))
     of_tile = executed(kernel.code, two, kernel.warps)["BAR"] - executed(kernel.code, one, kernel.warps)["BAR"]
-    return Prediction(
+    prediction = Prediction(
         registers=kernel.registers,
         programs=occupancy(kernel.registers, kernel.shared, kernel.warps, machine),
         instructions=sum(cost.instructions for cost in each) / call.all_rows,
-        barriers=of_tile / kernel.warps,
-        launches=1 + len(merging) + around,
         microseconds=time,
         least=least,
-        costs=_largest(kernel, two),
     )
+    return Detailed(prediction, of_tile / kernel.warps, 1 + len(merging) + around, _largest(kernel, two))
 
 
 def kernels_of(call: Call, work: str, machine: Machine) -> tuple[list[Kernel], int, float]:
     """What the launcher would launch, built; the launches that PyTorch adds, and their bytes."""
-    original = gpu.INTERPRETER
-    gpu.INTERPRETER = gpu.Device(machine.processors, cooperative=True)
     specs: list[Spec] = []
-    try:
+    with as_if_on(machine.processors):
         p, go = _launch(call, work)
         launch._turns(call.dim, p.features.device)  # made once
         parts = launch.plan_of(p, backward=work == BACKWARD).parts
@@ -129,8 +115,6 @@ def kernels_of(call: Call, work: str, machine: Machine) -> tuple[list[Kernel], i
 
         with counted:
             moved = counted_bytes(launched)
-    finally:
-        gpu.INTERPRETER = original
     kernels = []
     for spec in specs:
         sizes = spec.options["num_warps"], spec.constants, spec.options.get("num_stages", 1), parts

@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.checks.builds import Spec, compiled, nvidia_resources, record
+from benchmarks.checks.builds import Spec, as_if_on, compiled, nvidia_resources, record
 from benchmarks.model.calls import BACKWARD, EVAL, SAMPLE, Call
 from benchmarks.model.machine_code import Code, Instruction, disassemble
 from benchmarks.model.multiprocessor import CAP, Access, Machine, occupancy, operations, simulate
 from benchmarks.model.source import function
 from benchmarks.model.walk import Executed, Way, executed, walk
 from benchmarks.workloads import template_lengths
-from fcn_kernels.device import gpu
 from fcn_kernels.selection.kernels import launch
 from fcn_kernels.selection.kernels.launch import Plan
 from fcn_kernels.selection.problem import Problem, Saved
@@ -84,13 +83,13 @@ def predict(call: Call, work: str, machine: Machine) -> Prediction:
 
 def kernels_of(call: Call, work: str, machine: Machine) -> list[Kernel]:
     """What the launcher would launch, built."""
-    original = gpu.INTERPRETER, launch.LAZY_PICKS
-    gpu.INTERPRETER = gpu.Device(machine.processors, cooperative=True)
+    original = launch.LAZY_PICKS
     launch.LAZY_PICKS = call.k + 1  # of many picks, too, the kernel that reads all rows: of the other no way is known
     try:
-        specs, plans = _launches(call, work)
+        with as_if_on(machine.processors):
+            specs, plans = _launches(call, work)
     finally:
-        gpu.INTERPRETER, launch.LAZY_PICKS = original
+        launch.LAZY_PICKS = original
     return [
         Kernel(*built(spec, machine), spec.options["num_warps"], plan, work != BACKWARD)
         for spec, plan in zip(specs, plans, strict=True)
