@@ -340,7 +340,7 @@ def draw(path: Path, results: Mapping[str, Results], overwrite: bool) -> None:
         false, true = ("FAR", "TAR") if title == "1:1" else ("FPIR", "TPIR")
         axis.set(xscale="log", xlabel=false, ylabel=true, title=title)
         axis.grid(color="#e5e5e5")
-        axis.legend(frameon=False, loc="best", fontsize=8)
+        axis.legend(frameon=False, loc="lower right", fontsize=8)
     with replacing(path, overwrite) as file:
         page.savefig(file, format="png")
 

@@ -153,9 +153,7 @@ def row_layout(
     if rows.is_nested:
         raise TypeError(f"expected {name} that is not nested: give its values() with cu_seqlens = its offsets()")
     checks.check_features(rows, cu_seqlens)
-    given = [n for n, v in (("mask", mask), ("lengths", lengths), ("cu_seqlens", cu_seqlens)) if v is not None]
-    if len(given) > 1:
-        raise ValueError(f"expected at most one of mask, lengths and cu_seqlens, got {' and '.join(given)}")
+    checks.at_most_one(mask=mask, lengths=lengths, cu_seqlens=cu_seqlens)
     look, shape, valid = checks.may_look(rows), tuple(rows.shape[:-1]), None
     single = rows.ndim == 2 and cu_seqlens is None
     if mask is not None:
