@@ -150,6 +150,7 @@ def way_of(kernel: Kernel, rows: int, k: int, dim: int) -> Way:
         "low < end": (True, False),  # a program has one set of those that it looks through
         "(row >= begin) & (row < begin + BUILD.BLOCK_N)": False,  # a pick is in one tile of all
         "extreme > 0": False,
+        "is_extreme(norm)": False,
         "part.part == 0": plan.parts == 1,
         "(step == 1) & (part.part == 0)": False,
         "step == 0": (True, False),
