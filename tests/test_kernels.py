@@ -133,6 +133,21 @@ def test_parts_that_meet_at_barriers(options: dict[str, Any], device: torch.devi
     assert met.same_bits(between)
 
 
+def test_barriers_leave_their_counters_ready(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For launches of other parts and picks, after an odd number of barriers, too."""
+    kept = torch.zeros(2, dtype=torch.int32, device=device)
+    monkeypatch.setattr(launch, "counters", lambda features, sets: kept)
+    seen = set()
+    for k in (2, 1, 2):
+        case = random_case(2, 7, 4, k, seed=k).to(device)
+        with nullcontext() if device.type == "cuda" else side_by_side():
+            met = run(case, "split at barriers")
+        assert met.same_bits(run(case, "split"))
+        assert (kept & 0x7FFFFFFF == 0).all()
+        seen |= set(kept.tolist())
+    assert seen == {0, -(2**31)}
+
+
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("noise", [None, 0.5])
 def test_favourites_that_turn_out_unpickable(noise: float | None, tier: str, device: torch.device) -> None:

@@ -51,7 +51,7 @@ class Machine(NamedTuple):
     begin: int = 200  # of a program in the place of one that ended
     # microseconds
     launch: float = 2.0  # start to start in a queue of launches, beside the kernel's own time
-    cooperative: float = 2.5  # more, for a cooperative launch and the kernel that clears its counters
+    cooperative: float = 1.0  # more, for a cooperative launch
     arrival: float = 0.35  # of the programs at a barrier, one after the other
 
 
@@ -230,7 +230,7 @@ class _Multiprocessor:
         latency = {"special": m.special, "uniform": m.uniform}.get(o.pipe, 0)
         by_name = {
             "ATOMG": m.atomic, "RED": m.atomic, "MEMBAR": m.fence, "CCTL": m.invalidate, "LDC": m.constant,
-            "S2R": m.system,
+            "S2R": m.system, "REDUX": m.shared,
         }  # fmt: skip
         return time + by_name.get(o.name, latency), time + m.operands
 

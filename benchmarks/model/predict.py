@@ -168,9 +168,9 @@ def way_of(kernel: Kernel, rows: int, k: int, dim: int) -> Way:
         "steps": k if kernel.forward else k - 1,
         "picks": k - 1,
         "sums": math.ceil(2 * dim / (plan.parts * launch.SUM_COLUMNS)),
-        "seen < arrivals": 2,
+        "seen ^ phase >= 0": 2,
         "set_id < end": 1,
-        "(row != NO_ROW) & (is_usable_pick(rows, row, BUILD) == 0)": 0,
+        "(row != NO_ROW) & (is_usable_norm(norm) == 0)": 0,
     }
     return Way(loops, always)
 

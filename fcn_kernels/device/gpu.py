@@ -21,10 +21,12 @@ class Device(NamedTuple):
     """Programs of one launch can wait for each other."""
 
 
+COUNTERS = 1024  # that a stream has, or as many as a call wants, if that is more
 INTERPRETER = Device(processors=8, cooperative=False)
 COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
 
 _without_room: set[int] = set()
+_counters: dict[tuple[int, int], Tensor] = {}
 
 
 def device_of(features: Tensor) -> Device:
@@ -80,6 +82,26 @@ def side_stream(features: Tensor, used: bool) -> Iterator[AbstractContextManager
         yield torch.cuda.stream(side)
     finally:
         current.wait_stream(side)
+
+
+def counters(features: Tensor, sets: int) -> Tensor:
+    """What the grid barriers of the next launch on the current stream count in, [at least ``sets``] int32.
+
+    Barriers leave their counters ready for the next launch (see ``splits.grid_barrier``), so that these are cleared
+    once, not by a kernel before each. Launches that share some must not run side by side: each stream has its own. A
+    captured graph may run on any stream, beside others, and has some that its replays clear. A launch that was refused
+    has counted nothing; after one that was aborted CUDA lets the process launch nothing more.
+    """
+
+    def new(count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=features.device)
+
+    if not features.is_cuda or torch.cuda.is_current_stream_capturing():
+        return new(sets)
+    key = features.get_device(), torch.cuda.current_stream().cuda_stream
+    if key not in _counters or _counters[key].numel() < sets:
+        _counters[key] = new(max(sets, COUNTERS))
+    return _counters[key]
 
 
 def gamma_argument(gamma: Tensor) -> tuple[Tensor | None, float]:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from fcn_kernels.device.rows import Layout, load_row, set_of
-from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE, grid_barrier
+from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE, barrier_phase, grid_barrier
 from fcn_kernels.selection.kernels.common import (
     MOST_WEIGHT_LOG2,
     TAKEN,
@@ -358,8 +358,8 @@ def arrive(rows, part, kept, state, step, later, BUILD: tl.constexpr):
     values = load_row(rows.features, pick_of(kept, step), step < kept.picks, rows.stride, cols, rows.C).to(tl.float32)
     unit, length = values, 1.0
     if not (BUILD.NORMALIZED or BUILD.EUCLIDEAN):
-        unit, length = unit_vector(values, step < kept.picks)
-        length = tl.where(length > 0, length, 1.0)
+        length = tl.load(kept.norms + rows.first + pick_of(kept, step), mask=step < kept.picks, other=1.0)
+        unit = unit_vector(values, length, step < kept.picks)
         pull = (pull - tl.sum(pull * unit, axis=0) * unit) / length
     arriving = tl.load(kept.grad + (kept.base + step) * rows.C + cols, mask=there, other=0.0).to(tl.float32) + pull
     tl.store(state.arriving + (kept.base + step) * rows.C + cols, arriving, mask=cols < rows.C)
@@ -511,11 +511,11 @@ def write_rows(rows, part, kept, state, grads, centre, extent, BUILD: tl.constex
 
 
 @triton.jit
-def meet(rows, part, met, BUILD: tl.constexpr):
-    """Wait for the other parts; returns how often they have met."""
+def meet(rows, part, phase, BUILD: tl.constexpr):
+    """Wait for the other parts; returns the barrier's next phase."""
     if BUILD.SPLIT == COOPERATIVE:
-        grid_barrier(part.barrier + rows.set_id, part.parts * (met + 1))
-    return met + 1
+        phase = grid_barrier(part.barrier + rows.set_id, part.part, part.parts, phase)
+    return phase
 
 
 @triton.jit
@@ -546,7 +546,9 @@ def backward_set(rows, part, layout, saved, state, grads, weights, tau, K, turn,
     if BUILD.SPLIT == LAUNCHES:
         begin_back = turn // 2
         end_back = tl.minimum(begin_back + 1, end_back)
-    met = 0
+    barrier = 0
+    if BUILD.SPLIT == COOPERATIVE:
+        barrier = barrier_phase(part.barrier + rows.set_id)
     for back in range(begin_back, end_back):  # @steps
         step = kept.picks - 1 - back
         if BUILD.SPLIT != LAUNCHES or phase % 2 == 0:
@@ -555,10 +557,10 @@ def backward_set(rows, part, layout, saved, state, grads, weights, tau, K, turn,
             tl.debug_barrier()
             sum_rows(rows, part, kept, state, step, centre, tau, BUILD)
         if BUILD.SPLIT != WHOLE:
-            met = meet(rows, part, met, BUILD)
+            barrier = meet(rows, part, barrier, BUILD)
             if BUILD.SPLIT != LAUNCHES or phase % 2 == 1:
                 sum_parts(rows, part, state, BUILD)
-            met = meet(rows, part, met, BUILD)
+            barrier = meet(rows, part, barrier, BUILD)
     NORMS: tl.constexpr = BUILD.CHOSEN and rows.quality is None
     ending = 2 * (K - 1)
     if BUILD.SPLIT != LAUNCHES or phase >= ending:
@@ -568,13 +570,13 @@ def backward_set(rows, part, layout, saved, state, grads, weights, tau, K, turn,
             if NORMS:
                 dot_first(rows, part, kept, state, centre, BUILD)
         if NORMS:
-            met = meet(rows, part, met, BUILD)
+            barrier = meet(rows, part, barrier, BUILD)
         if BUILD.SPLIT != LAUNCHES or phase == ending + 1:
             if NORMS:
                 settle_quality(rows, part, kept, state, grads, tau, BUILD)
             write_rows(rows, part, kept, state, grads, centre, extent, BUILD)
         if BUILD.CHOSEN and not NORMS:
-            met = meet(rows, part, met, BUILD)
+            barrier = meet(rows, part, barrier, BUILD)
             if BUILD.SPLIT != LAUNCHES or phase == ending + 2:
                 settle_quality(rows, part, kept, state, grads, tau, BUILD)
 
@@ -612,7 +614,7 @@ def select_backward(
     means_ptr,
     sums_ptr,
     totals_ptr,  # (split)
-    barrier_ptr,  # [B] int32, zero: parts that arrived (cooperative)
+    barrier_ptr,  # [B] int32, see `grid_barrier` (cooperative)
     sets,
     parts,
     turn,

@@ -88,7 +88,7 @@ class Part(NamedTuple):
     parts: Any
     slot: Any  # of the set's first part
     slots: Any  # of all sets
-    barrier: Any  # [B] int32, zero: parts that arrived (cooperative)
+    barrier: Any  # [B] int32, see `grid_barrier` (cooperative)
 
 
 class Weights(NamedTuple):

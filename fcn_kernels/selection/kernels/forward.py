@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fcn_kernels.device.rows import Layout, load_row, next_set, set_of
-from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE, grid_barrier
+from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE, barrier_phase, grid_barrier
 from fcn_kernels.selection.kernels.common import (
     MOST_GAP,
     MOST_LOG2,
@@ -342,7 +342,7 @@ def score_rows(rows, low, high, state, out, weights, step, made, pick, own, expo
         allowed = norm > 0
         quality = norm
         if rows.quality is not None:
-            quality = tl.load(rows.quality + rows.first + n, mask=allowed, other=1.0)
+            quality = tl.load(rows.quality + rows.first + n, mask=inside, other=1.0)
         # -- update the running minimum
         fresh = fresh_gaps(n, norm, product, pick, own, BUILD)
         if BUILD.STATE:
@@ -432,67 +432,74 @@ def merge_partials(shared, part, step, tau, BUILD: tl.constexpr):
 
 
 @triton.jit
-def unit_vector(values, there):
-    """(unit vector [c], norm) of a row; as they are where there is none."""
+def measure_row(values):
+    """A row's norm, of its values [c]."""
     norm = tl.sqrt_rn(tl.sum(values * values, axis=0))
-    length = norm
-    if is_extreme(norm):  # alone: a sum over all threads takes a third of a microsecond
+    if is_extreme(norm):
         down = downscale_of(tl.max(tl.abs(values), axis=0))
-        values = values * down
-        length = tl.sqrt_rn(tl.sum(values * values, axis=0))
-        norm = length / down
-    return values / tl.where(there & (length > 0), length, 1.0), norm
+        norm = tl.sqrt_rn(tl.sum(values * down * (values * down), axis=0)) / down
+    return norm
 
 
 @triton.jit
-def direction_of(values, there, BUILD: tl.constexpr):
+def unit_vector(values, norm, there):
+    """The unit vector [c] of a row whose norm is known: a sum over all threads takes longer than a load."""
+    if is_extreme(norm):
+        values = values * downscale_of(tl.max(tl.abs(values), axis=0))
+        norm = tl.sqrt_rn(tl.sum(values * values, axis=0))
+    return values / tl.where(there & (norm > 0), norm, 1.0)
+
+
+@triton.jit
+def direction_of(values, norm, there, BUILD: tl.constexpr):
     """What rows are multiplied with to tell how far they are from a pick [c], and of NORMALIZED rows its square."""
     own = 1.0
     if BUILD.NORMALIZED:
         own = tl.sum(values * values, axis=0)
     elif not BUILD.EUCLIDEAN:
-        values, _ = unit_vector(values, there)
+        values = unit_vector(values, norm, there)
     return values, own
 
 
 @triton.jit
-def norm_of(values, there, BUILD: tl.constexpr):
-    """A row's norm, as the tile loop has it."""
+def norm_of(rows, row, there, BUILD: tl.constexpr):
+    """The norm of one row, as the tile loop has it, before that has seen the rows."""
+    values = load_row(rows.features, row, there, rows.stride, tl.arange(0, BUILD.BLOCK_C), rows.C).to(tl.float32)
     if BUILD.EUCLIDEAN:
         norm = tl.sum(values - values, axis=0) + 1
     else:
-        _, norm = unit_vector(values, there)
+        norm = measure_row(values)
     return norm
 
 
 @triton.jit
-def is_usable_pick(rows, row, BUILD: tl.constexpr):
-    """Whether the features of one row are usable."""
-    values = load_row(rows.features, row, row != NO_ROW, rows.stride, tl.arange(0, BUILD.BLOCK_C), rows.C)
-    return is_usable_norm(norm_of(values.to(tl.float32), True, BUILD))
+def load_norm(rows, state, row, there):
+    """The norm of a pick, another part's where sets are split."""
+    return tl.load(state.norms + rows.first + row, mask=there, other=1.0, cache_modifier=".cg")
 
 
 @triton.jit
 def given_start(rows, start_ptr, BUILD: tl.constexpr):
-    """The given first pick and whether it may be picked, whatever is known of the other rows."""
+    """The given first pick, its norm and whether it may be picked, whatever is known of the other rows."""
     row = tl.load(start_ptr + rows.set_id).to(tl.int32)
     inside = (row >= 0) & (row < rows.count)
-    values = load_row(rows.features, row, inside, rows.stride, tl.arange(0, BUILD.BLOCK_C), rows.C).to(tl.float32)
-    norm = norm_of(values, inside, BUILD)
+    norm = norm_of(rows, row, inside, BUILD)
     quality = norm
     if rows.quality is not None:
         quality = tl.load(rows.quality + rows.first + row, mask=inside, other=-1.0)
-    return row, may_be_picked(rows, quality, row, inside) & is_usable_norm(norm)
+    return row, norm, may_be_picked(rows, quality, row, inside) & is_usable_norm(norm)
 
 
 @triton.jit
 def next_usable(rows, partial, BUILD: tl.constexpr):
-    """From a first pick by quality alone on to the best whose row is usable."""
+    """From a first pick by quality alone on to the best whose row is usable, and its norm."""
     score, row = partial.score, partial.row
-    while (row != NO_ROW) & (is_usable_pick(rows, row, BUILD) == 0):
+    norm = norm_of(rows, row, row != NO_ROW, BUILD)
+    while (row != NO_ROW) & (is_usable_norm(norm) == 0):
         other = first_pick(rows, 0, rows.count, rows, score, row, False, BUILD)
         score, row = other.score, other.row
-    return Partial(score, row, partial.logit, partial.denominator, partial.exponent)
+        norm = norm_of(rows, row, row != NO_ROW, BUILD)
+    return Partial(score, row, partial.logit, partial.denominator, partial.exponent), norm
 
 
 @triton.jit
@@ -521,11 +528,12 @@ def see_rows(rows, part, state, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, B
     """A pass over a part's rows; where no row has an extreme norm that is one tile loop."""
     slot = part.slot + part.part
     direction_ptr = state.directions + slot.to(tl.int64) * rows.C
-    extreme = multiply_rows(rows, part.low, part.high, state, direction_ptr, MEASURE, MULTIPLY, BUILD)
-    if MEASURE:
-        tl.store(state.extremes + slot, extreme)
-    else:
+    if not MEASURE:
         extreme = tl.load(state.extremes + slot)
+    measured = multiply_rows(rows, part.low, part.high, state, direction_ptr, MEASURE, MULTIPLY, BUILD)
+    if MEASURE:
+        extreme = measured
+        tl.store(state.extremes + slot, extreme)
     if extreme > 0:
         multiply_extreme_rows(rows, part.low, part.high, state, direction_ptr, MEASURE, MULTIPLY, BUILD)
 
@@ -578,12 +586,15 @@ def forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, 
         begin_step, end_step = tl.maximum(turn - 1, 0), turn
     partial = reduce_best(nobody(BUILD.BLOCK_R), 0, 1.0, False)
     pickable = tl.sum(tl.zeros((BUILD.BLOCK_R,), tl.int32), axis=0)
+    norm = tl.cast(1.0, tl.float32)  # of the pick
+    if BUILD.SPLIT == COOPERATIVE:
+        phase = barrier_phase(part.barrier + rows.set_id)
     if BUILD.SPLIT != LAUNCHES or turn == 0:
         partial, pickable = look_first(rows, part, state, shared, weights, tau, START, BUILD)
     for step in range(begin_step, end_step):  # @steps
         # -- agree on the pick
         if BUILD.SPLIT == COOPERATIVE:
-            grid_barrier(part.barrier + rows.set_id, part.parts * (step + 1))
+            phase = grid_barrier(part.barrier + rows.set_id, part.part, part.parts, phase)
         if BUILD.SPLIT != WHOLE:
             partial, pickable = merge_partials(shared, part, step, tau, BUILD)
             if BUILD.EARLY and BUILD.KEEP:
@@ -596,12 +607,12 @@ def forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, 
         given = step < K
         if step == 0:
             if START:
-                row, given = given_start(rows, start_ptr, BUILD)
+                row, norm, given = given_start(rows, start_ptr, BUILD)
                 logit = opening_logits(rows, 0.0, row, given)
                 partial = Partial(partial.score, tl.where(given, row, NO_ROW), logit, partial.denominator, 0)
                 pickable = tl.where(given, tl.maximum(pickable, 1), 0)  # BUILD.EARLY: no other is known of yet
             elif BUILD.EARLY:
-                partial = next_usable(rows, partial, BUILD)
+                partial, norm = next_usable(rows, partial, BUILD)
                 pickable = tl.where(partial.row != NO_ROW, 1, 0)  # as far as is known
         # -- write it
         count = tl.minimum(pickable, limit)
@@ -611,7 +622,11 @@ def forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, 
             store_pick(rows, out, partial, step, there, values, count, BUILD)
         if BUILD.STATE or step + 1 < K:
             # -- products with it, a tile at a time
-            direction, own = direction_of(values.to(tl.float32), there, BUILD)
+            seen = there
+            if BUILD.EARLY:
+                seen = there & (step > 0)
+            norm = tl.where(seen, load_norm(rows, state, partial.row, seen), norm)
+            direction, own = direction_of(values.to(tl.float32), norm, there, BUILD)
             tl.debug_barrier()  # all have read what these loops write
             tl.store(state.directions + slot.to(tl.int64) * rows.C + cols, direction, mask=cols < rows.C)
             tl.debug_barrier()
@@ -668,7 +683,7 @@ def select_forward(
     winners_ptr,
     pickable_ptr,
     openings_ptr,
-    barrier_ptr,  # [B] int32, zero: parts that arrived (cooperative)
+    barrier_ptr,  # [B] int32, see `grid_barrier` (cooperative)
     sets,
     parts,
     turn,

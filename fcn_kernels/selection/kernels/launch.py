@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from fcn_kernels.device.constants import constants
-from fcn_kernels.device.gpu import Device, device_of, gamma_argument, has_no_room, seed_argument, side_stream
+from fcn_kernels.device.gpu import Device, counters, device_of, gamma_argument, has_no_room, seed_argument, side_stream
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE
 from fcn_kernels.selection.kernels.backward import select_backward
 from fcn_kernels.selection.kernels.common import NO_ROW, Constants
@@ -413,7 +413,7 @@ def _given(p: Problem, stand_in: Tensor) -> dict[str, Any]:
 def _launch(kernel: Any, p: Problem, plan: Plan, turns: int, arguments: dict[str, Any], build: Constants) -> None:
     """One launch, or a launch a turn; parts that cannot all run at once meet between launches, here and from now on."""
     cooperative = plan.split == COOPERATIVE.value
-    barrier = torch.zeros(p.sets, dtype=torch.int32, device=p.features.device) if cooperative else None
+    barrier = counters(p.features, p.sets) if cooperative else None
     launch: Callable[..., None] = kernel[(plan.programs(p.sets),)]
     try:
         for turn in range(turns if plan.split == LAUNCHES.value else 1):

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fcn_kernels.device.rows import Layout, load_row
-from fcn_kernels.device.splits import LAUNCHES, grid_barrier
+from fcn_kernels.device.splits import LAUNCHES, barrier_phase, grid_barrier
 from fcn_kernels.selection.kernels.common import (
     NO_ROW,
     TAKEN,
@@ -46,6 +46,7 @@ from fcn_kernels.selection.kernels.forward import (
     direction_of,
     fresh_gaps,
     load_chunk,
+    load_norm,
     load_partials,
     multiply_extreme_rows,
     nobody,
@@ -233,7 +234,8 @@ def make_pick(rows, part, out, state, picks, best, step, count, BUILD: tl.conste
     if part.part == 0:
         for at in range(step, tl.where(there, step + 1, out.steps)):  # @written
             store_pick(rows, out, best, at, there, values, count, BUILD)
-    direction, own = direction_of(values.to(tl.float32), there, BUILD)
+    norm = load_norm(rows, state, best.row, there)
+    direction, own = direction_of(values.to(tl.float32), norm, there, BUILD)
     tl.debug_barrier()  # all have read what is stored here
     tl.store(picks.directions + picks.copy.to(tl.int64) * rows.C + cols, direction, mask=cols < rows.C)
     if part.part == 0:
@@ -369,8 +371,9 @@ def select_lazily(
             tl.store(progress_ptr + slot * 2, at.step)
             tl.store(progress_ptr + slot * 2 + 1, at.round)
     else:
+        phase = barrier_phase(barrier_ptr + set_id)
         while mine_to_do & (at.step < K):
             if turn > 0:
-                grid_barrier(barrier_ptr + set_id, parts * turn)
+                phase = grid_barrier(barrier_ptr + set_id, mine.part, parts, phase)
             at = take_turn(rows, mine, out, state, shared, picks, rivals_ptr, weights, limit, at, begin + turn, BUILD)
             turn += 1
