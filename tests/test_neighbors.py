@@ -40,12 +40,16 @@ def _there(name: str) -> str:
     return name
 
 
-@pytest.fixture(params=["torch", "cpp", "cpp, filtered", "triton"])
+WAYS = ((2, slice(None)), (3, slice(0, 4)), (3, slice(1, 2)))
+"""Of filtering: integers for any number of rows, streamed sums for a few."""
+
+
+@pytest.fixture(params=["torch", "cpp", "cpp, by integers", "cpp, streamed", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Small problems have no filter of integers unless it is asked for."""
+    """Small problems have no filter unless it is asked for."""
     name, _, filtered = request.param.partition(", ")
     if filtered:
-        monkeypatch.setattr(launch, "FILTER", 2)
+        monkeypatch.setattr(launch, "FILTER", 2 if filtered == "by integers" else 3)
     return _there(name)
 
 
@@ -254,6 +258,28 @@ def test_the_filter_loses_nothing_within_its_error(
 
 
 @needs_compiler
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("k", [1, 30])
+def test_streamed_rows_lose_nothing_within_the_error_of_sums(
+    k: int, normalized: bool, monkeypatch: pytest.MonkeyPatch, threads: Any
+) -> None:
+    """The k-th and its rivals are closer than sums in another order can tell, whose own k best are others."""
+    centers, dim = F.normalize(draw(4, 203), dim=1), 203
+    near = centers.repeat(60, 1) + 1e-7 * draw(240, dim, seed=1)
+    bank = torch.cat([draw(700, dim, seed=2), near, near[:40], draw(700, dim, seed=3)])
+    bank = F.normalize(bank, dim=1) if normalized else bank * torch.linspace(0.1, 9, len(bank))[:, None]
+    x = F.normalize(centers + 0.01 * draw(4, dim, seed=4), dim=1)
+    monkeypatch.setattr(launch, "FILTER", 0)
+    expected = context_statistics(x, bank, k, normalized=normalized, backend="cpp")
+    by_other_sums = (x @ F.normalize(bank, dim=1).T).topk(k).indices
+    assert any(set(a) != set(b) for a, b in zip(by_other_sums.tolist(), expected.indices.tolist(), strict=True))
+    monkeypatch.setattr(launch, "FILTER", 3)
+    for count, part in ((1, slice(0, 4)), (3, slice(0, 4)), (2, slice(1, 2))):
+        threads(count)
+        assert same_bits(context_statistics(x[part], bank, k, normalized=normalized, backend="cpp"), expected, part)
+
+
+@needs_compiler
 @pytest.mark.parametrize("spoil", ["alike", "rows that are not unit", "a bank that is not unit", "extreme", "all own"])
 def test_the_filter_gives_way_where_it_cannot_help(spoil: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, bank, normalized, ids = draw(50, 64), draw(1500, 64, seed=1), "unit" in spoil, {}
@@ -268,11 +294,13 @@ def test_the_filter_gives_way_where_it_cannot_help(spoil: str, monkeypatch: pyte
         bank[700:710] = torch.inf
     if spoil == "all own":
         ids = {"ids": torch.zeros(50).long(), "bank_ids": torch.zeros(1500).long()}
-    found = []
-    for filtered in (0, 2):
+    monkeypatch.setattr(launch, "FILTER", 0)
+    expected = context_statistics(x, bank, 20, normalized=normalized, backend="cpp", **ids)
+    for filtered, part in WAYS:
         monkeypatch.setattr(launch, "FILTER", filtered)
-        found.append(context_statistics(x, bank, 20, normalized=normalized, backend="cpp", **ids))
-    assert same_bits(*found)
+        some = {**ids, "ids": ids["ids"][part]} if ids else {}
+        found = context_statistics(x[part], bank, 20, normalized=normalized, backend="cpp", **some)
+        assert same_bits(found, expected, part)
 
 
 @needs_compiler
@@ -280,11 +308,11 @@ def test_the_filter_gives_way_where_it_cannot_help(spoil: str, monkeypatch: pyte
 def test_rows_beside_one_another_in_the_filter_keep_to_their_own_room(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one column half of the bank is alike, so that every row's room is full again and again."""
     x, bank = draw(30, 1), draw(2000, 1, seed=1)
-    found = []
-    for filtered in (0, 2):
+    monkeypatch.setattr(launch, "FILTER", 0)
+    expected = context_statistics(x, bank, k, backend="cpp")
+    for filtered, part in WAYS:
         monkeypatch.setattr(launch, "FILTER", filtered)
-        found.append(context_statistics(x, bank, k, backend="cpp"))
-    assert same_bits(*found)
+        assert same_bits(context_statistics(x[part], bank, k, backend="cpp"), expected, part)
 
 
 @needs_compiler
@@ -294,10 +322,12 @@ def test_where_the_filter_pays_it_is_used_and_changes_nothing(
     dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, bank = draw(30, dim, dtype=dtype), draw(3000, dim, seed=1, dtype=dtype)
-    ids = {"ids": torch.arange(30), "bank_ids": torch.arange(3000) % 60}
-    plain = context_statistics(x, bank, 20, min_cosine=0.1, **ids, backend="cpp")
-    monkeypatch.setattr(launch, "FILTER", 0)
-    assert same_bits(context_statistics(x, bank, 20, min_cosine=0.1, **ids, backend="cpp"), plain)
+    for part in (slice(0, 30), slice(3, 7), slice(9, 10)):
+        ids = {"ids": torch.arange(30)[part], "bank_ids": torch.arange(3000) % 60}
+        with monkeypatch.context() as patch:
+            plain = context_statistics(x[part], bank, 20, min_cosine=0.1, **ids, backend="cpp")
+            patch.setattr(launch, "FILTER", 0)
+            assert same_bits(context_statistics(x[part], bank, 20, min_cosine=0.1, **ids, backend="cpp"), plain)
 
 
 def test_a_bank_in_rising_order(backend: str) -> None:

@@ -1,5 +1,5 @@
-// Rows, a vector register at a time. ROW is the type of their elements; BFLOAT16 or FLOAT16 is defined where it is
-// that.
+// Rows, a vector register at a time. ROW is the type of their elements, or they are of Acc, in which they are summed;
+// BFLOAT16 or FLOAT16 is defined where ROW is that.
 
 #pragma once
 
@@ -66,13 +66,21 @@ inline Vec load(const Row* from) { return __builtin_convertvector(*reinterpret_c
 inline void store(Row* to, Vec values) { *reinterpret_cast<RowVec*>(to) = __builtin_convertvector(values, RowVec); }
 #endif
 
-inline Vec load_part(const Row* from, int64_t count) {
-    Row whole[LANES] = {};
-    std::memcpy(whole, from, count * sizeof(Row));
+#if defined(BFLOAT16) || defined(FLOAT16)
+inline Vec load(const Acc* from) { return *reinterpret_cast<const LooseVec*>(from); }
+#endif
+
+template <class Element>
+inline Vec load_part(const Element* from, int64_t count) {
+    Element whole[LANES] = {};
+    std::memcpy(whole, from, count * sizeof(Element));
     return load(whole);
 }
 
-inline Acc element(const Row* row, int64_t c) { return load_part(row + c, 1)[0]; }
+template <class Element>
+inline Acc element(const Element* row, int64_t c) {
+    return load_part(row + c, 1)[0];
+}
 
 inline void store_part(Row* to, Vec values, int64_t count) {
     Row whole[LANES];
@@ -87,7 +95,10 @@ inline int64_t padded(int64_t dim) { return (dim + LANES - 1) / LANES * LANES; }
 
 // Asks for a row soon to be read. Left alone, a CPU reads ahead to the end of a page, which is two rows of 512 float32;
 // asked two rows ahead, passes over rows that are not in cache took a sixth less time.
-inline void ask_for(const Row* row, int64_t column, int64_t dim) { __builtin_prefetch(row + 2 * dim + column); }
+template <class Element>
+inline void ask_for(const Element* row, int64_t column, int64_t dim) {
+    __builtin_prefetch(row + 2 * dim + column);
+}
 
 // The sum of so many lanes, by halves: one after the other they would take longer than the products of a short row.
 template <int COUNT>
@@ -110,8 +121,8 @@ inline Acc sum_of(const Vec (&sums)[UNROLLED]) {
 }
 
 // use(vector of the row, column, which of the UNROLLED sums) for all columns.
-template <class Use>
-inline void for_columns(const Row* row, int64_t dim, Use use) {
+template <class Element, class Use>
+inline void for_columns(const Element* row, int64_t dim, Use use) {
     int64_t c = 0;
     for (; c + UNROLLED * LANES <= dim; c += UNROLLED * LANES)
         for (int u = 0; u < UNROLLED; ++u) use(load(row + c + u * LANES), c + u * LANES, u);
@@ -160,7 +171,8 @@ inline bool is_finite(const Row* row, int64_t dim) {
 }
 
 // |x|, also where its square leaves the type's range, as hypot.
-[[gnu::noinline]] Acc norm_of(const Row* row, int64_t dim) {
+template <class Element>
+[[gnu::noinline]] Acc norm_of(const Element* row, int64_t dim) {
     Vec sums[UNROLLED] = {};
     for_columns(row, dim, [&](Vec x, int64_t c, int u) {
         ask_for(row, c, dim);

@@ -121,8 +121,9 @@ def context_statistics(
 
 def neighbors_backend(backend: str | None, problem: Problem) -> str:
     """What a call runs on."""
-    kind = problem.bank[:0].to(op.cpp_dtype(problem))
-    return resolve_backend(backend, kind, lambda _: cpp.unavailable(op.cpp_dtype(problem)))
+    dtype = op.cpp_dtype(problem)
+    kind = problem.bank if problem.bank.dtype == dtype else problem.bank[:0].to(dtype)
+    return resolve_backend(backend, kind, cpp.unavailable)
 
 
 def check_usable(name: str, rows: Tensor) -> None:

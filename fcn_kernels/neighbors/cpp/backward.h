@@ -5,11 +5,11 @@
 #include <cstdint>
 #include <vector>
 
-#include "forward.h"
+#include "call.h"
+#include "calls.h"
+#include "units.h"
 
 namespace fcn_kernels {
-
-constexpr int64_t LEAST_SHARED = 64 << 10;  // elements below which waking the other threads costs more than it gives
 
 struct Arriving {  // (N,), and the indices (N, k) of the forward pass
     const Acc *weight, *slope, *mean;
@@ -51,7 +51,7 @@ class Backpropagation {
     Acc norm_of_bank_row(int64_t j) const { return call.normalized ? Acc(1) : norm_of(bank_row(j), call.dim); }
 
     void to_row(int64_t i, Acc* drow) {
-        const Acc* u = call.rows + i * call.dim;
+        const Acc* u = call.units + i * call.dim;
         std::vector<Acc> unit(padded(call.dim)), du(padded(call.dim));
         std::copy(u, u + call.dim, unit.begin());
         const int64_t* places = arriving.indices + i * call.k;
@@ -95,7 +95,7 @@ class Backpropagation {
         std::vector<Acc> dv(padded(call.dim)), v(padded(call.dim));
         const bool any = starts[j] < starts[j + 1];
         for (int64_t s = starts[j]; s < starts[j + 1]; ++s) {
-            const Acc* u = call.rows + pairs[s] / call.k * call.dim;
+            const Acc* u = call.units + pairs[s] / call.k * call.dim;
             const Acc weight = ds[pairs[s]];
             for (int64_t c = 0; c < call.dim; ++c) dv[c] += weight * u[c];
         }

@@ -1,8 +1,10 @@
-// Which scores may be among a row's k best, by integers of 16 bits; only the scores of these are made in float32.
+// Which scores may be among a row's k best, by scores that are made faster and are off by a known error: of integers
+// where many rows share the bank, of sums in memory's order where a few rows wait for it. Only the scores of what may be
+// among the best are then made as they are without a filter.
 //
-// A score of integers is off by e at the most. So the k-th best of them less e is at most the k-th best score t, and
-// what scores less than t - e by integers is not one of the k best. Nothing is lost, and what is found is the same to
-// the bit as without the filter.
+// A faster score is off by e at the most. So the k-th best of them less e is at most the k-th best score t, and what has
+// a faster score of less than t - e is not one of the k best. Nothing is lost, and what is found is the same to the bit
+// as without the filter.
 
 #pragma once
 
@@ -10,38 +12,40 @@
 
 #include "call.h"
 #include "integers.h"
+#include "streamed.h"
 #include "support.h"
 
 namespace fcn_kernels {
 
 #ifndef HAS_INTEGERS
 
-struct Filter {
-    static int64_t room_for(int64_t) { return 0; }
-    static bool suits(const Call&) { return false; }
-    Filter(const Call&, int64_t, int64_t, int64_t, int64_t, Nearest&) {}
-    int64_t run() { return 0; }
-};
+inline bool has_filter(const Call&) { return false; }
+inline int64_t room_of_filter(int64_t) { return 0; }
+inline int64_t filter(const Call&, int64_t, int64_t, int64_t begin, int64_t, Nearest&) { return begin; }
 
 #else
 
-constexpr int64_t FILTER_BLOCK_BYTES = 256 << 10;  // of packed bank rows, which stay in L2 while rows pass
-constexpr int64_t ALWAYS = 2;                      // of a call's filter; 0 is never
-constexpr int64_t LEAST_ROWS = 24;                 // of a call, below which memory is what is waited for
-constexpr int64_t LEAST_DIM = 48;                  // below, the product is not what takes time
-constexpr int64_t LEAST_BANK = 16;                 // times k: of fewer, most would be kept
-constexpr int64_t SPARE = 16;                      // of k entries, one more may be left by a bound that is found sooner
-constexpr int64_t SETTLED = 8;                     // where one score in so many wants float32, integers do not pay
+enum Filtering { NEVER, WHERE_IT_PAYS, BY_INTEGERS, BY_STREAM };  // the last two wherever they can
 
+constexpr int64_t LEAST_ROWS = 24;  // of a call, below which memory is what is waited for
+constexpr int64_t LEAST_DIM = 48;   // below, the product is not what takes time
+constexpr int64_t LEAST_BANK = 16;  // times k: of fewer, most would be kept
+constexpr int64_t SPARE = 16;       // of k entries, one more may be left by a bound that is found sooner
+constexpr int64_t SETTLED = 8;      // where one score in so many is made anew, the filter does not pay
+
+inline bool filters(const Call& call, Filtering how, bool pays) {
+    pays = pays && call.dim >= LEAST_DIM && call.m >= LEAST_BANK * call.k;
+    return call.k && call.dim <= MOST_DIM && (call.filter == how || (call.filter == WHERE_IT_PAYS && pays));
+}
+inline bool has_integers(const Call& call) { return filters(call, BY_INTEGERS, call.n >= LEAST_ROWS); }
+inline bool is_streamed(const Call& call) { return call.n <= STREAMED_ROWS && filters(call, BY_STREAM, true); }
+inline bool has_filter(const Call& call) { return has_integers(call) || is_streamed(call); }
+inline int64_t room_of_filter(int64_t k) { return padded(2 * k + 64) + LANES; }  // whole vectors, and one to append
+
+// Scores says how the faster scores are made; those of ONE stand for a score of 1.
+template <class Scores>
 class Filter {
   public:
-    static int64_t room_for(int64_t k) { return padded(2 * k + 64) + LANES; }  // whole vectors, and one to append
-
-    static bool suits(const Call& call) {
-        const bool pays = call.n >= LEAST_ROWS && call.dim >= LEAST_DIM && call.m >= LEAST_BANK * call.k;
-        return call.k && call.dim <= MOST_DIM && (call.filter == ALWAYS || (call.filter && pays));
-    }
-
     // For the rows from `first` on, past the bank from `begin` to `end`.
     Filter(const Call& call, int64_t first, int64_t rows, int64_t begin, int64_t end, Nearest& nearest)
         : call(call),
@@ -49,10 +53,10 @@ class Filter {
           rows(rows),
           begin(begin),
           end(end),
-          room(room_for(call.k)),
-          error(error_of_integers(call.dim)),
+          room(room_of_filter(call.k)),
+          error(Scores::error(call.dim)),
           nearest(nearest),
-          integers(call.rows + first * call.dim, rows, call.dim),
+          faster(call, first, rows),
           scores(rows * room),
           places(rows * room),
           sizes(rows),
@@ -63,20 +67,16 @@ class Filter {
     }
 
     // Hands the k best to `nearest`. Returns the bank row from which on there is no filter: `end`, or one before it
-    // where the bound does not hold or integers do not pay.
+    // where the bound does not hold or the filter does not pay.
     int64_t run() {
         for (int64_t i = 0; call.normalized && i < rows; ++i)
             if (is_usable(norm(i)) && norm(i) * norm(i) > MOST_SQUARE) return begin;
-        const int64_t groups = groups_of(call.dim), size = TILE_BANK * groups;
-        const int64_t block = std::max<int64_t>(1, FILTER_BLOCK_BYTES / (size * int64_t(sizeof(int32_t))));
-        const Aligned packed(block * size);
-        std::vector<IntegerPanel> bank(block);
-        for (int64_t t = 0; t < block; ++t) bank[t].columns = reinterpret_cast<int32_t*>(packed + t * size);
         int64_t at = begin;
-        while (at < end && settled * SETTLED <= rows * (at - begin) && pack(at, bank)) {
-            const int64_t next = std::min(end, at + block * TILE_BANK);
+        while (at < end && settled * SETTLED <= rows * (at - begin)) {
+            const int64_t next = std::min(end, at + faster.tiles * TILE_BANK);
+            if (!faster.take(at, next)) break;
             for (int64_t row = 0; row < rows; row += TILE_ROWS)
-                for (int64_t t = 0; at + t * TILE_BANK < next; ++t) tile(row, at + t * TILE_BANK, bank[t], groups);
+                for (int64_t t = 0; at + t * TILE_BANK < next; ++t) tile(row, at + t * TILE_BANK, t);
             at = next;
         }
         for (int64_t row = 0; row < rows; ++row) settle(row);
@@ -87,9 +87,9 @@ class Filter {
     const Call& call;
     const int64_t first, rows, begin, end, room;
     const Acc error;
-    Nearest& nearest;  // of those with a score of float32
-    const IntegerRows integers;
-    std::vector<Acc> scores;  // of integers, [row][room], in the order of the bank rows
+    Nearest& nearest;  // of those with a score as there is without a filter
+    Scores faster;
+    std::vector<Acc> scores;  // the faster ones, [row][room], in the order of the bank rows
     std::vector<int32_t> places;
     std::vector<int64_t> sizes;
     std::vector<Acc> floors;  // what is not above has lost
@@ -99,26 +99,13 @@ class Filter {
 
     Acc norm(int64_t row) const { return call.norms[first + row]; }
 
-    // Scores of integers are over UNIT^2.
-    Acc floor_below(Acc score) const { return (score - error) * (UNIT * UNIT); }
+    Acc floor_below(Acc score) const { return (score - error) * Scores::ONE; }
 
-    bool pack(int64_t at, std::vector<IntegerPanel>& bank) const {
-        std::vector<int16_t> shorts(LANES * padded_shorts(call.dim));
-        bool unit = true;
-        for (IntegerPanel& panel : bank) {
-            if (at >= end) break;
-            const Row* from = call.bank + at * call.stride;
-            unit &= panel.pack(from, call.stride, end - at, call.dim, call.normalized, shorts.data());
-            at += TILE_BANK;
-        }
-        return unit;
-    }
-
-    void tile(int64_t row, int64_t column, const IntegerPanel& bank, int64_t groups) {
-        alignas(BYTES) Acc found[TILE_ROWS * TILE_BANK];
-        multiply(integers.panel_of(row), bank, groups, found, std::make_index_sequence<TILE_ROWS * VECTORS>());
+    void tile(int64_t row, int64_t column, int64_t t) {
+        alignas(BYTES) Acc room[TILE_ROWS * TILE_BANK];
+        const Acc* const found = faster.of_tile(row, t, room);
         const int64_t used = std::min(TILE_ROWS, rows - row);
-        for (int64_t r = 0; r < used; ++r) keep(row + r, found + r * TILE_BANK, column, bank.usable);
+        for (int64_t r = 0; r < used; ++r) keep(row + r, found + r * TILE_BANK, column, faster.usable(t));
     }
 
     void keep(int64_t row, const Acc* found, int64_t column, uint32_t usable) {
@@ -158,7 +145,7 @@ class Filter {
     // Leaves out what loses by a score that at least k are above, and about `spare` more.
     void cut(int64_t row, int64_t spare) {
         if (sizes[row] <= call.k) return;
-        floors[row] = std::max(floors[row], floor_below(below_kth(row, spare) / (UNIT * UNIT) - error));
+        floors[row] = std::max(floors[row], floor_below(below_kth(row, spare) / Scores::ONE - error));
         Acc* const score = &scores[row * room];
         int32_t* const place = &places[row * room];
         int64_t kept = 0;
@@ -174,7 +161,7 @@ class Filter {
 
     // By bisection, which counts a vector at a time; the branches of a selection by comparisons cannot be foreseen.
     Acc below_kth(int64_t row, int64_t spare) const {
-        Acc low = std::max(floors[row], -2 * UNIT * UNIT), high = 2 * UNIT * UNIT;
+        Acc low = std::max(floors[row], -2 * Scores::ONE), high = 2 * Scores::ONE;
         for (int64_t count = sizes[row]; count > call.k + spare;) {
             const Acc middle = (low + high) / 2;
             if (middle <= low || middle >= high) break;
@@ -191,7 +178,7 @@ class Filter {
         return above(&scores[row * room + i], threshold) & first_bits(sizes[row] - i);
     }
 
-    // What may be among the k best gets its score of float32, and goes to `nearest`.
+    // What may be among the k best gets the score that it has without a filter, and goes to `nearest`.
     void settle(int64_t row) {
         cut(row, 0);
         alignas(BYTES) Acc found[TILE_BANK];
@@ -214,13 +201,19 @@ class Filter {
             these[j] = bank_row(at + j);
             next[j] = bank_row(at + LANES + j);
         }
-        const Acc* u = call.rows + (first + row) * call.dim;
+        const Acc* u = call.units + (first + row) * call.dim;
         exact.clear();
         if (multiply_lanes<1, 1>(u, exact, 0, these, next, n, call.dim, call.normalized, found)) return;
         exact.pack(these, next, n, call.dim, call.normalized);
         multiply<1, 1>(u, exact, call.dim, found);
     }
 };
+
+// Hands the k best of some rows, past the bank from `begin` to `end`, to `nearest`. Returns where it ended.
+inline int64_t filter(const Call& call, int64_t first, int64_t rows, int64_t begin, int64_t end, Nearest& nearest) {
+    if (is_streamed(call)) return Filter<StreamedScores>(call, first, rows, begin, end, nearest).run();
+    return Filter<IntegerScores>(call, first, rows, begin, end, nearest).run();
+}
 
 #endif
 

@@ -39,7 +39,7 @@ class Walk {
 
     void run() {
         int64_t at = begin;
-        if (Filter::suits(call)) at = Filter(call, first, rows, begin, end, *nearest).run();
+        if (has_filter(call)) at = filter(call, first, rows, begin, end, *nearest);
         if (at < end) run_exactly(at);
     }
 
@@ -61,7 +61,7 @@ class Walk {
         columns.clear();
         std::vector<Panel> bank(block);
         for (int64_t t = 0; t < block; ++t) bank[t].columns = columns + t * size;
-        pack_rows(call.rows + first * call.dim, rows, call.dim, packed);
+        pack_rows(call.units + first * call.dim, rows, call.dim, packed);
         if (rows <= FEW) return run_few(from, packed, bank[0]);
         for (int64_t at = from; at < end; at += block * TILE_BANK) {
             const int64_t tiles = std::min(block, (end - at + TILE_BANK - 1) / TILE_BANK);
@@ -134,7 +134,7 @@ struct Plan {
 
     explicit Plan(const Call& call) {
         const int64_t row_bytes = call.dim * int64_t(sizeof(Acc));
-        const int64_t room = Filter::suits(call) ? Filter::room_for(call.k) : Nearest::room_for(call.k, call.m);
+        const int64_t room = has_filter(call) ? room_of_filter(call.k) : Nearest::room_for(call.k, call.m);
         const int64_t entry_bytes = call.k ? room * int64_t(sizeof(Entry)) : 1;
         const int64_t most = std::clamp(WALK_BYTES / std::max(row_bytes, entry_bytes), TILE_ROWS, MOST_ROWS);
         chunks = std::max((call.n + most - 1) / most, std::min(call.threads, call.n / LEAST_SHARE));

@@ -2,6 +2,9 @@
 
 #pragma once
 
+#include <utility>
+
+#include "call.h"
 #include "product.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && !defined(FLOAT64)
@@ -14,6 +17,7 @@ constexpr Acc UNIT = 32000;            // what stands for 1: no sum of products 
 constexpr Acc MOST_SQUARE = 1.01f;     // of a row that is called unit
 constexpr Acc TO_WHOLE = 0x1.8p23f;    // of what is added to it no fraction is left
 constexpr int64_t MOST_DIM = 1 << 14;  // for which the bounds here hold
+constexpr int64_t INTEGER_BYTES = 256 << 10;  // of packed bank rows, which stay in L2 while rows pass
 
 typedef int32_t Ints __attribute__((vector_size(BYTES)));
 typedef int32_t LooseInts __attribute__((vector_size(BYTES), aligned(sizeof(int32_t)), may_alias));
@@ -23,15 +27,9 @@ typedef int32_t Pair __attribute__((may_alias));
 inline int64_t groups_of(int64_t dim) { return (dim + GROUP - 1) / GROUP; }
 inline int64_t padded_shorts(int64_t dim) { return (dim + GROUP * LANES - 1) / (GROUP * LANES) * GROUP * LANES; }
 
-// How far a score of integers over UNIT^2 may be from the float32 product's: u = q / UNIT + a rest, of which each
-// element is 1/2 / UNIT at the most, and v likewise, so that
-//     |u . v - q . p / UNIT^2| <= |u - q / UNIT| |v| + |q / UNIT| |v - p / UNIT| <= rest (1.01 + 1.01 + rest)
-// To this come roundings: of the product's float32 sums and of norms summed in another order, (C + 16) 2^-23 at the
-// most, and of single operations.
-inline Acc error_of_integers(int64_t dim) {
-    const Acc rest = std::sqrt(Acc(dim)) / 2 / UNIT * 1.001f + 1e-6f;
-    return rest * (2 * MOST_SQUARE + rest) + Acc(dim + 16) * 0x1p-23f + 2e-6f;
-}
+// How far two sums of a score may be apart that are made in different orders: products, and squares of norms, whose
+// roundings come to 1.2 (C + 16) 2^-24 at the most, and single operations.
+inline Acc error_of_sums(int64_t dim) { return Acc(dim + 16) * 0x1p-23f + 2e-6f; }
 
 // q, to the nearest; `to` has to be 0 from C to whole vectors. for_each(use) calls use(vector, column, 0 to 3).
 template <class ForEach>
@@ -161,6 +159,62 @@ inline void multiply(const Pair* rows, const IntegerPanel& bank, int64_t groups,
     }
     (store_work(scores + I * LANES, __builtin_convertvector(sums[I], Vec)), ...);
 }
+
+// Of some rows with bank rows, many at a time.
+class IntegerScores {
+  public:
+    static constexpr Acc ONE = UNIT * UNIT;
+
+    // How far a score of integers over ONE may be from the float32 product's: u = q / UNIT + a rest, of which each
+    // element is 1/2 / UNIT at the most, and v likewise, so that
+    //     |u . v - q . p / UNIT^2| <= |u - q / UNIT| |v| + |q / UNIT| |v - p / UNIT| <= rest (1.01 + 1.01 + rest)
+    // To this come the roundings of sums.
+    static Acc error(int64_t dim) {
+        const Acc rest = std::sqrt(Acc(dim)) / 2 / UNIT * 1.001f + 1e-6f;
+        return rest * (2 * MOST_SQUARE + rest) + error_of_sums(dim);
+    }
+
+    IntegerScores(const Call& call, int64_t first, int64_t rows)
+        : tiles(std::max<int64_t>(1, INTEGER_BYTES / (TILE_BANK * groups_of(call.dim) * int64_t(sizeof(Pair))))),
+          call(call),
+          size(TILE_BANK * groups_of(call.dim)),
+          rows(call.units + first * call.dim, rows, call.dim),
+          columns(tiles * size),
+          bank(tiles) {
+        for (int64_t t = 0; t < tiles; ++t) bank[t].columns = reinterpret_cast<int32_t*>(columns + t * size);
+    }
+
+    const int64_t tiles;  // of bank rows at a time
+
+    // Bank rows from `at` to `end`. False where one is called unit and is not.
+    bool take(int64_t at, int64_t end) {
+        std::vector<int16_t> shorts(LANES * padded_shorts(call.dim));
+        bool unit = true;
+        for (IntegerPanel& panel : bank) {
+            if (at >= end) break;
+            const Row* from = call.bank + at * call.stride;
+            unit &= panel.pack(from, call.stride, end - at, call.dim, call.normalized, shorts.data());
+            at += TILE_BANK;
+        }
+        return unit;
+    }
+
+    uint32_t usable(int64_t tile) const { return bank[tile].usable; }
+
+    // [TILE_ROWS][TILE_BANK] from a row on, in `room`.
+    const Acc* of_tile(int64_t row, int64_t tile, Acc* room) const {
+        const auto all = std::make_index_sequence<TILE_ROWS * VECTORS>();
+        multiply(rows.panel_of(row), bank[tile], groups_of(call.dim), room, all);
+        return room;
+    }
+
+  private:
+    const Call& call;
+    const int64_t size;  // of a panel
+    const IntegerRows rows;
+    const Aligned columns;
+    std::vector<IntegerPanel> bank;
+};
 
 }  // namespace fcn_kernels
 

@@ -10,14 +10,14 @@ import torch
 from fcn_kernels.cpp import calls
 from fcn_kernels.neighbors import torch_backend
 from fcn_kernels.neighbors.problem import Arriving, Gradients, Problem, Statistics
-from fcn_kernels.neighbors.torch_backend import Rows
 
 FILTER = 1
-"""Integers say which scores can matter: 0 nowhere, 1 where it pays, 2 wherever they can. The bits are the same."""
+"""Scores that are made faster say which can matter: 0 nowhere, 1 where it pays, 2 integers' wherever they can, 3 those of
+a few streamed rows wherever they can. The bits are the same."""
 _SOURCE = Path(__file__).with_name("neighbors.cpp")
 _function = calls.functions(_SOURCE, {"forward": 0, "backward": 2})
-# Call, Statistics and Arriving of forward.h and backward.h: addresses, 0 for what is not given; sizes; numbers
-_CALL, _FOUR = struct.Struct("5P8qd"), struct.Struct("4P")
+# Asked, Statistics and Arriving of forward.h and backward.h: addresses, 0 for what is not given; sizes; numbers
+_CALL, _FOUR = struct.Struct("4P8qd"), struct.Struct("4P")
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def forward(p: Problem) -> Statistics:
     """The statistics of every row."""
     p = _in_one_dtype(p)
     found = Statistics.empty(p)
-    _run("forward", p, torch_backend.unit_rows(p, p.rows, p.ids), _FOUR.pack(*map(calls.address, found)))
+    _run("forward", p, _FOUR.pack(*map(calls.address, found)))
     return found
 
 
@@ -45,8 +45,7 @@ def backward(p: Problem, grad: Arriving, found: Statistics, wanted: tuple[bool, 
     drows = p.rows.new_empty(p.rows.shape if wanted[0] else 0, dtype=p.dtype)
     dbank = p.bank.new_empty(p.bank.shape if wanted[1] else 0)
     outputs = (t if w else None for t, w in zip((drows, dbank), wanted, strict=True))
-    rows = torch_backend.unit_rows(p, p.rows, p.ids)
-    _run("backward", p, rows, _FOUR.pack(*map(calls.address, held)), *map(calls.address, outputs))
+    _run("backward", p, _FOUR.pack(*map(calls.address, held)), *map(calls.address, outputs))
     return Gradients(drows.to(row_dtype), dbank.to(bank_dtype))
 
 
@@ -56,9 +55,9 @@ def _in_one_dtype(p: Problem) -> Problem:
     return p._replace(bank=bank if bank.stride(1) == 1 or bank.shape[1] == 1 else bank.contiguous())
 
 
-def _run(name: str, p: Problem, rows: Rows, *arguments: Any) -> None:
-    (n, dim), (m, _) = rows.unit.shape, p.bank.shape
-    held = (rows.unit, rows.norms, p.bank, calls.plain(p.ids, torch.int64), calls.plain(p.bank_ids, torch.int64))
+def _run(name: str, p: Problem, *arguments: Any) -> None:
+    (n, dim), (m, _) = p.rows.shape, p.bank.shape
+    held = (calls.plain(p.rows, p.dtype), p.bank, calls.plain(p.ids, torch.int64), calls.plain(p.bank_ids, torch.int64))
     call = _CALL.pack(
         *map(calls.address, held),
         n,

@@ -2,22 +2,28 @@
 //
 // A thread takes some rows past the bank. Bank rows are made unit and packed into panels that stay in L2; of each tile
 // of scores only those that beat their row's threshold leave the registers' neighborhood, L1. The product is our own:
-// a library's gives a score other last bits in another batch, so that equal bank rows would not tie. Where integers are
-// faster they say first which scores can matter: filter.h.
+// a library's gives a score other last bits in another batch, so that equal bank rows would not tie. Where integers,
+// or sums in another order, are faster they say first which scores can matter: filter.h.
 
 #include "backward.h"
 #include "forward.h"
+#include "units.h"
 
 using namespace fcn_kernels;
 
-EXPORTED int forward(const Call* call, const Statistics* out) {
-    return guarded(*call, [&](const Call& c) { forward(c, *out); });
+EXPORTED int forward(const Asked* asked, const Statistics* out) {
+    return guarded(*asked, [&](const Asked& a) {
+        const UnitRows rows(a);
+        forward(rows.call(), *out);
+    });
 }
 
 // drows (N, C) and dbank (M, C); null where they are not wanted.
-EXPORTED int backward(const Call* call, const Arriving* arriving, Acc* drows, Row* dbank) {
-    return guarded(*call, [&](const Call& c) {
-        Backpropagation run(c, *arriving);
+EXPORTED int backward(const Asked* asked, const Arriving* arriving, Acc* drows, Row* dbank) {
+    return guarded(*asked, [&](const Asked& a) {
+        const UnitRows rows(a);
+        const Call call = rows.call();
+        Backpropagation run(call, *arriving);
         run.to_rows(drows);
         if (dbank) run.to_bank(dbank);
     });
