@@ -12,8 +12,8 @@ from fcn_kernels.neighbors import torch_backend
 from fcn_kernels.neighbors.problem import Arriving, Gradients, Problem, Statistics
 
 FILTER = 1
-"""Scores that are made faster say which can matter: 0 nowhere, 1 where it pays, 2 integers' wherever they can, 3 those of
-a few streamed rows wherever they can. The bits are the same."""
+"""Scores that are made faster say which can matter: 0 nowhere, 1 where it pays; wherever they can 2 those of integers,
+3 those of a few streamed rows. The bits are the same."""
 _SOURCE = Path(__file__).with_name("neighbors.cpp")
 _function = calls.functions(_SOURCE, {"forward": 0, "backward": 2})
 # Asked, Statistics and Arriving of forward.h and backward.h: addresses, 0 for what is not given; sizes; numbers

@@ -28,14 +28,15 @@ from fcn_kernels.selection.kernels.common import (
     MOST_WEIGHT_LOG2,
     TAKEN,
     UNSPECIALIZED,
+    Part,
     Rows,
     Weights,
     add_noise,
+    bounds_of,
     finite_or_nan,
     load_earlier,
     noise_unit,
-    part_of,
-    rows_of,
+    place_of,
     scalar,
     softmax_term,
     times_power_of_two,
@@ -632,7 +633,6 @@ def select_backward(
     program = tl.program_id(0)
     layout = Layout(sets, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     seed = (seed_ptr, seed_value)
-    given = Rows(rows_ptr, stride_row, C, R, 0, 0, 0, quality_ptr, None, earlier_ptr, noise_ptr, seed)
     saved = Kept(grad_ptr, indices_ptr, counts_ptr, softmax_ptr, gaps_ptr, norms_ptr, 0, 0)
     grads = Grads(drows_ptr, dquality_ptr, dgamma_ptr)
     state = State(
@@ -641,7 +641,9 @@ def select_backward(
     weights = Weights(finite_or_nan(scalar(gamma_ptr, gamma_value)), scale)
     tau = scalar(tau_ptr, tau_value)
     set_id, above, longest = set_of(program // parts, layout, above, longest, BUILD.TWICE)
-    rows = rows_of(set_id, given, layout, BUILD)
-    part = part_of(rows, layout, program % parts, parts, barrier_ptr, BUILD)
+    x_ptr, first, count = place_of(set_id, rows_ptr, layout, BUILD)
+    rows = Rows(x_ptr, stride_row, C, R, set_id, first, count, quality_ptr, None, earlier_ptr, noise_ptr, seed)
+    low, high = bounds_of(count, program % parts, parts, BUILD)
+    part = Part(low, high, program % parts, parts, set_id * parts, sets * parts, barrier_ptr)
     if (rows.count > above) & (rows.count <= longest):
         backward_set(rows, part, layout, saved, state, grads, weights, tau, K, turn, BUILD)

@@ -98,25 +98,25 @@ class Weights(NamedTuple):
     scale: Any
 
 
+# Bundles are made in the kernels, not returned to them: Triton 3.6 takes no None out of a function.
+
+
 @triton.jit
-def rows_of(set_id, given, layout, BUILD: tl.constexpr):
-    """One set's rows, of what is ``given`` for all."""
+def place_of(set_id, rows_ptr, layout, BUILD: tl.constexpr):
+    """Where a set's rows begin, the first's number among all R, and how many there are."""
     first, count, offset = locate(set_id, layout)
     if BUILD.TIGHT:
         offset = offset // BUILD.CHUNK * BUILD.CHUNK  # which the compiler would not know
-    return Rows(
-        given.features + offset, given.stride, given.C, given.R, set_id, first, count, given.quality, given.mask,
-        given.earlier, given.noise, given.seed,
-    )  # fmt: skip
+    return rows_ptr + offset, first, count
 
 
 @triton.jit
-def part_of(rows, layout, part, parts, barrier_ptr, BUILD: tl.constexpr):
-    """A part of a set, all of it where it is not split."""
-    low, high = 0, rows.count
+def bounds_of(count, part, parts, BUILD: tl.constexpr):
+    """The rows [low, high) of a part of a set, all of them where it is not split."""
+    low, high = 0, count
     if BUILD.SPLIT != WHOLE:
-        low, high = divide(rows.count, part, parts, BUILD.BLOCK_N)
-    return Part(low, high, part, parts, rows.set_id * parts, layout.sets * parts, barrier_ptr)
+        low, high = divide(count, part, parts, BUILD.BLOCK_N)
+    return low, high
 
 
 @triton.jit

@@ -24,9 +24,11 @@ from fcn_kernels.selection.kernels.common import (
     SAME_COSINE,
     TAKEN,
     UNSPECIALIZED,
+    Part,
     Rows,
     Weights,
     add_noise,
+    bounds_of,
     distance_of,
     downscale_of,
     finite_or_nan,
@@ -36,9 +38,8 @@ from fcn_kernels.selection.kernels.common import (
     log2_weight,
     noise_unit,
     opening_logits,
-    part_of,
     picks_of,
-    rows_of,
+    place_of,
     scalar,
     softmax_term,
     times_power_of_two,
@@ -701,7 +702,6 @@ def select_forward(
     program = tl.program_id(0)
     layout = Layout(sets, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     seed = (seed_ptr, seed_value)
-    given = Rows(rows_ptr, stride_row, C, R, 0, 0, 0, quality_ptr, mask_ptr, earlier_ptr, noise_ptr, seed)
     out = Out(picked_ptr, distances_ptr, indices_ptr, counts_ptr, softmax_ptr, gaps_ptr, least_ptr, owners_ptr, K)
     state = State(norms_ptr, products_ptr, nearest_ptr, directions_ptr, exponents_ptr, extremes_ptr)
     shared = Shared(numbers_ptr, winners_ptr, pickable_ptr, openings_ptr)
@@ -709,15 +709,22 @@ def select_forward(
     tau = scalar(tau_ptr, tau_value)
     if BUILD.LOOK == 0:
         set_id, above, longest = set_of(program // parts, layout, above, longest, BUILD.TWICE)
-        rows = rows_of(set_id, given, layout, BUILD)
-        part = part_of(rows, layout, program % parts, parts, barrier_ptr, BUILD)
+        x_ptr, first, count = place_of(set_id, rows_ptr, layout, BUILD)
+        rows = Rows(
+            x_ptr, stride_row, C, R, set_id, first, count, quality_ptr, mask_ptr, earlier_ptr, noise_ptr, seed
+        )  # fmt: skip
+        low, high = bounds_of(count, program % parts, parts, BUILD)
+        part = Part(low, high, program % parts, parts, set_id * parts, sets * parts, barrier_ptr)
         if (rows.count > above) & (rows.count <= longest):
             forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, tau, K, turn, BUILD)
     else:
         end = tl.minimum((program + 1) * BUILD.LOOK, sets)
         set_id = next_set(program * BUILD.LOOK, end, above, longest, layout, BUILD.LOOK)
         while set_id < end:
-            rows = rows_of(set_id, given, layout, BUILD)
-            part = part_of(rows, layout, 0, 1, None, BUILD)
+            x_ptr, first, count = place_of(set_id, rows_ptr, layout, BUILD)
+            rows = Rows(
+                x_ptr, stride_row, C, R, set_id, first, count, quality_ptr, mask_ptr, earlier_ptr, noise_ptr, seed
+            )  # fmt: skip
+            part = Part(0, count, 0, 1, set_id, sets, None)
             forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, tau, K, turn, BUILD)
             set_id = next_set(set_id + 1, end, above, longest, layout, BUILD.LOOK)

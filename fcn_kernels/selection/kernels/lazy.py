@@ -23,16 +23,17 @@ from fcn_kernels.selection.kernels.common import (
     NO_ROW,
     TAKEN,
     UNSPECIALIZED,
+    Part,
     Rows,
     Weights,
     add_noise,
+    bounds_of,
     finite_or_nan,
     is_extreme,
     load_earlier,
     noise_unit,
-    part_of,
     picks_of,
-    rows_of,
+    place_of,
     scalar,
     times_power_of_two,
     weight_of,
@@ -350,9 +351,11 @@ def select_lazily(
     set_id = tl.program_id(0) // parts
     layout = Layout(sets, lengths_ptr, cu_seqlens_ptr, stride_set, stride_row, N, R)
     seed = (seed_ptr, seed_value)
-    given = Rows(rows_ptr, stride_row, C, R, 0, 0, 0, quality_ptr, None, earlier_ptr, noise_ptr, seed)
-    rows = rows_of(set_id, given, layout, BUILD)
-    mine = part_of(rows, layout, tl.program_id(0) % parts, parts, barrier_ptr, BUILD)
+    x_ptr, first, count = place_of(set_id, rows_ptr, layout, BUILD)
+    rows = Rows(x_ptr, stride_row, C, R, set_id, first, count, quality_ptr, None, earlier_ptr, noise_ptr, seed)
+    part = tl.program_id(0) % parts
+    low, high = bounds_of(count, part, parts, BUILD)
+    mine = Part(low, high, part, parts, set_id * parts, sets * parts, barrier_ptr)
     out = Out(picked_ptr, distances_ptr, indices_ptr, counts_ptr, None, None, None, None, K)
     state = State(norms_ptr, products_ptr, nearest_ptr, None, exponents_ptr, None)
     shared = Shared(numbers_ptr, winners_ptr, pickable_ptr, None)
