@@ -237,44 +237,30 @@ def test_a_bank_of_one_row_over_and_over_gives_the_first_of_them(k: int, backend
 @needs_compiler
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("k", [1, 30])
+@pytest.mark.parametrize(
+    ("filtered", "unit", "n", "dim", "copies", "apart", "away"),
+    [(2, 32000, 40, 72, 12, 1e-5, 0.3), (3, None, 4, 203, 60, 1e-7, 0.01)],
+    ids=["by integers", "streamed"],
+)
 def test_the_filter_loses_nothing_within_its_error(
-    k: int, normalized: bool, monkeypatch: pytest.MonkeyPatch, threads: Any
-) -> None:
-    """The k-th and its rivals are closer than integers can tell, whose own k best are others."""
-    centers, dim = F.normalize(draw(40, 72), dim=1), 72
-    near = centers.repeat(12, 1) + 1e-5 * draw(480, dim, seed=1)
+    filtered: int, unit: int | None, n: int, dim: int, copies: int, apart: float, away: float, k: int, normalized: bool,
+    monkeypatch: pytest.MonkeyPatch, threads: Any,
+) -> None:  # fmt: skip
+    """The k-th and its rivals are closer than the faster scores can tell, whose own k best are others."""
+    centers = F.normalize(draw(n, dim), dim=1)
+    near = centers.repeat(copies, 1) + apart * draw(n * copies, dim, seed=1)
     bank = torch.cat([draw(700, dim, seed=2), near, near[:40], draw(700, dim, seed=3)])
     bank = F.normalize(bank, dim=1) if normalized else bank * torch.linspace(0.1, 9, len(bank))[:, None]
-    x = F.normalize(centers + 0.3 * draw(40, dim, seed=4), dim=1)
+    x = F.normalize(centers + away * draw(n, dim, seed=4), dim=1)
     monkeypatch.setattr(launch, "FILTER", 0)
     expected = context_statistics(x, bank, k, normalized=normalized, backend="cpp")
-    integers = [(32000 * F.normalize(t, dim=1)).round() for t in (x, bank)]
-    by_integers = (integers[0] @ integers[1].T).topk(k).indices
-    assert any(set(a) != set(b) for a, b in zip(by_integers.tolist(), expected.indices.tolist(), strict=True))
-    monkeypatch.setattr(launch, "FILTER", 2)
-    for count in (1, 3):
-        threads(count)
-        assert same_bits(context_statistics(x, bank, k, normalized=normalized, backend="cpp"), expected)
-
-
-@needs_compiler
-@pytest.mark.parametrize("normalized", [False, True])
-@pytest.mark.parametrize("k", [1, 30])
-def test_streamed_rows_lose_nothing_within_the_error_of_sums(
-    k: int, normalized: bool, monkeypatch: pytest.MonkeyPatch, threads: Any
-) -> None:
-    """The k-th and its rivals are closer than sums in another order can tell, whose own k best are others."""
-    centers, dim = F.normalize(draw(4, 203), dim=1), 203
-    near = centers.repeat(60, 1) + 1e-7 * draw(240, dim, seed=1)
-    bank = torch.cat([draw(700, dim, seed=2), near, near[:40], draw(700, dim, seed=3)])
-    bank = F.normalize(bank, dim=1) if normalized else bank * torch.linspace(0.1, 9, len(bank))[:, None]
-    x = F.normalize(centers + 0.01 * draw(4, dim, seed=4), dim=1)
-    monkeypatch.setattr(launch, "FILTER", 0)
-    expected = context_statistics(x, bank, k, normalized=normalized, backend="cpp")
-    by_other_sums = (x @ F.normalize(bank, dim=1).T).topk(k).indices
-    assert any(set(a) != set(b) for a, b in zip(by_other_sums.tolist(), expected.indices.tolist(), strict=True))
-    monkeypatch.setattr(launch, "FILTER", 3)
-    for count, part in ((1, slice(0, 4)), (3, slice(0, 4)), (2, slice(1, 2))):
+    faster = [F.normalize(t, dim=1) for t in (x, bank)]
+    if unit:
+        faster = [(unit * t).round() for t in faster]
+    by_faster = (faster[0] @ faster[1].T).topk(k).indices
+    assert any(set(a) != set(b) for a, b in zip(by_faster.tolist(), expected.indices.tolist(), strict=True))
+    monkeypatch.setattr(launch, "FILTER", filtered)
+    for count, part in ((1, slice(None)), (3, slice(None)), (2, slice(1, 2))):
         threads(count)
         assert same_bits(context_statistics(x[part], bank, k, normalized=normalized, backend="cpp"), expected, part)
 

@@ -66,8 +66,13 @@ inline Vec load(const Row* from) { return __builtin_convertvector(*reinterpret_c
 inline void store(Row* to, Vec values) { *reinterpret_cast<RowVec*>(to) = __builtin_convertvector(values, RowVec); }
 #endif
 
+// Working vectors are zero from C to the next multiple of LANES.
+inline Vec load_work(const Acc* from) { return *reinterpret_cast<const LooseVec*>(from); }
+inline void store_work(Acc* to, Vec values) { *reinterpret_cast<LooseVec*>(to) = values; }
+inline int64_t padded(int64_t dim) { return (dim + LANES - 1) / LANES * LANES; }
+
 #if defined(BFLOAT16) || defined(FLOAT16)
-inline Vec load(const Acc* from) { return *reinterpret_cast<const LooseVec*>(from); }
+inline Vec load(const Acc* from) { return load_work(from); }
 #endif
 
 template <class Element>
@@ -87,11 +92,6 @@ inline void store_part(Row* to, Vec values, int64_t count) {
     store(whole, values);
     std::memcpy(to, whole, count * sizeof(Row));
 }
-
-// Working vectors are zero from C to the next multiple of LANES.
-inline Vec load_work(const Acc* from) { return *reinterpret_cast<const LooseVec*>(from); }
-inline void store_work(Acc* to, Vec values) { *reinterpret_cast<LooseVec*>(to) = values; }
-inline int64_t padded(int64_t dim) { return (dim + LANES - 1) / LANES * LANES; }
 
 // Asks for a row soon to be read. Left alone, a CPU reads ahead to the end of a page, which is two rows of 512 float32;
 // asked two rows ahead, passes over rows that are not in cache took a sixth less time.
@@ -132,7 +132,8 @@ inline void for_columns(const Element* row, int64_t dim, Use use) {
 
 // This and norm_of are not inlined, so that they round alike wherever they are called: equal rows have to be equally
 // far, as ties are halved.
-[[gnu::noinline]] Acc product(const Row* row, const Acc* vector, int64_t dim) {
+template <class Element>
+[[gnu::noinline]] Acc product(const Element* row, const Acc* vector, int64_t dim) {
     Vec sums[UNROLLED] = {};
     for_columns(row, dim, [&](Vec x, int64_t c, int u) {
         ask_for(row, c, dim);

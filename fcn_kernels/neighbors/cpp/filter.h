@@ -1,10 +1,10 @@
 // Which scores may be among a row's k best, by scores that are made faster and are off by a known error: of integers
-// where many rows share the bank, of sums in memory's order where a few rows wait for it. Only the scores of what may be
-// among the best are then made as they are without a filter.
+// where many rows share the bank, of sums in memory's order where a few rows wait for it. Only what may be among the
+// best gets the score that it has without a filter.
 //
-// A faster score is off by e at the most. So the k-th best of them less e is at most the k-th best score t, and what has
-// a faster score of less than t - e is not one of the k best. Nothing is lost, and what is found is the same to the bit
-// as without the filter.
+// A faster score is off by e at the most. So the k-th best of them less e is at most the k-th best score t, and what
+// has a faster score of less than t - e is not one of the k best. Nothing is lost, and what is found is the same to the
+// bit as without the filter.
 
 #pragma once
 

@@ -186,24 +186,25 @@ inline bool multiply_few(const Acc* rows, Panel& bank, const Row* from, int64_t 
     return true;
 }
 
-// Bit j: scores[j] > threshold.
-inline uint32_t above(const Acc* scores, Acc threshold) {
+// Bit j: values[j] > threshold.
+inline uint32_t above(Vec values, Acc threshold) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<Acc, float>)
-        return _mm512_cmp_ps_mask(_mm512_loadu_ps(scores), _mm512_set1_ps(threshold), _CMP_GT_OQ);
+        return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(values), _mm512_set1_ps(threshold), _CMP_GT_OQ);
     else
-        return _mm512_cmp_pd_mask(_mm512_loadu_pd(scores), _mm512_set1_pd(threshold), _CMP_GT_OQ);
+        return _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(values), _mm512_set1_pd(threshold), _CMP_GT_OQ);
 #elif defined(__AVX__)
-    const Picks picks = load_work(scores) > threshold;
+    const Picks picks = values > threshold;
     if constexpr (std::is_same_v<Acc, float>)
         return _mm256_movemask_ps(reinterpret_cast<__m256>(picks));
     else
         return _mm256_movemask_pd(reinterpret_cast<__m256d>(picks));
 #else
     uint32_t bits = 0;
-    for (int lane = 0; lane < LANES; ++lane) bits |= uint32_t(scores[lane] > threshold) << lane;
+    for (int lane = 0; lane < LANES; ++lane) bits |= uint32_t(values[lane] > threshold) << lane;
     return bits;
 #endif
 }
+inline uint32_t above(const Acc* scores, Acc threshold) { return above(load_work(scores), threshold); }
 
 }  // namespace fcn_kernels

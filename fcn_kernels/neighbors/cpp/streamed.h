@@ -1,5 +1,5 @@
-// Scores of a few rows with bank rows that are read four at a time, almost as they lie: memory gives them a fifth faster
-// than the sixteen at once that are read where sums go by columns.
+// Scores of a few rows with bank rows that are read four at a time, almost as they lie: memory gives them a fifth
+// faster than the sixteen at once that are read where sums go by columns.
 
 #pragma once
 
@@ -100,12 +100,8 @@ class StreamedScores {
         if (!is_usable(norm)) return;
         members |= uint32_t(1) << place;
         copy_unit(row, call.dim, call.normalized ? 1 : norm, extreme);
-        for (int64_t r = 0; r < rows; ++r) {
-            Vec product = {};
-            for (int64_t c = 0; c < width; c += LANES)
-                product += load_work(extreme + c) * load_work(units + r * width + c);
-            scores[r * TILE_BANK + place] = Lanewise<LANES>::sum(product);
-        }
+        for (int64_t r = 0; r < rows; ++r)
+            scores[r * TILE_BANK + place] = product<Acc>(extreme, units + r * width, call.dim);
     }
 
     // Lane j: the sum of vectors[j]'s lanes.
@@ -114,10 +110,6 @@ class StreamedScores {
         Vec sum = {};
         for (const Vec& vector : vectors) sum += vector;
         return sum;
-    }
-
-    static uint32_t above(Vec values, Acc threshold) {
-        return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(values), _mm512_set1_ps(threshold), _CMP_GT_OQ);
     }
 };
 
