@@ -10,6 +10,8 @@ import triton.language as tl
 from fcn_kernels import coreset_select
 from fcn_kernels.device.noise import gumbel_noise as device_noise
 from fcn_kernels.noise import gumbel, gumbel_noise, philox
+from fcn_kernels.selection.cpp import launch as cpp
+from fcn_kernels.selection.problem import Problem
 
 # Known answers of Philox4x32-10 that its authors publish with Random123: counter, key, output.
 KNOWN = [
@@ -62,6 +64,22 @@ def test_device_noise_is_the_same(device):
         expected = gumbel_noise(seed, torch.tensor([set_id]), 256, step // 4)[step % 4, 0]
         # the words are equal; the logarithms are each library's own, good to a few ulp
         torch.testing.assert_close(out.cpu(), expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.skipif(bool(cpp.unavailable(torch.float32)), reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_cpp_noise_is_that_of_float64(dtype):
+    """Of rows that are all alike, a step's softmax is that of its noise alone."""
+    sets, rows, steps, seed = 2, 1003, 6, 2**62 + 12345
+    row = torch.ones(sets, rows, 3, dtype=dtype)
+    quality = torch.ones(sets * rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    problem = Problem(row, quality, seed=torch.tensor(seed), k=steps)
+    softmax = cpp.forward(problem, keep=True).saved.softmax.double().view(steps, sets, rows)
+    words = torch.cat([philox(seed, torch.arange(rows), block, torch.arange(sets)) for block in (0, 1)])[:steps]
+    minus_v = words.float().add(0.5).mul(-(2.0**-32)).clamp(min=2.0**-24 - 1).double()
+    noise = -(-minus_v.log1p()).log()
+    found, expected = (t - t.amax(-1, keepdim=True) for t in (softmax.log(), noise))
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-6)
 
 
 def _sets(batch: int = 3, rows: int = 30):

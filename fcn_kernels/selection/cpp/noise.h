@@ -41,22 +41,22 @@ inline Words4 philox(uint64_t seed, uint32_t row, uint32_t block, uint32_t set) 
     return {{c0, c1, c2, c3}};
 }
 
-// log(x + rest) for normal numbers x and a rest that rounding took from them; within an ulp. With x = 2^e (1 + f),
-// s = f / (2 + f) and z = s^2, log(1 + f) = 2 s (1 + z / 3 + z^2 / 5 + ...), whose coefficients are fitted.
-inline Floats log_of(Floats x, Floats rest) {
+// log(x) + more for normal numbers x and a small number more, within an ulp. With x = 2^e (1 + f), s = f / (2 + f) and
+// z = s^2, log(1 + f) = 2 s (1 + z / 3 + z^2 / 5 + ...), whose coefficients are fitted.
+inline Floats log_of(Floats x, Floats more) {
     constexpr int32_t LEAST = 0x3f3504f3;  // sqrt(1/2), where 1 + f begins
     constexpr float LN2_HIGH = 0x1.62e4p-1f, LN2_LOW = 0x1.7f7d1cp-20f;  // its few digits times e are exact
     const Bits from_least = reinterpret_cast<Bits>(x) - LEAST;
     const Floats e = __builtin_convertvector(from_least >> 23, Floats);
     const Floats f = reinterpret_cast<Floats>((from_least & 0x7fffff) + LEAST) - 1, s = f / (2 + f), z = s * s;
     const Floats series = z * (0.66666685f + z * (0.3998875f + z * 0.2958100f)), half = 0.5f * f * f;
-    return e * LN2_HIGH - ((half - (s * (half + series) + (e * LN2_LOW + rest / x))) - f);
+    return e * LN2_HIGH - ((half - (s * (half + series) + (e * LN2_LOW + more))) - f);
 }
 
 inline Floats gumbel(Words words) {
     const Floats drawn = (__builtin_convertvector(words, Floats) + 0.5f) * -0x1p-32f, most = Floats{} + (0x1p-24f - 1);
     const Floats minus_v = drawn > most ? drawn : most, u = 1 + minus_v;
-    return -log_of(-log_of(u, minus_v - (u - 1)), Floats{});
+    return -log_of(-log_of(u, (minus_v - (u - 1)) / u), Floats{});  // what rounding took from u is put back
 }
 
 class Noise {
