@@ -4,6 +4,7 @@
 Each launch is built for one target in turn, each label and each kernel for all of them: every pair, not every product.
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -200,3 +201,46 @@ assert built(33, 3) != built(33, 3, launch.LAUNCHES.value)
 def test_sizes_that_change_from_call_to_call_do_not_compile_anew():
     """Rows, picks, and which launch of several it is."""
     _run("-c", ONE_KERNEL)
+
+
+def device_functions(text: str) -> list[ast.FunctionDef]:
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    return [f for f in functions if any(ast.unparse(d).startswith("triton.jit") for d in f.decorator_list)]
+
+
+def optional_fields(functions: list[ast.FunctionDef]) -> set[str]:
+    """Fields of bundles that device functions ask whether they are None."""
+    compared = (node for f in functions for node in ast.walk(f) if isinstance(node, ast.Compare))
+    asked = (node.left for node in compared if ast.unparse(node.comparators[0]) == "None")
+    return {left.attr for left in asked if isinstance(left, ast.Attribute)}
+
+
+def returned_with_none(functions: list[ast.FunctionDef], optional: set[str]) -> list[str]:
+    """Bundles that are returned with a field that may be None."""
+
+    def may_be_none(value: ast.expr) -> bool:
+        is_optional = isinstance(value, ast.Attribute) and value.attr in optional
+        return (
+            is_optional or ast.unparse(value) == "None" or (isinstance(value, ast.Name) and value.id.endswith("_ptr"))
+        )
+
+    returned = [
+        (f, node.value) for f in functions for node in ast.walk(f) if isinstance(node, ast.Return) and node.value
+    ]
+    calls = [(f, call) for f, value in returned for call in ast.walk(value) if isinstance(call, ast.Call)]
+    bundles = [(f, call) for f, call in calls if isinstance(call.func, ast.Name) and call.func.id[0].isupper()]
+    return [f"{f.name}: {ast.unparse(call)}" for f, call in bundles if any(map(may_be_none, call.args))]
+
+
+def test_no_device_function_returns_a_bundle_with_none() -> None:
+    """Triton 3.7 takes a None out of a function, and 3.6, which other machines have, refuses it."""
+    paths = [path for path in (ROOT / "fcn_kernels").rglob("*.py") if {"kernels", "device"} & set(path.parts)]
+    functions = [function for path in paths for function in device_functions(path.read_text())]
+    optional = optional_fields(functions)
+    assert {"quality", "noise", "mask"} <= optional
+    assert returned_with_none(functions, optional) == []
+    bad = device_functions(
+        "@triton.jit\ndef a(low, barrier_ptr):\n    return Part(low, barrier_ptr), low\n"
+        "@triton.jit\ndef b(given):\n    return Rows(given.C, given.quality)\n"
+    )
+    assert returned_with_none(bad, optional) == ["a: Part(low, barrier_ptr)", "b: Rows(given.C, given.quality)"]
