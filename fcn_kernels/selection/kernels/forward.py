@@ -530,7 +530,7 @@ def see_rows(rows, part, state, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, B
     slot = part.slot + part.part
     direction_ptr = state.directions + slot.to(tl.int64) * rows.C
     if not MEASURE:
-        extreme = tl.load(state.extremes + slot)
+        extreme = tl.load(state.extremes + slot)  # before the rows, so that nothing waits for it after them
     measured = multiply_rows(rows, part.low, part.high, state, direction_ptr, MEASURE, MULTIPLY, BUILD)
     if MEASURE:
         extreme = measured
