@@ -15,9 +15,9 @@ constexpr int64_t LEAST_SHARED = 64 << 10;  // elements below which waking the o
 
 class UnitRows {
   public:
-    explicit UnitRows(const Asked& asked)
-        : asked(asked), units(new Acc[asked.n * asked.dim]), norms(new Acc[asked.n]) {
-#pragma omp parallel for num_threads(asked.n * asked.dim < LEAST_SHARED ? 1 : asked.threads)
+    explicit UnitRows(const Asked& asked) : asked(asked), units(new Acc[asked.n * asked.dim]), norms(new Acc[asked.n]) {
+        const int threads = asked.n * asked.dim < LEAST_SHARED ? 1 : asked.threads;
+#pragma omp parallel for num_threads(threads)
         for (int64_t i = 0; i < asked.n; ++i) {
             const Acc* row = asked.rows + i * asked.dim;
             const Acc norm = norms[i] = norm_of(row, asked.dim), over = asked.normalized ? 1 : norm;
