@@ -217,7 +217,6 @@ def attention_forward(
     out_ptr += program * H * C
     top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
-    weight_sum = tl.zeros((BLOCK_H,), tl.float32)
     stop = tl.maximum(tl.minimum(end, count), begin + 1)  # a part with no rows still has zeros to write
     for at in range(begin, stop, BLOCK_N):  # @steps
         tile = load_tile(s, at, BLOCK_N, BLOCK_C)
@@ -234,12 +233,13 @@ def attention_forward(
         shrink = before / positive
         share = share / positive[:, None]
         share = after_dropout(share, at + lane, head, dropout, DROPOUT)
-        weight_sum = weight_sum * shrink + tl.sum(share, axis=1)
         top = peak
 
         # -- gather the rows --
         weight = tl.where(usable[None, :], share * tile.quality[None, :], 0.0)  # [h, n]
         tl.debug_barrier()  # what the last tile added up may be loaded by another thread
+        # in memory, too: in registers it was what Triton 3.6 had none left for
+        accumulate(weight_sum_ptr + program * H, head, valid, at > begin, shrink, tl.sum(share, axis=1))
         for column in range(0, C, BLOCK_C):  # @gathers
             cols = column + tl.arange(0, BLOCK_C)
             rows = load_rows(tile.rows, lane, tile.row_mask & usable, stride_row, cols, C)
@@ -247,7 +247,6 @@ def attention_forward(
             where = head[:, None] * C + cols[None, :]
             mask = valid[:, None] & (cols < C)[None, :]
             accumulate(out_ptr, where, mask, at > begin, shrink[:, None], gathered)
-    tl.store(weight_sum_ptr + program * H + head, weight_sum, mask=valid)
     tl.store(lse_ptr + program * H + head, top + tl.log(tl.where(total > 0, total, 1.0)), mask=valid)
 
 

@@ -35,10 +35,10 @@ def make_plan(
 ) -> Plan:
     """For so many sets with `rows` rows in all, on a device of so many multiprocessors.
 
-    Built for sm_80, sm_90 and sm_100, these blocks spill no register up to 64 queries, and larger ones do. Two programs
-    of four warps fit a multiprocessor and hide each other's waits; of eight there would be one. Tiles are low and
-    wide where sets are no longer, or where there are fewer tiles than multiprocessors: what a tile costs is its
-    barriers, some for each block of columns. Blocks make loads of 16 bytes a thread in every dtype.
+    Built for sm_80, sm_90 and sm_100 by Triton 3.6 and 3.7, these blocks spill no register up to 64 queries, and larger
+    ones do. Two programs of four warps fit a multiprocessor and hide each other's waits; of eight there would be one.
+    Tiles are low and wide where sets are no longer, or where there are fewer tiles than multiprocessors: what a tile
+    costs is its barriers, some for each block of columns. Blocks make loads of 16 bytes a thread in every dtype.
     """
     block_h = max(32, triton.next_power_of_2(queries))
     mean = triton.cdiv(rows, max(1, sets))
