@@ -127,8 +127,43 @@ def test_the_kernel_that_leaves_out_rows_sums_them_in_the_same_order():
         orders = {b["kernel"]: {name: order for name, *order in b["sums"]} for b in built if b["target"] == target}
         all_rows, some_rows = orders["select_forward"], orders["select_lazily"]
         assert some_rows["gap_to_picks"] == all_rows["multiply_rows"]
-        for name in ("unit_vector", "multiply_extreme_rows"):
+        for name in ("scaled_norms", "multiply_extreme_rows"):
             assert some_rows[name] == all_rows[name]
+
+
+ORDERS = """
+import torch
+from benchmarks.checks import builds
+from benchmarks.checks.orders import along_rows, sums
+from fcn_kernels.selection.kernels import launch
+from fcn_kernels.selection.problem import Problem
+
+OF_ROWS = ("norm_of", "scaled_norms", "multiply_rows", "multiply_extreme_rows")
+OF_PARTS = ("reduce_best", "first_pick", "admit_rows", "look_first", "load_partials", "forward_set")
+
+def orders(features, cu_seqlens=None):
+    total = features.shape[:-1].numel()
+    p = Problem(features, torch.empty(total), torch.tensor(0.5), cu_seqlens=cu_seqlens, k=3)
+    with builds.as_if_on(132):
+        specs = builds.record("", launch, ("select_forward",), lambda: launch.forward(p, False))
+    for spec in specs:
+        found = sums(builds.compiled(spec, "sm_90").asm["ttgir"])
+        assert {s.function for s in found} <= {*OF_ROWS, *OF_PARTS}, found
+        yield along_rows(s for s in found if s.function in OF_ROWS)
+
+rows = torch.empty(256, 2, 512, dtype=torch.bfloat16)
+two, = orders(rows)
+long, short = orders(rows.flatten(0, 1), torch.empty(257, dtype=torch.int32))
+assert set(two) == set(OF_ROWS)
+assert len({order for orders in two.values() for order in orders}) == 1, two
+assert two == long == short
+"""
+
+
+def test_a_row_is_summed_in_one_order_by_programs_of_any_size():
+    """Padded sets of 2 rows, and packed ones with programs of four warps and of one: else the last bits of norms and
+    products, and what is picked, would depend on the launch."""
+    _run("-c", ORDERS)
 
 
 TENSOR_CORES = """

@@ -16,6 +16,7 @@ from fcn_kernels import coreset_select
 from fcn_kernels.device import gpu
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE
 from fcn_kernels.selection.kernels import launch
+from fcn_kernels.selection.problem import Problem
 
 SIZES = list(product((1, 7, 200), (1, 20, 64, 300, 8000, None), (1, 100, 512, 4096), (2, 4), (False, True)))
 GPU = gpu.Device(processors=132, cooperative=True)
@@ -33,6 +34,8 @@ def test_plans_fit_and_cover(device_kind: gpu.Device) -> None:
                 assert size & (size - 1) == 0
                 assert size >= 1
             assert plan.chunk * plan.chunks >= dim
+            loads = 16 // itemsize if dim % 16 == 0 else 1  # elements of a thread at once
+            assert plan.block_n * plan.chunk >= 32 * plan.warps * loads  # each row has as many threads as it takes
             if plan.split == WHOLE.value:
                 assert plan.parts == 1
             else:
@@ -41,6 +44,24 @@ def test_plans_fit_and_cover(device_kind: gpu.Device) -> None:
                 assert rows // plan.parts >= launch.SPLIT_ROWS
                 assert plan.split == (COOPERATIVE if device_kind.cooperative else LAUNCHES).value
                 assert sets * plan.parts <= device_kind.processors * plan.at_once  # all run at once
+
+
+def test_programs_of_a_warp_take_sets_only_where_a_warp_has_whole_rows() -> None:
+    """Else those of four warps would sum rows in another order."""
+
+    def launches(features: torch.Tensor) -> int:
+        problem = Problem(
+            features,
+            torch.ones(len(features)),
+            torch.tensor(0.5),
+            cu_seqlens=torch.arange(0, len(features) + 1, 8),
+            k=3,
+        )
+        return len(launch.plans(problem)[0])
+
+    assert launches(torch.empty(800, 512)) == launches(torch.empty(800, 24)) == launches(torch.empty(800, 3)) == 2
+    assert launches(torch.empty(800, 100)) == launches(torch.empty(800, 520)[:, :512]) == 1
+    assert launches(torch.empty(800 * 512 + 1)[1:].view(800, 512)) == 1
 
 
 def test_large_sets_are_split() -> None:

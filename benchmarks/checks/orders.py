@@ -1,11 +1,13 @@
 """In which order the kernels sum: the layout of what is reduced, by the device function that asks for it.
 
 A sum's last bits depend on which thread has which elements. Two kernels that have to agree to the bit, as the forward
-kernel and the one that leaves out rows, must sum what they share in one layout. The interpreter cannot show it, the
-compiler's intermediate code can. No GPU is needed.
+kernel and the one that leaves out rows, must sum what they share in one layout; and what programs of one warp and of
+four sum, in tiles of few rows and of many, must be alike along a row (`along_rows`). The interpreter cannot show it,
+the compiler's intermediate code can. No GPU is needed.
 """
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -24,6 +26,19 @@ class Sum(NamedTuple):
     function: str  # the innermost device function of ours that asks for it
     length: int  # of what is summed
     layout: str  # which thread has what
+
+
+def along_rows(made: Iterable[Sum]) -> dict[str, set[tuple[int, ...]]]:
+    """How rows are summed, by function, whatever rows are summed beside them: length, elements of a thread, threads and
+    warps along a row. Rows of one length get the same bits from all launches in which this is the same."""
+    orders: dict[str, set[tuple[int, ...]]] = {}
+    for each in made:
+        shape = re.findall(r"(?:sizePerThread|threadsPerWarp|warpsPerCTA) = \[([\d, ]+)\]", each.layout)
+        if len(shape) != 3 or "slice" in each.layout:
+            raise ValueError(f"expected a blocked layout, got {each}")
+        order = (each.length, *(int(sizes.split(",")[-1]) for sizes in shape))
+        orders.setdefault(each.function, set()).add(order)
+    return orders
 
 
 def sums(ttgir: str) -> set[Sum]:

@@ -187,6 +187,8 @@ def _access(call: Call, kernel: Kernel, rows: int, machine: Machine) -> Callable
         where = function(i.file, i.line)
         if where == "load_chunk":
             return (cold if step == 0 else warm), size * filled
+        if where == "load_copies":
+            return "dram", 2.0 * call.dim / kernel.warps  # of one row
         if i.name == "STG" and where == "write_rows" and i.bytes_of_thread > 4:
             return "dram", size * filled
         if where in ("load_row", "load_direction", "load_cols"):

@@ -360,7 +360,7 @@ def arrive(rows, part, kept, state, step, later, BUILD: tl.constexpr):
     unit, length = values, 1.0
     if not (BUILD.NORMALIZED or BUILD.EUCLIDEAN):
         length = tl.load(kept.norms + rows.first + pick_of(kept, step), mask=step < kept.picks, other=1.0)
-        unit = unit_vector(values, length, step < kept.picks)
+        unit = unit_vector(values, length)
         pull = (pull - tl.sum(pull * unit, axis=0) * unit) / length
     arriving = tl.load(kept.grad + (kept.base + step) * rows.C + cols, mask=there, other=0.0).to(tl.float32) + pull
     tl.store(state.arriving + (kept.base + step) * rows.C + cols, arriving, mask=cols < rows.C)

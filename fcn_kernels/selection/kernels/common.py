@@ -48,6 +48,7 @@ class Constants(NamedTuple):
     BLOCK_C: tl.constexpr  # C up to the next power of two
     BLOCK_P: tl.constexpr  # parts up to the next power of two
     BLOCK_R: tl.constexpr  # rows at a time in the scalar loops
+    FOLD: tl.constexpr  # rows of a tile in different threads
     TWICE: tl.constexpr = tl.constexpr(False)  # two programs a set: the first takes a long one, the second a short one
     LOOK: tl.constexpr = tl.constexpr(0)  # sets that a program looks through for long ones; 0: it has one
     # forward
@@ -58,7 +59,6 @@ class Constants(NamedTuple):
     LATE: tl.constexpr = tl.constexpr(0)  # picks at a time that a row meets late: see `lazy.py`
     # backward
     CHOSEN: tl.constexpr = tl.constexpr(False)  # the first pick was chosen by quality
-    FOLD: tl.constexpr = tl.constexpr(0)  # rows of a tile in different threads
     BLOCK_S: tl.constexpr = tl.constexpr(0)  # columns at a time where the parts' sums are added
 
 

@@ -106,14 +106,20 @@ def may_be_picked(rows, quality, n, inside):
 
 
 @triton.jit
-def load_chunk(rows, n, inside, j: tl.constexpr, BUILD: tl.constexpr):
-    """Columns of chunk j of a tile, [n, c] float32. With 512 bytes to a chunk a row's sum stays within a warp."""
+def chunk_of(rows, n, inside, j: tl.constexpr, BUILD: tl.constexpr):
+    """Where columns of chunk j of rows n are, [n, c], and which there are."""
     cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
     stride, mask = rows.stride, inside[:, None] & (cols < rows.C)[None, :]
     if BUILD.TIGHT:
         stride, mask = BUILD.CHUNK, inside[:, None]
-    at = n.to(tl.int64)[:, None] * stride + cols[None, :]
-    return tl.load(rows.features + at, mask=mask, other=0.0).to(tl.float32)
+    return rows.features + (n.to(tl.int64)[:, None] * stride + cols[None, :]), mask
+
+
+@triton.jit
+def load_chunk(rows, n, inside, j: tl.constexpr, BUILD: tl.constexpr):
+    """Columns of chunk j of a tile, [n, c] float32. With 512 bytes to a chunk a row's sum stays within a warp."""
+    at, mask = chunk_of(rows, n, inside, j, BUILD)
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -163,6 +169,21 @@ def multiply_rows(
 
 
 @triton.jit
+def scaled_norms(rows, n, inside, BUILD: tl.constexpr):
+    """Of rows that are divided by a power of two: (their norms, those of the divided, the power's inverse) [n]."""
+    largest = tl.zeros_like(n).to(tl.float32)
+    for j in tl.static_range(BUILD.CHUNKS):
+        largest = tl.maximum(largest, tl.max(tl.abs(load_chunk(rows, n, inside, j, BUILD)), axis=1))
+    down = downscale_of(largest)
+    squares = tl.zeros_like(largest)
+    for j in tl.static_range(BUILD.CHUNKS):
+        tile = load_chunk(rows, n, inside, j, BUILD) * down[:, None]
+        squares += tl.sum(tile * tile, axis=1)
+    length = tl.sqrt_rn(squares)
+    return tl.where((largest > 0) & (largest < float("inf")), length / down, float("nan")), length, down
+
+
+@triton.jit
 def multiply_extreme_rows(
     rows, low, high, state, direction_ptr, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, BUILD: tl.constexpr
 ):
@@ -173,23 +194,15 @@ def multiply_extreme_rows(
         norm = tl.load(state.norms + rows.first + n, mask=inside, other=-1.0)
         again = is_extreme(norm)
         if tl.max(again.to(tl.int32), axis=0) > 0:
-            largest = tl.zeros((BUILD.BLOCK_N,), tl.float32)
-            for j in tl.static_range(BUILD.CHUNKS):
-                largest = tl.maximum(largest, tl.max(tl.abs(load_chunk(rows, n, again, j, BUILD)), axis=1))
-            down = downscale_of(largest)
-            dots = tl.zeros((BUILD.BLOCK_N,), tl.float32)
-            squares = tl.zeros((BUILD.BLOCK_N,), tl.float32)
-            for j in tl.static_range(BUILD.CHUNKS):
-                tile = load_chunk(rows, n, again, j, BUILD) * down[:, None]
-                squares += tl.sum(tile * tile, axis=1)
-                if MULTIPLY:
-                    dots += tl.sum(tile * load_direction(rows, direction_ptr, j, BUILD.CHUNK), axis=1)
-            length = tl.sqrt_rn(squares)
+            norm, length, down = scaled_norms(rows, n, again, BUILD)
             tl.debug_barrier()
             if MULTIPLY:
+                dots = tl.zeros((BUILD.BLOCK_N,), tl.float32)
+                for j in tl.static_range(BUILD.CHUNKS):
+                    tile = load_chunk(rows, n, again, j, BUILD) * down[:, None]
+                    dots += tl.sum(tile * load_direction(rows, direction_ptr, j, BUILD.CHUNK), axis=1)
                 tl.store(state.products + rows.first + n, dots / length, mask=again)
             if MEASURE:
-                norm = tl.where((largest > 0) & (largest < float("inf")), length / down, float("nan"))
                 tl.store(state.norms + rows.first + n, norm, mask=again)
     tl.debug_barrier()
 
@@ -433,43 +446,47 @@ def merge_partials(shared, part, step, tau, BUILD: tl.constexpr):
 
 
 @triton.jit
-def measure_row(values):
-    """A row's norm, of its values [c]."""
-    norm = tl.sqrt_rn(tl.sum(values * values, axis=0))
-    if is_extreme(norm):
-        down = downscale_of(tl.max(tl.abs(values), axis=0))
-        norm = tl.sqrt_rn(tl.sum(values * down * (values * down), axis=0)) / down
-    return norm
-
-
-@triton.jit
-def unit_vector(values, norm, there):
-    """The unit vector [c] of a row whose norm is known: a sum over all threads takes longer than a load."""
-    if is_extreme(norm):
-        values = values * downscale_of(tl.max(tl.abs(values), axis=0))
-        norm = tl.sqrt_rn(tl.sum(values * values, axis=0))
-    return values / tl.where(there & (norm > 0), norm, 1.0)
+def unit_vector(values, norm):
+    """A row [c] over its norm, whatever that is: as measured by the tile loop, whose order of summation does not depend
+    on the launch."""
+    down = tl.where(is_extreme(norm), downscale_of(norm), 1.0)
+    return values * down / (norm * down)
 
 
 @triton.jit
 def direction_of(values, norm, there, BUILD: tl.constexpr):
     """What rows are multiplied with to tell how far they are from a pick [c], and of NORMALIZED rows its square."""
-    own = 1.0
-    if BUILD.NORMALIZED:
-        own = tl.sum(values * values, axis=0)
-    elif not BUILD.EUCLIDEAN:
-        values = unit_vector(values, norm, there)
-    return values, own
+    if not (BUILD.NORMALIZED or BUILD.EUCLIDEAN):
+        values = unit_vector(values, tl.where(there, norm, 1.0))
+    return values, norm * norm
+
+
+@triton.jit
+def load_copies(rows, n, inside, j: tl.constexpr, BUILD: tl.constexpr):
+    """Columns of chunk j of a row that is loaded before the tile loop, [n, c] float32, n being that row FOLD times."""
+    at, mask = chunk_of(rows, n, inside, j, BUILD)
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def norm_of(rows, row, there, BUILD: tl.constexpr):
-    """The norm of one row, as the tile loop has it, before that has seen the rows."""
-    values = load_row(rows.features, row, there, rows.stride, tl.arange(0, BUILD.BLOCK_C), rows.C).to(tl.float32)
+    """The norm of one row before the tile loop has seen it, and to the bit as that has it: summed in the same layout,
+    which a tile of copies has."""
+    n = tl.zeros((BUILD.FOLD,), tl.int32) + row
+    inside = (n == row) & there
+    squares = tl.zeros((BUILD.FOLD, BUILD.CHUNK), tl.float32)  # [n, c]
+    for j in tl.static_range(BUILD.CHUNKS):
+        tile = load_copies(rows, n, inside, j, BUILD)
+        if BUILD.EUCLIDEAN:
+            squares += tile - tile
+        else:
+            squares += tile * tile
+    norm = tl.max(tl.sqrt_rn(tl.sum(squares, axis=1)), axis=0)
     if BUILD.EUCLIDEAN:
-        norm = tl.sum(values - values, axis=0) + 1
-    else:
-        norm = measure_row(values)
+        norm += 1
+    elif is_extreme(norm):
+        norms, _length, _down = scaled_norms(rows, n, inside, BUILD)
+        norm = tl.max(norms, axis=0)
     return norm
 
 
@@ -535,8 +552,9 @@ def see_rows(rows, part, state, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, B
     if MEASURE:
         extreme = measured
         tl.store(state.extremes + slot, extreme)
-    if extreme > 0:
-        multiply_extreme_rows(rows, part.low, part.high, state, direction_ptr, MEASURE, MULTIPLY, BUILD)
+    if not BUILD.EUCLIDEAN:  # whose norms are 1
+        if extreme > 0:
+            multiply_extreme_rows(rows, part.low, part.high, state, direction_ptr, MEASURE, MULTIPLY, BUILD)
 
 
 @triton.jit

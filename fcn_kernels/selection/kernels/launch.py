@@ -37,6 +37,7 @@ BACKWARD_SHORT_ROWS = 64
 LAST_ROWS = 32  # sets of up to so many are begun with last, so that none is left alone at the end
 LOOK = 16  # sets that a program looks through for long ones; backward the loop spills, and most programs have none
 FORWARD_AT_ONCE = 3  # programs of 4 warps on a multiprocessor
+MANY_CHUNKS_AT_ONCE = 2  # of rows of more than 4 chunks: float32 ones of 1,024 were 8 bytes short of registers on sm_80
 STATE_AT_ONCE = 2  # with the state asked for: three left it 8 bytes short of registers on sm_80
 LAZY_AT_ONCE = 2  # where rows that cannot win are left out: three left it 32 bytes short
 BACKWARD_AT_ONCE = 2
@@ -108,6 +109,7 @@ class Plan(NamedTuple):
             BLOCK_C=self.block_c,
             BLOCK_P=int(triton.next_power_of_2(self.parts)),
             BLOCK_R=self.block_r,
+            FOLD=min(self.block_n, _fold(p.dim, self.chunk, p.features.itemsize, self.warps)),
             TWICE=self.last > 0,
             LOOK=self.look,
             **options,
@@ -150,7 +152,9 @@ def forward_plans(
     """
     chunk = _chunk(dim, itemsize)
     held = max(chunk, -(-dim // chunk) * chunk // 2)  # the compiler loads all chunks ahead, where they are few
-    sizes, elements = (sets, rows, dim, chunk, held, device), _elements(dim)
+    sizes, elements = (sets, rows, dim, itemsize, chunk, held, device), _elements(dim)
+    if dim > 4 * chunk:
+        at_once = min(at_once, MANY_CHUNKS_AT_ONCE)
     short_at_once = SHORT_AT_ONCE if (dim, itemsize) == (512, 2) else SHORT_REST_AT_ONCE
     return _tiers(*sizes, ragged, short_at_once, elements, SHORT_ROWS, LOOK) or _plans(*sizes, at_once, elements)
 
@@ -169,9 +173,16 @@ def backward_plans(
     held = max(2 * POINT, -(-dim // chunk) * chunk)  # a row has two weights and two sums beside it
     holds = dim in BACKWARD_COLUMNS and (dim, itemsize) != (128, 4)  # which spills 8 bytes on sm_80
     elements = elements if holds else _elements(dim)
-    sizes = sets, rows, dim, chunk, held, device
+    sizes = sets, rows, dim, itemsize, chunk, held, device
     tiers = _tiers(*sizes, ragged, BACKWARD_AT_ONCE, elements, BACKWARD_SHORT_ROWS, look=0)
     return tiers or _plans(*sizes, BACKWARD_AT_ONCE, elements)
+
+
+def _fold(dim: int, chunk: int, itemsize: int, warps: int) -> int:
+    """Rows of a tile in different threads, which load 16 bytes at once where rows are aligned. No tile has fewer: the
+    compiler would give a row to more threads, and they sum it in another order."""
+    vector = min(chunk, 16 // itemsize) if dim == chunk or dim % 16 == 0 else 1
+    return max(1, 32 * warps * vector // chunk)
 
 
 def _chunk(dim: int, itemsize: int) -> int:
@@ -186,7 +197,15 @@ def _elements(dim: int) -> int:
 
 
 def _plan(
-    rows: int | None, dim: int, chunk: int, held: int, at_once: int, elements: int, warps: int, **options: int
+    rows: int | None,
+    dim: int,
+    itemsize: int,
+    chunk: int,
+    held: int,
+    at_once: int,
+    elements: int,
+    warps: int,
+    **options: int,
 ) -> Plan:
     """A plan for parts of sets of up to ``rows`` rows, with programs of so many ``warps``."""
     block_n = 1 << max(1, (elements * 32 * warps // held).bit_length() - 1)
@@ -194,28 +213,40 @@ def _plan(
     if rows is not None:
         each = int(triton.next_power_of_2(-(-max(rows, 1) // options.get("parts", 1))))
         block_n, block_r = max(2, min(block_n, each)), max(16, min(block_r, each))
-    at_once = max(1, at_once * WARPS // warps)
-    return Plan(min(block_n, block_r), chunk, -(-dim // chunk), warps, block_r=block_r, at_once=at_once, **options)
+    block_n = max(block_n, _fold(dim, chunk, itemsize, warps))
+    block_r, at_once = max(block_r, block_n), max(1, at_once * WARPS // warps)
+    return Plan(block_n, chunk, -(-dim // chunk), warps, block_r=block_r, at_once=at_once, **options)
 
 
 def _plans(
-    sets: int, rows: int | None, dim: int, chunk: int, held: int, device: Device, at_once: int, elements: int
+    sets: int,
+    rows: int | None,
+    dim: int,
+    itemsize: int,
+    chunk: int,
+    held: int,
+    device: Device,
+    at_once: int,
+    elements: int,
 ) -> tuple[Plan, ...]:
     """One launch for all sets."""
     warps, held = WIDE_WARPS if held > WIDE else WARPS, max(held, POINT)
-    parts = _parts(sets, rows, device.processors * max(1, at_once * WARPS // warps))
+    tile = _fold(dim, chunk, itemsize, warps)
+    parts = _parts(sets, rows, device.processors * max(1, at_once * WARPS // warps), tile)
     split = (COOPERATIVE if device.cooperative else LAUNCHES) if parts > 1 else WHOLE
-    return (_plan(rows, dim, chunk, held, at_once, elements, warps, parts=parts, split=split.value),)
+    return (_plan(rows, dim, itemsize, chunk, held, at_once, elements, warps, parts=parts, split=split.value),)
 
 
-def _parts(sets: int, rows: int | None, programs: int) -> int:
-    return 1 if rows is None else max(1, min(programs // max(sets, 1), rows // SPLIT_ROWS))
+def _parts(sets: int, rows: int | None, programs: int, tile: int) -> int:
+    """Of a set: no more than there are programs, and none smaller than a tile."""
+    return 1 if rows is None else max(1, min(programs // max(sets, 1), rows // max(SPLIT_ROWS, tile)))
 
 
 def _tiers(
     sets: int,
     rows: int | None,
     dim: int,
+    itemsize: int,
     chunk: int,
     held: int,
     device: Device,
@@ -227,11 +258,12 @@ def _tiers(
 ) -> tuple[Plan, ...]:
     """Two launches for sets whose lengths are on the device, larger programs for long ones and those of one warp for
     short ones; none where one launch is as good."""
-    if not ragged or sets <= 1 or held > WIDE or _parts(sets, rows, device.processors * FORWARD_AT_ONCE) > 1:
+    if not ragged or sets <= 1 or held > WIDE or (rows is not None and rows <= short):
         return ()
-    if rows is not None and rows <= short:
+    tile = _fold(dim, chunk, itemsize, WARPS)
+    if _parts(sets, rows, device.processors * FORWARD_AT_ONCE, tile) > 1:
         return ()
-    sizes = rows, dim, chunk, max(held, POINT)
+    sizes = rows, dim, itemsize, chunk, max(held, POINT)
     shorter = _plan(*sizes, at_once, elements, 1, longest=short, last=LAST_ROWS)
     longer = _plan(*sizes, LONG_AT_ONCE, elements, WARPS, shortest=short + 1, look=look)
     return longer, shorter._replace(block_r=max(shorter.block_n, WARP_ROWS))
@@ -254,7 +286,15 @@ def _backward_plans(p: Problem) -> tuple[Plan, ...]:
 def _plan_sizes(p: Problem) -> tuple[int, int | None, int, int, bool, Device]:
     packed = p.cu_seqlens is not None
     rows = p.rows if p.sets == 1 else None if packed else p.features.shape[1]
-    return p.sets, rows, p.dim, p.features.itemsize, packed or p.lengths is not None, device_of(p.features)
+    ragged = (packed or p.lengths is not None) and _rows_fit_a_warp(p.features)
+    return p.sets, rows, p.dim, p.features.itemsize, ragged, device_of(p.features)
+
+
+def _rows_fit_a_warp(features: Tensor) -> bool:
+    """Whether one warp sums a row in programs of four, too, so that these give the bits of those of one."""
+    *sets, row, _ = features.stride()
+    aligned = row % 16 == 0 and all(stride % 16 == 0 for stride in sets) and features.data_ptr() % 16 == 0
+    return features.shape[-1] <= 32 or aligned
 
 
 def forward(p: Problem, keep: bool, plans: Sequence[Plan] | None = None) -> Selected:
@@ -367,10 +407,9 @@ def backward(p: Problem, grad: Tensor, saved: Saved, plans: Sequence[Plan] | Non
     }
     with torch.cuda.device_of(p.features), side_stream(p.features, len(plans) > 1) as beside:
         for plan in plans:
-            fold = min(plan.block_n, max(1, plan.warps * CHUNK_BYTES // p.features.itemsize // plan.chunk))
             columns = SUM_ELEMENTS * 32 * plan.warps // int(triton.next_power_of_2(plan.parts))
             columns = max(1, min(SUM_COLUMNS, columns))
-            build = plan.constants(p, CHOSEN=p.by_quality, FOLD=fold, BLOCK_S=columns)
+            build = plan.constants(p, CHOSEN=p.by_quality, BLOCK_S=columns)
             with beside if plan is not plans[-1] else nullcontext():
                 _launch(select_backward, p, plan, 2 * p.k + 1, arguments, build)
     return Gradients(drows, dquality, dgamma.sum())
