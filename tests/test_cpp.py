@@ -101,6 +101,27 @@ def test_the_same_bits_from_several_python_threads_at_once(threads: Any) -> None
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dim", [256, 100])
+def test_a_gradient_that_is_stored_past_the_caches(dtype: torch.dtype, dim: int, threads: Any) -> None:
+    """One over a megabyte is, if its rows are aligned; a few of its sets alone are not, and have the same bits."""
+    threads(2)
+    many, few = 600, 3
+    case = random_case(many, 12, dim, 4, dtype=dtype)
+    noise = case.options["noise"]
+    part = replace(
+        case, features=case.features[:few], quality=case.quality[:few], options={"noise": noise[:, :few].contiguous()}
+    )
+    weights = weights_for(case)
+    whole = outcome(select_on("cpp"), case, weights)
+    alone = outcome(select_on("cpp"), part, weights[:few])
+    assert whole.features.numel() * whole.features.itemsize > 1 << 20
+    assert torch.equal(whole.features[:few], alone.features)
+    expected = outcome(select_on("torch"), case, weights).features
+    torch.testing.assert_close(whole.features, expected, rtol=2e-2 if dtype.itemsize == 2 else 1e-4, atol=1e-4)
+
+
+@needs_compiler
 def test_a_large_set_among_small_ones(threads: Any) -> None:
     """It is shared by the threads, the small ones are not; the same as one after another, and as the torch backend."""
     lengths = torch.tensor([3, 0, 1300, 7, 1, 5])

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#ifdef __F16C__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
@@ -49,22 +49,42 @@ inline Vec load(const Row* from) {
     return reinterpret_cast<Vec>(__builtin_convertvector(high, Words) << 16);
 }
 
-inline void store(Row* to, Vec values) {  // to the nearest, ties to even
+inline RowVec rounded(Vec values) {  // to the nearest, ties to even
     const Words bits = reinterpret_cast<Words>(values);
-    const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, not_a_number = (bits >> 16) | 0x40;
-    *reinterpret_cast<RowVec*>(to) = __builtin_convertvector(values == values ? rounded : not_a_number, HalfWords);
+    const Words nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, not_a_number = (bits >> 16) | 0x40;
+    return __builtin_convertvector(values == values ? nearest : not_a_number, HalfWords);
 }
 #elif defined(FLOAT16) && defined(__F16C__) && !defined(__AVX512F__)  // GCC 12 converts vectors of these one by one
-inline Vec load(const Row* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
-inline void store(Row* to, Vec values) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
-}
+typedef __m128i_u RowVec;
+
+inline Vec load(const Row* from) { return _mm256_cvtph_ps(*reinterpret_cast<const RowVec*>(from)); }
+inline RowVec rounded(Vec values) { return _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT); }
 #else
 typedef Row RowVec __attribute__((vector_size(LANES * sizeof(Row)), aligned(sizeof(Row)), may_alias));
 
 inline Vec load(const Row* from) { return __builtin_convertvector(*reinterpret_cast<const RowVec*>(from), Vec); }
-inline void store(Row* to, Vec values) { *reinterpret_cast<RowVec*>(to) = __builtin_convertvector(values, RowVec); }
+inline RowVec rounded(Vec values) { return __builtin_convertvector(values, RowVec); }
 #endif
+
+inline void store(Row* to, Vec values) { *reinterpret_cast<RowVec*>(to) = rounded(values); }
+
+template <class Values>
+inline void store_past_caches(void* to, Values values) {
+#ifdef __AVX512F__
+    if constexpr (sizeof(Values) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)values);
+#endif
+#ifdef __AVX__
+    if constexpr (sizeof(Values) == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)values);
+#endif
+#ifdef __SSE2__
+    if constexpr (sizeof(Values) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)values);
+#endif
+    std::memcpy(to, &values, sizeof(Values));
+}
+
+// For what is too large to be found in a cache later: a store that misses them would read the line first. `to` is
+// aligned to what is stored. Other threads see it after the writer's fence(), which Team has.
+inline void stream(Row* to, Vec values) { store_past_caches(to, rounded(values)); }
 
 // Working vectors are zero from C to the next multiple of LANES.
 inline Vec load_work(const Acc* from) { return *reinterpret_cast<const LooseVec*>(from); }

@@ -6,6 +6,9 @@
 
 #pragma once
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 #include <omp.h>
 
 #include <algorithm>
@@ -17,6 +20,13 @@
 #include "calls.h"
 
 namespace fcn_kernels {
+
+// Before a thread says that its work is done: what it stored past the caches is there for others, too.
+inline void fence() {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
 
 inline int64_t nanoseconds() {
     return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -129,6 +139,7 @@ class Team {
             if (uint32_t(left) == 0) continue;
             const uint32_t all = uint32_t(pieces);  // with its last piece a loop is over
             call(argument, start_of(s + 1) - uint32_t(left));
+            fence();
             if (++finished == all) finished.notify_one();
             return true;
         }

@@ -27,6 +27,7 @@ class Backpropagation {
           softmax(saved.softmax + set.at),
           dx(dx + set.at * call.dim),
           dq(dq + set.at),
+          past_caches(is_past_caches(dx)),
           width(padded(call.dim)),
           count(saved.counts[set.number]),
           earlier(std::max<int64_t>(count - 1, 0)),
@@ -66,6 +67,7 @@ class Backpropagation {
     const Acc *norm, *gaps, *softmax;
     Row* const dx;
     Acc* const dq;
+    const bool past_caches;               // how dx is written
     const int64_t width, count, earlier;  // earlier: picks that have one after them
     const int64_t* const indices;
     // Gradients at the picks, and the picks made unit, or seen from the origin; (count, width).
@@ -84,6 +86,14 @@ class Backpropagation {
     std::pmr::vector<Acc> nearest;  // running minimum of the gaps, (earlier, n)
     std::pmr::vector<Acc> mix;      // dcos_j(n) / |x_n|, (n, earlier)
 
+    static constexpr int64_t LEAST_STREAMED = 1 << 20;  // bytes: about what a core's own cache holds
+
+    // Of (64, 20, 512) float32 on two threads it took a fifth less time, and with a reader after it a tenth.
+    bool is_past_caches(const Row* dx) const {
+        const int64_t row_bytes = call.dim * sizeof(Row);
+        return call.all_rows * row_bytes >= LEAST_STREAMED && row_bytes % sizeof(RowVec) == 0 &&
+               reinterpret_cast<uintptr_t>(dx) % sizeof(RowVec) == 0;
+    }
     bool usable(int64_t i) const { return norm[i] > 0; }
     Acc gap(int64_t pick, int64_t i) const { return gaps[pick * call.all_rows + i]; }
     Acc y(int64_t step, int64_t i) const { return softmax[step * call.all_rows + i]; }
@@ -264,8 +274,12 @@ class Backpropagation {
             for (int64_t pick = 0; pick < mixed; ++pick) add(weights[pick], picks + pick * stride);
             for (int64_t pick = 0; is_pick && pick < count; ++pick)
                 if (indices[pick] == i) add(1, &arriving[pick * width]);
-            for (int u = 0; u < VECTORS; ++u)
-                rest < LANES ? store_part(to + c, sums[u], rest) : store(to + c + u * LANES, sums[u]);
+            for (int u = 0; u < VECTORS; ++u) {
+                if (rest < LANES)
+                    store_part(to + c, sums[u], rest);
+                else
+                    past_caches ? stream(to + c + u * LANES, sums[u]) : store(to + c + u * LANES, sums[u]);
+            }
         };
         int64_t c = 0;
         for (; c + UNROLLED * LANES <= dim; c += UNROLLED * LANES)
