@@ -4,15 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+pytest.importorskip("triton")
+
+from benchmarks.model.lazy_turns import count_turns, gaussian
 from benchmarks.model.machine_code import Code, Instruction, parse
 from benchmarks.model.multiprocessor import CAP, H100, Operation, occupancy, simulate
 from benchmarks.model.walk import UnknownWayError, Way, walk
+from fcn_kernels import coreset_select
+from fcn_kernels.device.splits import LAUNCHES
+from fcn_kernels.selection.kernels import launch, lazy
 
-pytest.importorskip("triton")
 pytestmark = pytest.mark.xdist_group("builds")
 ROOT = Path(__file__).parents[1]
 
@@ -167,3 +174,62 @@ def test_a_loops_way_around_is_no_part_of_a_store(tmp_path: Path) -> None:
         (0, False), (1, False), (2, False), (1, False), (2, False), (3, False),
     ]  # fmt: skip
     assert [e.number for e in walk(code, Way({"tiles": 0}, {}))] == [0, 3]
+
+
+def test_turns_are_counted_as_the_kernel_makes_them() -> None:
+    """Picks, rows that are refreshed and the tiles of picks that they meet, beside the kernel's in the interpreter."""
+    rows, dim, k, parts, eager, late = 72, 9, 11, 2, 2, 2
+    x, counts = gaussian(rows, dim), {"refresh_row": 0, "gap_to_picks": 0}
+    plan = launch.Plan(4, 16, 1, 1, block_r=64, parts=parts, split=LAUNCHES.value)
+    changed = {"LAZY_PICKS": 3, "LAZY_BYTES": 1, "EAGER_PICKS": eager, "LATE_PICKS": late}
+
+    def counted(name: str) -> Callable[..., object]:
+        function = getattr(lazy, name)
+
+        def call(*arguments: object) -> object:
+            counts[name] += 1
+            return function(*arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(launch, "forward_plans", lambda *sizes: (plan._replace(block_n=late),))
+        for name, value in changed.items():
+            patch.setattr(launch, name, value)
+        for name in counts:
+            patch.setattr(lazy, name, counted(name))
+        picked = coreset_select(torch.from_numpy(x)[None], k, torch.ones(1, rows), 1.0, backend="triton")
+    turns = count_turns(x, k, parts, late, eager, late)
+    assert turns.picks == picked.indices[0].tolist()
+    assert counts == {"refresh_row": turns.refreshes.sum(), "gap_to_picks": turns.tiles.sum()}
+    assert turns.settles.any()
+    assert turns.tiles.sum() > turns.refreshes.sum()  # some meet several tiles
+
+
+def test_the_kernel_that_leaves_out_rows_is_walked_through_all_that_it_does() -> None:
+    """A tile loads each of its picks once, and the row for each; a turn more, a barrier of all parts more."""
+    script = """
+import json
+from benchmarks.model.calls import Call
+from benchmarks.model.lazy import kernels_of, trace_of
+from benchmarks.model.multiprocessor import H100
+from benchmarks.model.source import function
+call = Call("many picks", 1, 40_000, 1024, 64)
+kernels = kernels_of(call, H100)
+kernel = kernels.lazy
+
+def bytes_of(where, *counts):
+    every = (kernel.code.instructions[e.number] for e in trace_of(call, kernel, *counts))
+    loads = (i for i in every if i.name == "LDG" and function(i.file, i.line) == where)
+    return 32 * kernel.warps * sum(i.bytes_of_thread for i in loads)
+
+def adds(turns):
+    return sum(kernel.code.instructions[e.number].name == "REDG" for e in trace_of(call, kernel, turns, 0, 0))
+
+print(json.dumps([
+    bytes_of("load_chunk", 3, 2, 3) / (kernels.late * 2 * call.dim),
+    bytes_of("load_directions", 3, 2, 3) / (kernels.late * 4 * call.dim),
+    adds(5) - adds(3),
+]))
+"""
+    assert _run(script) == [12, 12, 2]  # two turns that refresh two rows each, with three tiles

@@ -1,6 +1,6 @@
 """Predictions of what selection and the head's attention take on a GPU that is not here.
 
-python -m benchmarks.model                    # a Markdown table of each, of all calls, some minutes
+python -m benchmarks.model                    # a Markdown table of each, of all calls, ten minutes and 4 GB
 python -m benchmarks.model --only "8,000"     # of those whose name has this
 """
 
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import triton
 
-from benchmarks.model import attention
+from benchmarks.model import attention, lazy
 from benchmarks.model.calls import BACKWARD, CALLS, EVAL, Call
 from benchmarks.model.multiprocessor import CAP, H100, Machine
-from benchmarks.model.predict import WORKS, Prediction, predict
+from benchmarks.model.predict import MOST_STEPS, WORKS, Prediction, predict
 from benchmarks.report.targets import time_of
 
 
@@ -47,16 +47,34 @@ def _selection(calls: list[Call]) -> Iterator[str]:
     yield f"| call | K | work | {counted} | predicted | bytes alone | share |"
     yield "|---" * 9 + "|"
     for call in calls:
-        for work in WORKS if call.k <= 16 else (EVAL,):
-            yield _line(call, work, m)
+        if call.k > MOST_STEPS:
+            yield from _many_picks(call, m)
+            continue
+        for work in WORKS:
+            yield _line(call, work, predict(call, work, m))
         if call.k == 3 and call.rows:  # of packed sets that would take minutes
             more = call._replace(k=16)
             for work in (EVAL, BACKWARD):
-                yield _line(more, work, m)
+                yield _line(more, work, predict(more, work, m))
 
 
-def _line(call: Call, work: str, machine: Machine) -> str:
-    p = predict(call, work, machine)
+def _many_picks(call: Call, machine: Machine) -> Iterator[str]:
+    """A call of which rows are left out, beside the launch that would read all of them."""
+    yield _line(call, f"{EVAL}, all rows read", predict(call, EVAL, machine))
+    p, turns, costs, *parts = lazy.predict(call, machine)
+    yield _line(call, EVAL, p)
+    eager, waits, refreshes, tiles = (time_of(part / 1e6) for part in parts)
+    yield ""
+    yield (
+        f"Of Gaussian rows, {turns.refreshes.sum() / (call.k * call.all_rows):.2%} are read after the first picks, and "
+        f"{turns.tiles.sum():,} tiles of picks met, {turns.tiles.max(1).sum():,} of them one after the other, in "
+        f"{len(turns.settles):,} turns, of which {turns.settles.sum():,} are a step's second. The first picks take "
+        f"{eager}, turns without a row {waits}, rows {refreshes}, tiles {tiles}: a turn is {costs.lead.cycles:,.0f} "
+        f"cycles, a row with the scan after it {costs.refresh.cycles:,.0f}, a tile {costs.tile.cycles:,.0f}."
+    )
+
+
+def _line(call: Call, work: str, p: Prediction) -> str:
     return f"| {call.name} | {call.k:,} | {work} | {_counts(p)} | {_times(p)} |"
 
 

@@ -84,7 +84,7 @@ def predict(call: Call, work: str, machine: Machine) -> Prediction:
 def kernels_of(call: Call, work: str, machine: Machine) -> list[Kernel]:
     """What the launcher would launch, built."""
     original = launch.LAZY_PICKS
-    launch.LAZY_PICKS = call.k + 1  # of many picks, too, the kernel that reads all rows: of the other no way is known
+    launch.LAZY_PICKS = call.k + 1  # of many picks, too, the kernel that reads all rows: `lazy.py` has the other
     try:
         with as_if_on(machine.processors):
             specs, plans = _launches(call, work)
@@ -175,7 +175,7 @@ def way_of(kernel: Kernel, rows: int, k: int, dim: int) -> Way:
     return Way(loops, always)
 
 
-def _access(call: Call, kernel: Kernel, rows: int, machine: Machine) -> Callable[[Instruction, int], Access]:
+def access_of(call: Call, kernel: Kernel, rows: int, machine: Machine) -> Callable[[Instruction, int], Access]:
     """Where loads and stores go: rows to memory or the caches, a number a row to L2, a pick to L2."""
     plan = kernel.plan
     cold = "dram" if kernel.forward or call.bytes > machine.l2_bytes else "l2"
@@ -206,7 +206,7 @@ def _program(call: Call, kernel: Kernel, rows: int, at_once: int, waves: int, ma
     def at(rows: int, k: int) -> Cost:
         trace = walk(kernel.code, way_of(kernel, rows, k, call.dim))
         _check_reads(kernel, trace, rows, k)
-        work = operations(kernel.code, trace, _access(call, kernel, rows, machine))
+        work = operations(kernel.code, trace, access_of(call, kernel, rows, machine))
         cycles = simulate(work, kernel.warps, at_once, waves * at_once, machine) / waves
         return Cost(cycles, sum(executed(kernel.code, trace, kernel.warps).values()))
 

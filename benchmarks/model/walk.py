@@ -16,7 +16,7 @@ class Way(NamedTuple):
     """Which way a call goes through a kernel.
 
     ``loops`` has a number of turns for each mark, ``conditions`` what each condition's text is in the steps of the loop
-    that is marked "steps".
+    that is marked "steps", or in the turns of the one that ends with a jump.
     """
 
     loops: Mapping[str, int]
@@ -69,6 +69,8 @@ class _Walk:
                 continue
             if self._is_for_first(at):
                 alone = range(at + 1, self.targets[at])
+            if not instruction.predicate and self.targets[at] <= at and "steps" not in self.way.loops:
+                self.step += 1  # the outermost loop is left at its head, and has no other latch
             at = self.targets[at] if self._takes(at) else at + 1
         raise UnknownWayError(f"it does not end within {limit} instructions")
 
