@@ -126,7 +126,7 @@ def test_the_kernel_that_leaves_out_rows_sums_them_in_the_same_order():
     for target in NVIDIA:
         orders = {b["kernel"]: {name: order for name, *order in b["sums"]} for b in built if b["target"] == target}
         all_rows, some_rows = orders["select_forward"], orders["select_lazily"]
-        assert some_rows["gap_to_picks"] == all_rows["multiply_rows"]
+        assert some_rows["meet_picks"] == all_rows["multiply_rows"]
         for name in ("scaled_norms", "multiply_extreme_rows"):
             assert some_rows[name] == all_rows[name]
 

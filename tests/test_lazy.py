@@ -33,7 +33,7 @@ def planned(split: int | None, eager: int = 1) -> Iterator[None]:
     plan = plan if split is None else plan._replace(parts=2, split=split)
     with pytest.MonkeyPatch.context() as patch, poisoned():
         patch.setattr(launch, "forward_plans", lambda *sizes: (plan,))
-        for name, value in (("LAZY_PICKS", 3), ("LAZY_BYTES", 1), ("EAGER_PICKS", eager), ("LATE_PICKS", 4)):
+        for name, value in (("LAZY_PICKS", 3), ("LAZY_BYTES", 1), ("EAGER_PICKS", eager), ("LATE_ROWS", 4)):
             patch.setattr(launch, name, value)
         yield
 

@@ -4,20 +4,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from side_by_side import side_by_side
+
 from benchmarks.model.lazy_turns import count_turns, gaussian
 from benchmarks.model.machine_code import Code, Instruction, parse
 from benchmarks.model.multiprocessor import CAP, H100, Operation, occupancy, simulate
 from benchmarks.model.walk import UnknownWayError, Way, walk
 from fcn_kernels import coreset_select
-from fcn_kernels.device.splits import LAUNCHES
+from fcn_kernels.device.splits import COOPERATIVE
 from fcn_kernels.selection.kernels import launch, lazy
 
 pytestmark = pytest.mark.xdist_group("builds")
@@ -177,46 +179,47 @@ def test_a_loops_way_around_is_no_part_of_a_store(tmp_path: Path) -> None:
 
 
 def test_turns_are_counted_as_the_kernel_makes_them() -> None:
-    """Picks, rows that are refreshed and the tiles of picks that they meet, beside the kernel's in the interpreter."""
-    rows, dim, k, parts, eager, late = 72, 9, 11, 2, 2, 2
-    x, counts = gaussian(rows, dim), {"refresh_row": 0, "gap_to_picks": 0}
-    plan = launch.Plan(4, 16, 1, 1, block_r=64, parts=parts, split=LAUNCHES.value)
-    changed = {"LAZY_PICKS": 3, "LAZY_BYTES": 1, "EAGER_PICKS": eager, "LATE_PICKS": late}
+    """Picks, lists of rows, their tiles and the picks that these meet, beside the kernel's in the interpreter."""
+    rows, dim, k, parts, eager, late = 24, 9, 8, 2, 2, 2
+    x, lists, meetings = gaussian(rows, dim), [], []
+    plan = launch.Plan(late, 16, 1, 1, block_r=64, parts=parts, split=COOPERATIVE.value)
+    collect_rows, meet_picks = lazy.collect_rows, lazy.meet_picks
 
-    def counted(name: str) -> Callable[..., object]:
-        function = getattr(lazy, name)
+    def collect(*arguments: object) -> object:
+        lists.append(arguments)
+        return collect_rows(*arguments)
 
-        def call(*arguments: object) -> object:
-            counts[name] += 1
-            return function(*arguments)
+    def meet(*arguments: Any) -> object:
+        begin, until = (int(number.handle.data.item()) for number in arguments[6:8])
+        meetings.append(until - begin)
+        return meet_picks(*arguments)
 
-        return call
-
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(launch, "forward_plans", lambda *sizes: (plan._replace(block_n=late),))
-        for name, value in changed.items():
+    with pytest.MonkeyPatch.context() as patch, side_by_side(), torch.no_grad():
+        patch.setattr(launch, "forward_plans", lambda *sizes: (plan,))
+        for name, value in (("LAZY_PICKS", 3), ("LAZY_BYTES", 1), ("EAGER_PICKS", eager), ("LATE_ROWS", late)):
             patch.setattr(launch, name, value)
-        for name in counts:
-            patch.setattr(lazy, name, counted(name))
+        patch.setattr(lazy, "collect_rows", collect)
+        patch.setattr(lazy, "meet_picks", meet)
         picked = coreset_select(torch.from_numpy(x)[None], k, torch.ones(1, rows), 1.0, backend="triton")
     turns = count_turns(x, k, parts, late, eager, late)
     assert turns.picks == picked.indices[0].tolist()
-    assert counts == {"refresh_row": turns.refreshes.sum(), "gap_to_picks": turns.tiles.sum()}
-    assert turns.settles.any()
-    assert turns.tiles.sum() > turns.refreshes.sum()  # some meet several tiles
+    assert len(lists) == turns.collects.sum()
+    assert (len(meetings), sum(meetings)) == (turns.tiles.sum(), turns.meetings.sum())
+    assert turns.again.any()
+    assert turns.meetings.sum() > turns.tiles.sum()  # some tiles meet several picks
 
 
 def test_the_kernel_that_leaves_out_rows_is_walked_through_all_that_it_does() -> None:
-    """A tile loads each of its picks once, and the row for each; a turn more, a barrier of all parts more."""
+    """A tile loads its rows once, and each pick once for all of them; a turn more is a barrier of all parts more."""
     script = """
 import json
 from benchmarks.model.calls import Call
-from benchmarks.model.lazy import kernels_of, trace_of
+from benchmarks.model.lazy import kernel_of, launches_of, trace_of
 from benchmarks.model.multiprocessor import H100
 from benchmarks.model.source import function
 call = Call("many picks", 1, 40_000, 1024, 64)
-kernels = kernels_of(call, H100)
-kernel = kernels.lazy
+plan, (_, spec) = launches_of(call, H100)
+kernel, late = kernel_of(spec, plan, H100), spec.constants["BUILD"].LATE.value
 
 def bytes_of(where, *counts):
     every = (kernel.code.instructions[e.number] for e in trace_of(call, kernel, *counts))
@@ -224,12 +227,12 @@ def bytes_of(where, *counts):
     return 32 * kernel.warps * sum(i.bytes_of_thread for i in loads)
 
 def adds(turns):
-    return sum(kernel.code.instructions[e.number].name == "REDG" for e in trace_of(call, kernel, turns, 0, 0))
+    return sum(kernel.code.instructions[e.number].name == "REDG" for e in trace_of(call, kernel, turns, 1, 0, 0))
 
 print(json.dumps([
-    bytes_of("load_chunk", 3, 2, 3) / (kernels.late * 2 * call.dim),
-    bytes_of("load_directions", 3, 2, 3) / (kernels.late * 4 * call.dim),
+    bytes_of("load_chunk", 3, 1, 2, 3) / (late * 2 * call.dim),
+    bytes_of("meet_picks", 3, 1, 2, 3) / (4 * call.dim),
     adds(5) - adds(3),
 ]))
 """
-    assert _run(script) == [12, 12, 2]  # two turns that refresh two rows each, with three tiles
+    assert _run(script) == [4, 12, 2]  # two turns with two tiles each, which meet three picks

@@ -63,14 +63,15 @@ def _many_picks(call: Call, machine: Machine) -> Iterator[str]:
     yield _line(call, f"{EVAL}, all rows read", predict(call, EVAL, machine))
     p, turns, costs, *parts = lazy.predict(call, machine)
     yield _line(call, EVAL, p)
-    eager, waits, refreshes, tiles = (time_of(part / 1e6) for part in parts)
+    eager, alone, collects, tiles, meetings = (time_of(part / 1e6) for part in parts)
     yield ""
     yield (
-        f"Of Gaussian rows, {turns.refreshes.sum() / (call.k * call.all_rows):.2%} are read after the first picks, and "
-        f"{turns.tiles.sum():,} tiles of picks met, {turns.tiles.max(1).sum():,} of them one after the other, in "
-        f"{len(turns.settles):,} turns, of which {turns.settles.sum():,} are a step's second. The first picks take "
-        f"{eager}, turns without a row {waits}, rows {refreshes}, tiles {tiles}: a turn is {costs.lead.cycles:,.0f} "
-        f"cycles, a row with the scan after it {costs.refresh.cycles:,.0f}, a tile {costs.tile.cycles:,.0f}."
+        f"The latter of Gaussian rows: {turns.reads / (call.k * call.all_rows):.2%} are read after the first picks. "
+        f"{turns.meetings.sum():,} times a tile of rows meets a pick, {turns.meetings.max(1).sum():,} one after the "
+        f"other, in {len(turns.again):,} turns, of which {turns.again.sum():,} make no pick. The first picks take "
+        f"{eager}, turns in which no row meets one {alone}, further lists of rows {collects}, tiles {tiles}, meetings "
+        f"{meetings}: a turn is {costs.turn.cycles:,.0f} cycles, a list {costs.collect.cycles:,.0f}, a tile "
+        f"{costs.tile.cycles:,.0f}, a meeting {costs.meeting.cycles:,.0f}."
     )
 
 

@@ -56,7 +56,7 @@ class Constants(NamedTuple):
     KEEP: tl.constexpr = tl.constexpr(False)  # what the backward pass reads
     STATE: tl.constexpr = tl.constexpr(False)  # what another call goes on from: a pass after the last pick, too
     EARLY: tl.constexpr = tl.constexpr(False)  # the first pick needs no pass: K > 1, and a quality or a start is given
-    LATE: tl.constexpr = tl.constexpr(0)  # picks at a time that a row meets late: see `lazy.py`
+    LATE: tl.constexpr = tl.constexpr(0)  # rows at a time that meet picks late: see `lazy.py`
     # backward
     CHOSEN: tl.constexpr = tl.constexpr(False)  # the first pick was chosen by quality
     BLOCK_S: tl.constexpr = tl.constexpr(0)  # columns at a time where the parts' sums are added

@@ -54,7 +54,7 @@ SCALAR_ROWS = 256  # at a time in the scalar loops
 LAZY_PICKS = 64  # from which on rows that cannot win are left out: EAGER_PICKS should be a small part of them
 LAZY_BYTES = 2**26  # of a set's rows, to do so: a pass over fewer takes no longer than what parts have to exchange
 EAGER_PICKS = 16  # made before: with fewer, distances still fall so far that most rows would have to be read
-LATE_PICKS = 8  # at a time that a row meets, at the least
+LATE_ROWS = 8  # of a tile that meets picks late, at the least
 LATE_COLUMNS = 2048  # above, half as many: rows of 4,096 float32 were 152 bytes short of registers on sm_80
 NOT_LATE = (  # what `select_forward` takes and `select_lazily` does not
     *("tau_ptr", "tau_value", "start_ptr", "mask_ptr", "softmax_ptr", "gaps_ptr", "least_ptr", "owners_ptr"),
@@ -367,11 +367,12 @@ def _launch_lazily(p: Problem, plan: Plan, arguments: dict[str, Any]) -> None:
         "tables_ptr": new((p.sets * p.k + slots, p.dim), dtype=torch.float32),
         "squares_ptr": new((p.sets * p.k + slots,), dtype=torch.float32),
         "met_ptr": new((p.rows,), dtype=torch.int32).fill_(EAGER_PICKS),
+        "waiting_ptr": new((p.rows,), dtype=torch.int32),
         "rivals_ptr": new((2, slots), dtype=torch.int32).fill_(NO_ROW.value),
         "progress_ptr": new((slots, 2), dtype=torch.int32),
         "begin": EAGER_PICKS,
     }
-    late = max(LATE_PICKS if p.dim <= LATE_COLUMNS else LATE_PICKS // 2, plan.block_n)
+    late = max(LATE_ROWS if p.dim <= LATE_COLUMNS else LATE_ROWS // 2, plan.block_n)
     build = plan.constants(p, DISTINCT=p.distinct, LATE=late)
     arguments = {name: value for name, value in arguments.items() if name not in NOT_LATE}
     rounds = 2 if p.seed is None and p.noise is None else 3

@@ -2,14 +2,14 @@
 
 A running minimum only falls. What is known of a row from the picks that it has met bounds its score from above, and a
 row whose bound is below an exact score need not be read (lazy evaluation, as in Minoux, "Accelerated greedy algorithms
-for maximizing submodular set functions", 1978). There are two pieces: *scan*, a row to a thread, finds a part's best
-exact score and its best bound, and *refresh* lets one row meet the picks that it has missed, a tile of picks at a time.
+for maximizing submodular set functions", 1978). There are three pieces: *scan*, a row to a thread, finds a part's best
+exact score and its best bound; *collect* lists the rows whose bound reaches a floor; *refresh* lets them meet the picks
+that they have missed, a tile of rows at a time, so that a pick is loaded once for all of the tile.
 
-Parts exchange their best score and best bound. In a first round the row of the set's best bound is refreshed to its
-end, so that there is an exact score, and each part meanwhile brings the rows near that bound forward, as far as its
-budget goes: they are the next that will be asked for. If no bound reaches the best exact score, the pick is made. Else
-all rows that do are refreshed in a second round, until they fall below it. Noise is another in each step: there a round
-that only scans comes before, to find the best bound.
+Parts exchange their best score and best bound. The floor lies a little below the best bound, and stays where it is as
+long as a row reaches it: what reaches it has then missed the newest pick alone. If no bound reaches the best exact
+score, the pick is made. Else the floor is lowered. Noise is another in each step: there a round that only scans comes
+before, to find the best bound.
 """
 
 from typing import Any, NamedTuple
@@ -59,12 +59,8 @@ from fcn_kernels.selection.kernels.forward import (
     update_best,
 )
 
-# Rounds of a step
-LOOK = tl.constexpr(0)  # at the bounds, under noise
-LEAD = tl.constexpr(1)  # one row to its end, others as far as the budget goes
-SETTLE = tl.constexpr(2)
-NEAR = tl.constexpr(1 / 128)  # how far below the best bound rows are brought forward
-ROWS_A_TILE = tl.constexpr(48)  # of a part, for each tile of late picks in its budget
+NEAR = tl.constexpr(1 / 512)  # how far below the best bound a new floor is
+WINDOW = tl.constexpr(16)  # picks that rows meet before it is asked again which of them still reach the floor
 
 
 class Picks(NamedTuple):
@@ -76,13 +72,14 @@ class Picks(NamedTuple):
     met: Any  # [R] int32, how many picks a row has met
     table: Any  # the set's first pick in the tables
     copy: Any  # the part's own copy of the newest
+    waiting: Any  # [R] int32, a part's rows that are to meet picks
 
 
 class Progress(NamedTuple):
     """How far a set is; the same in all its parts."""
 
     step: Any  # picks made
-    round: Any  # of the step
+    floor: Any  # the score from which on rows meet all picks
 
 
 # --- scan ------------------------------------------------------------------------------------------------------------
@@ -101,109 +98,142 @@ def scores_of(rows, n, allowed, norm, gap, weights, step, exponent, BUILD: tl.co
 
 
 @triton.jit
+def look_at_rows(rows, part, begin, state, picks, weights, step, exponent, BUILD: tl.constexpr):
+    """What is known of a block of a part's rows [n] in step ``step``: (rows, logits, scores, picks met, whether the
+    score is exact, whether it is a bound)."""
+    n = begin + tl.arange(0, BUILD.BLOCK_R)
+    inside = n < part.high
+    norm = tl.load(state.norms + rows.first + n, mask=inside, other=-1.0)
+    gap = tl.load(state.nearest + rows.first + n, mask=inside, other=0.0)
+    met = tl.load(picks.met + rows.first + n, mask=inside, other=0)
+    logits, score = scores_of(rows, n, norm > 0, norm, gap, weights, step, exponent, BUILD)
+    allowed = (norm > 0) & (gap >= 0)
+    known = (met == step) | (gap == 0)  # a gap of 0 cannot fall
+    return n, logits, score, met, allowed & known, allowed & (known == 0)
+
+
+@triton.jit
 def scan_rows(rows, part, state, picks, weights, step, exponent, BUILD: tl.constexpr):
     """A part's best exact score in step ``step``, and the best bound of a row that has missed a pick."""
-    exact, bound = nobody(BUILD.BLOCK_R), nobody(BUILD.BLOCK_R)
-    for begin in range(part.low, part.high, BUILD.BLOCK_R):  # @scalars
-        n = begin + tl.arange(0, BUILD.BLOCK_R)
-        inside = n < part.high
-        norm = tl.load(state.norms + rows.first + n, mask=inside, other=-1.0)
-        gap = tl.load(state.nearest + rows.first + n, mask=inside, other=0.0)
-        met = tl.load(picks.met + rows.first + n, mask=inside, other=0)
-        logits, score = scores_of(rows, n, norm > 0, norm, gap, weights, step, exponent, BUILD)
-        allowed = (norm > 0) & (gap >= 0)
-        known = (met == step) | (gap == 0)  # a gap of 0 cannot fall
-        exact = update_best(exact, score, logits, n, allowed & known, exponent, 1.0, False)
-        bound = update_best(bound, score, logits, n, allowed & (known == 0), exponent, 1.0, False)
-    return reduce_best(exact, exponent, 1.0, False), reduce_best(bound, exponent, 1.0, False)
+    best, bound = nobody(BUILD.BLOCK_R), nobody(BUILD.BLOCK_R)
+    for begin in range(part.low, part.high, BUILD.BLOCK_R):  # @scans
+        n, logits, score, _, exact, stale = look_at_rows(
+            rows, part, begin, state, picks, weights, step, exponent, BUILD
+        )
+        best = update_best(best, score, logits, n, exact, exponent, 1.0, False)
+        bound = update_best(bound, score, logits, n, stale, exponent, 1.0, False)
+    return reduce_best(best, exponent, 1.0, False), reduce_best(bound, exponent, 1.0, False)
+
+
+@triton.jit
+def collect_rows(rows, part, state, picks, weights, step, until, floor, leader, exponent, factor, BUILD: tl.constexpr):
+    """List a part's rows that are to meet picks: their bound reaches ``floor``, or they are the ``leader``; of them
+    those that have met fewer than ``until``. Returns how many, and the fewest picks that another of them has met."""
+    count = 0
+    later = tl.full((BUILD.BLOCK_R,), NO_ROW, tl.int32)
+    for begin in range(part.low, part.high, BUILD.BLOCK_R):  # @collects
+        n, _, score, met, _, stale = look_at_rows(rows, part, begin, state, picks, weights, step, exponent, BUILD)
+        wanted = stale & ((rescaled(score, factor) >= floor) | (n == leader))
+        taken = (wanted & (met < until)).to(tl.int32)
+        place = count + tl.cumsum(taken, axis=0) - 1
+        tl.store(picks.waiting + rows.first + part.low + place, n, mask=taken > 0)
+        count += tl.sum(taken, axis=0)
+        later = tl.minimum(later, tl.where(wanted & (met >= until), met, NO_ROW))
+    tl.debug_barrier()  # the list is read by other threads
+    return count, tl.min(later, axis=0)
 
 
 # --- refresh ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def load_directions(rows, picks, place, missed, j: tl.constexpr, CHUNK: tl.constexpr):
-    """Columns of chunk j of the picks at these places of the table, [m, c]. Other SMs wrote them: not from L1."""
-    cols = j * CHUNK + tl.arange(0, CHUNK)
-    at = place.to(tl.int64)[:, None] * rows.C + cols[None, :]
-    mask = missed[:, None] & (cols < rows.C)[None, :]
-    return tl.load(picks.directions + at, mask=mask, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def gap_to_picks(rows, picks, row, norm, met, step, BUILD: tl.constexpr):
-    """The least gap of a row to the LATE picks from ``met`` on.
-
-    Products are summed as `multiply_rows` sums them, with a tile of picks in the place of a tile of rows. The row is
-    loaded for each of them, which gives the tile that one's layout, and so its order of summation.
-    """
-    pick = met + tl.arange(0, BUILD.LATE)
-    missed = pick < step
+def direction_at(rows, picks, pick, step):
+    """Where the direction of a pick is, and its square."""
     place = tl.where(pick == step - 1, picks.copy, picks.table + pick)
-    n = tl.zeros_like(pick) + row
-    dots = tl.zeros((BUILD.LATE, BUILD.CHUNK), tl.float32)  # [m, c]
+    return picks.directions + place.to(tl.int64) * rows.C, picks.squares + place
+
+
+@triton.jit
+def load_square(square_ptr, BUILD: tl.constexpr):
+    """Of NORMALIZED rows, a pick's product with itself. Other SMs wrote it: not from L1."""
+    own = 1.0
+    if BUILD.NORMALIZED:
+        own = tl.load(square_ptr, cache_modifier=".cg")
+    return own
+
+
+@triton.jit
+def meet_picks(rows, picks, n, inside, norm, gap, begin, until, step, BUILD: tl.constexpr):
+    """The gaps [n] of a tile of rows after picks [begin, until), products summed as `multiply_rows` sums them.
+
+    Gaps fall where products with a pick's unit vector rise, rounding included: the largest product has the least gap.
+    """
+    tiles = ()
     for j in tl.static_range(BUILD.CHUNKS):
-        tile = load_chunk(rows, n, missed, j, BUILD)
-        direction = load_directions(rows, picks, place, missed, j, BUILD.CHUNK)
+        tiles = tiles + (load_chunk(rows, n, inside, j, BUILD),)
+    nearest = tl.full((BUILD.LATE,), float("inf") if BUILD.EUCLIDEAN else float("-inf"), tl.float32)
+    for pick in range(begin, until):  # @picks
+        direction_ptr, square_ptr = direction_at(rows, picks, pick, step)
+        dots = tl.zeros((BUILD.LATE, BUILD.CHUNK), tl.float32)  # [n, c]
+        for j in tl.static_range(BUILD.CHUNKS):
+            cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
+            direction = tl.load(direction_ptr + cols, mask=cols < rows.C, other=0.0, cache_modifier=".cg")[None, :]
+            if BUILD.EUCLIDEAN:
+                dots += (tiles[j] - direction) * (tiles[j] - direction)
+            else:
+                dots += tiles[j] * direction
+        product = tl.sum(dots, axis=1)
         if BUILD.EUCLIDEAN:
-            dots += (tile - direction) * (tile - direction)
+            nearest = tl.minimum(nearest, product)
+        elif BUILD.NORMALIZED:  # of such rows duplicates are 0 away
+            gap = tl.minimum(gap, fresh_gaps(n, norm, product, NO_ROW, load_square(square_ptr, BUILD), BUILD))
         else:
-            dots += tile * direction
-    own = 1.0
-    if BUILD.NORMALIZED:
-        own = tl.load(picks.squares + place, mask=missed, other=0.0, cache_modifier=".cg")
-    gap = fresh_gaps(n, norm, tl.sum(dots, axis=1), NO_ROW, own, BUILD)  # a pick itself is known to be 0 away
-    return tl.min(tl.where(missed, gap, float("inf")), axis=0)
+            nearest = tl.maximum(nearest, product)
+    if BUILD.EUCLIDEAN or not BUILD.NORMALIZED:
+        gap = tl.minimum(gap, fresh_gaps(n, norm, nearest, NO_ROW, 1.0, BUILD))
+    return gap
 
 
 @triton.jit
-def gap_of_extreme_row(rows, picks, state, row, norm, met, step, BUILD: tl.constexpr):
-    """The same to one pick, for a row whose norm's square leaves float32's range."""
-    place = tl.where(met == step - 1, picks.copy, picks.table + met)
-    direction_ptr = picks.directions + place.to(tl.int64) * rows.C
-    multiply_extreme_rows(rows, row, row + 1, state, direction_ptr, False, True, BUILD)
-    own = 1.0
-    if BUILD.NORMALIZED:
-        own = tl.load(picks.squares + place, cache_modifier=".cg")
-    return fresh_gaps(row, norm, tl.load(state.products + rows.first + row), NO_ROW, own, BUILD)
-
-
-@triton.jit
-def refresh_row(rows, picks, state, weights, row, step, floor, budget, exponent, factor, BUILD: tl.constexpr):
-    """Let a row meet the picks that it has missed, until its bound is below ``floor``, or so many tiles of picks are
-    done. A tile at least, so that it comes closer to its end. Returns the tiles."""
+def meet_picks_extremely(rows, picks, state, row, until, step, BUILD: tl.constexpr):
+    """Let a row meet picks up to ``until`` whose norm's square leaves float32's range, if it does."""
     norm = tl.load(state.norms + rows.first + row)
-    gap = tl.load(state.nearest + rows.first + row)
-    met = tl.load(picks.met + rows.first + row)
-    tiles, going = 0, met < step
-    while going:
-        if BUILD.EUCLIDEAN:
-            gap = tl.minimum(gap, gap_to_picks(rows, picks, row, norm, met, step, BUILD))
-            met += BUILD.LATE
-        elif is_extreme(norm):
-            gap = tl.minimum(gap, gap_of_extreme_row(rows, picks, state, row, norm, met, step, BUILD))
-            met += 1
-        else:
-            gap = tl.minimum(gap, gap_to_picks(rows, picks, row, norm, met, step, BUILD))
-            met += BUILD.LATE
-        tiles += 1
-        _, score = scores_of(rows, row, True, norm, gap, weights, step, exponent, BUILD)
-        going = (met < step) & (rescaled(score, factor) >= floor) & (tiles < budget)
-    tl.debug_barrier()  # all have loaded what is stored here
-    tl.store(state.nearest + rows.first + row, gap)
-    tl.store(picks.met + rows.first + row, tl.minimum(met, step))
+    if is_extreme(norm):
+        gap = tl.load(state.nearest + rows.first + row)
+        for pick in range(tl.load(picks.met + rows.first + row), until):
+            direction_ptr, square_ptr = direction_at(rows, picks, pick, step)
+            multiply_extreme_rows(rows, row, row + 1, state, direction_ptr, False, True, BUILD)
+            product = tl.load(state.products + rows.first + row)
+            gap = tl.minimum(gap, fresh_gaps(row, norm, product, NO_ROW, load_square(square_ptr, BUILD), BUILD))
+        tl.debug_barrier()  # all have loaded what is stored here
+        tl.store(state.nearest + rows.first + row, gap)
+
+
+@triton.jit
+def refresh_rows(rows, part, state, picks, count, until, step, BUILD: tl.constexpr):
+    """Let the ``count`` rows that are listed meet the picks that they have missed, up to ``until``."""
+    for at in range(0, count, BUILD.LATE):  # @refreshes
+        place = at + tl.arange(0, BUILD.LATE)
+        inside = place < count
+        n = tl.load(picks.waiting + rows.first + part.low + place, mask=inside, other=0)
+        norm = tl.load(state.norms + rows.first + n, mask=inside, other=1.0)
+        gap = tl.load(state.nearest + rows.first + n, mask=inside, other=0.0)
+        met = tl.load(picks.met + rows.first + n, mask=inside, other=NO_ROW)
+        fresh = meet_picks(rows, picks, n, inside, norm, gap, tl.min(met, axis=0), until, step, BUILD)
+        gap = tl.where(is_extreme(norm), gap, fresh)
+        tl.debug_barrier()  # all have loaded what is stored here
+        tl.store(state.nearest + rows.first + n, gap, mask=inside)
+        if not BUILD.EUCLIDEAN:
+            if tl.max(is_extreme(norm).to(tl.int32), axis=0) > 0:
+                for one in range(at, tl.minimum(at + BUILD.LATE, count)):
+                    row = tl.load(picks.waiting + rows.first + part.low + one)
+                    meet_picks_extremely(rows, picks, state, row, until, step, BUILD)
+                tl.debug_barrier()
+        tl.store(picks.met + rows.first + n, tl.zeros_like(n) + until, mask=inside)
     tl.debug_barrier()
-    return tiles
 
 
 # --- a round ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def better(one, other):
-    """Whether a partial comes before another: the larger score, on ties the lower row."""
-    ahead = (one.score > other.score) | ((one.score == other.score) & (one.row < other.row))
-    return (one.row != NO_ROW) & (ahead | (other.row == NO_ROW))
 
 
 @triton.jit
@@ -253,51 +283,53 @@ def make_pick(rows, part, out, state, picks, best, step, count, BUILD: tl.conste
 
 
 @triton.jit
-def is_wanted(bound, exact, round, reaches, leader, budget):
-    """Whether the row of a part's best bound is refreshed in this round, ``reaches``: if its floor lets it."""
-    forward = (round == LEAD) & ((reaches & (budget > 0)) | (bound.row == leader))
-    return (bound.row != NO_ROW) & (forward | ((round == SETTLE) & reaches & better(bound, exact)))
-
-
-@triton.jit
-def refresh_part(rows, part, state, picks, weights, step, round, floor, leader, largest, BUILD: tl.constexpr):
-    """Refresh a part's rows, the best bound first: in LEAD the ``leader`` to its end, and others that reach ``floor``
-    as far as the budget goes; in SETTLE all that could still win. Returns the best exact score and the best bound."""
+def refresh_part(rows, part, state, picks, weights, step, floor, kept, leader, largest, BUILD: tl.constexpr):
+    """Refresh a part's rows that reach ``floor``, a window of picks after the other, until they have met all or no
+    longer reach it; the ``leader`` to its end. Those that reached a floor that is ``kept`` have missed no pick but the
+    newest. Returns the best exact score and the best bound."""
     exponent = tl.load(state.exponents + part.slot + part.part)
     factor = unit_factor(exponent, largest)
-    budget = tl.where(round == LEAD, tl.cdiv(part.high - part.low, ROWS_A_TILE), NO_ROW)
-    exact, bound = scan_rows(rows, part, state, picks, weights, step, exponent, BUILD)
-    while is_wanted(bound, exact, round, rescaled(bound.score, factor) >= floor, leader, budget):
-        leads = bound.row == leader
-        least = tl.where(leads, float("-inf"), floor)
-        most = tl.where(leads, NO_ROW, budget)
-        budget -= refresh_row(rows, picks, state, weights, bound.row, step, least, most, exponent, factor, BUILD)
-        exact, bound = scan_rows(rows, part, state, picks, weights, step, exponent, BUILD)
-    return exact, bound
+    until = tl.where(kept, step, 0)
+    going = True
+    while going:
+        count, later = collect_rows(
+            rows, part, state, picks, weights, step, until, floor, leader, exponent, factor, BUILD
+        )
+        refresh_rows(rows, part, state, picks, count, until, step, BUILD)
+        going = (later != NO_ROW) | ((count > 0) & (until < step))
+        until = tl.minimum(tl.where((count == 0) & going, later, until) + WINDOW, step)
+    return scan_rows(rows, part, state, picks, weights, step, exponent, BUILD)
 
 
 @triton.jit
 def take_turn(rows, part, out, state, shared, picks, rivals, weights, limit, at, turn, BUILD: tl.constexpr):
     """What a part does from one exchange to the next: make the pick if it is decided, and refresh."""
-    step, round = at.step, at.round + 1
+    step, floor = at.step, at.floor
     best, bound, next_best, pickable = merge_parts(shared, rivals, part, turn, BUILD)
-    if (bound.row == NO_ROW) | (bound.score < best.score) | (at.round == SETTLE):  # it is decided
+    kept = False
+    if (bound.row == NO_ROW) | (bound.score < best.score):  # it is decided
         there = make_pick(rows, part, out, state, picks, best, step, tl.minimum(pickable, limit), BUILD)
         step = tl.where(there, step + 1, out.steps)
-        round = LEAD
         if BUILD.SEEDED or rows.noise is not None:
-            round = LOOK
-        bound = next_best  # an exact score is a bound now
-    floor, leader = best.score, NO_ROW
-    if round == LEAD:
-        floor, leader = bound.score - tl.abs(bound.score) * NEAR, bound.row
+            floor, leader = float("inf"), NO_ROW  # a round to look at the bounds
+        else:
+            kept, leader = floor <= next_best.score, next_best.row  # an exact score is a bound now
+            below = next_best.score - tl.abs(next_best.score) * NEAR
+            floor = tl.where(kept, tl.maximum(floor, below), below)
+    else:
+        leader = bound.row
+        below = bound.score - tl.abs(bound.score) * NEAR
+        lowest = best.score  # all that could still win; of many that could, most would be read in vain
+        if BUILD.SPLIT != LAUNCHES and not (BUILD.SEEDED or rows.noise is not None):
+            lowest = tl.maximum(lowest, below)
+        floor = tl.where(floor == float("inf"), below, tl.minimum(floor, lowest))
     if step < out.steps:
-        exact, bound = refresh_part(rows, part, state, picks, weights, step, round, floor, leader, best.exponent, BUILD)
+        exact, bound = refresh_part(rows, part, state, picks, weights, step, floor, kept, leader, best.exponent, BUILD)
         # the bound in the denominator's place
         exact = Partial(exact.score, exact.row, exact.logit, bound.score, exact.exponent)
         store_partial(shared, part, turn + 1, exact)
         tl.store(rivals + ((turn + 1) % 2) * part.slots + part.slot + part.part, bound.row)
-    return Progress(step, round)
+    return Progress(step, floor)
 
 
 # --- the launch ------------------------------------------------------------------------------------------------------
@@ -331,6 +363,7 @@ def select_lazily(
     tables_ptr,  # see `Picks`
     squares_ptr,
     met_ptr,  # [R] int32, ``begin`` of all rows
+    waiting_ptr,  # [R] int32
     rivals_ptr,  # [2, slots] int32, NO_ROW: the rows of the parts' best bounds
     progress_ptr,  # [slots, 2] int32: `Progress`, from launch to launch
     sets,
@@ -360,19 +393,20 @@ def select_lazily(
     state = State(norms_ptr, products_ptr, nearest_ptr, None, exponents_ptr, None)
     shared = Shared(numbers_ptr, winners_ptr, pickable_ptr, None)
     slot = mine.slot + mine.part
-    picks = Picks(tables_ptr, squares_ptr, met_ptr, set_id * K, sets * K + slot)
+    picks = Picks(tables_ptr, squares_ptr, met_ptr, set_id * K, sets * K + slot, waiting_ptr)
     weights = Weights(finite_or_nan(scalar(gamma_ptr, gamma_value)), scale)
     limit = picks_of(set_id, limits_ptr, K)
-    at = Progress(begin, LOOK)
+    at = Progress(begin, float("inf"))
     mine_to_do = (rows.count > above) & (rows.count <= longest)
     if BUILD.SPLIT == LAUNCHES:
         if turn > 0:
-            at = Progress(tl.load(progress_ptr + slot * 2), tl.load(progress_ptr + slot * 2 + 1))
+            floor = tl.load(progress_ptr + slot * 2 + 1).to(tl.float32, bitcast=True)
+            at = Progress(tl.load(progress_ptr + slot * 2), floor)
         if mine_to_do & (at.step < K):
             at = take_turn(rows, mine, out, state, shared, picks, rivals_ptr, weights, limit, at, begin + turn, BUILD)
             tl.debug_barrier()  # all have loaded what is stored here
             tl.store(progress_ptr + slot * 2, at.step)
-            tl.store(progress_ptr + slot * 2 + 1, at.round)
+            tl.store(progress_ptr + slot * 2 + 1, tl.cast(at.floor, tl.float32).to(tl.int32, bitcast=True))
     else:
         phase = barrier_phase(barrier_ptr + set_id)
         while mine_to_do & (at.step < K):
