@@ -34,6 +34,11 @@ def test_rows_are_read_once_a_distance(measured: dict) -> None:
     assert measured["whole", "squared distances"].backward == K + 3 * K * ALONE
 
 
+def test_a_set_of_one_tile_is_read_once(measured: dict) -> None:
+    """And the picks, each by itself, when they are written."""
+    assert {r.forward for r in measured.values() if r.way == "held"} == {1 + K * ALONE}
+
+
 def test_parts_read_what_the_set_would(measured: dict) -> None:
     """Each of the two parts, and in LAUNCHES each launch, loads the picks' rows for itself."""
     assert measured["split", "quality"].forward == K - 1 + 2 * (K + 1) * ALONE

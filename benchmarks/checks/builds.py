@@ -303,6 +303,8 @@ def selection_specs(target: str) -> Iterator[Spec]:
                 yield from specs("one set", 1, 4000, dim, dtype)
                 yield from specs("ragged", 1000, None, dim, dtype)
         yield from specs("tiny sets", 256, 20, 512, fp16)
+        for rows, dim, dtype in ((32, 512, bf16), (16, 512, fp32), (64, 128, fp32), (8, 1024, bf16), (8, 2048, bf16)):
+            yield from specs("sets held", 256, rows, dim, dtype)  # as many rows as stay in registers
         yield from specs("tiny sets", 256, 20, 512, bf16, k=1)
         yield from specs("tiny sets", 256, 20, 512, bf16, k=64)
         yield from specs("ragged", 1000, None, 768, bf16)

@@ -4,7 +4,8 @@
 
 A pass is as many loads as the set has elements. A pick's row, loaded alone, counts too: K of N rows a time. What the
 tables of builds and of times cannot show is here exact: that a set of given quality or start is loaded K - 1 times, and
-once more of neither. Needs TRITON_INTERPRET=1, which this sets for itself, and no GPU.
+once more of neither, and once where it is one tile, which is held. Needs TRITON_INTERPRET=1, which this sets for
+itself, and no GPU.
 """
 
 import os
@@ -82,7 +83,8 @@ def ways() -> dict[str, Any]:
     from fcn_kernels.selection.kernels import launch
 
     whole = launch.Plan(16, 16, 1, 1)
-    return {"whole": whole, "split": whole._replace(parts=2, split=LAUNCHES.value)}
+    held = whole._replace(block_n=64, held=True)
+    return {"whole": whole, "held": held, "split": whole._replace(parts=2, split=LAUNCHES.value)}
 
 
 def many_picks(rows: int = 128, k: int = 24, dim: int = 16, eager: int = 4) -> tuple[float, float]:

@@ -185,7 +185,7 @@ def access_of(call: Call, kernel: Kernel, rows: int, machine: Machine) -> Callab
     def access(i: Instruction, step: int) -> Access:
         size = 32.0 * i.bytes_of_thread
         where = function(i.file, i.line)
-        if where == "load_chunk":
+        if where in ("load_chunk", "hold_rows"):
             return (cold if step == 0 else warm), size * filled
         if where == "load_copies":
             return "dram", 2.0 * call.dim / kernel.warps  # of one row
@@ -232,9 +232,9 @@ def _program(call: Call, kernel: Kernel, rows: int, at_once: int, waves: int, ma
 
 def _check_reads(kernel: Kernel, trace: list[Executed], rows: int, k: int) -> None:
     """That a trace has all passes over the rows: a step that the walk left out would pass for speed."""
-    plan, passes = kernel.plan, k - 1 if kernel.forward else k
+    plan, passes = kernel.plan, (1 if kernel.plan.held else k - 1) if kernel.forward else k
     wanted = 2 * passes * math.ceil(rows / plan.block_n) * plan.block_n * plan.chunk * plan.chunks
-    if (found := _bytes_of(kernel, trace, "load_chunk")) != wanted:
+    if (found := _bytes_of_rows(kernel, trace)) != wanted:
         raise RuntimeError(f"expected {passes} passes over {rows} rows, {wanted} bytes, found {found:.0f} in the trace")
 
 
@@ -338,10 +338,12 @@ def side_by_side(queue: list[tuple[float, int]], machine: Machine) -> float:
 def rows_read(call: Call, kernel: Kernel, rows: int) -> float:
     """How often a program of so many rows loads them, counted in its trace."""
     trace = walk(kernel.code, way_of(kernel, rows, call.k, call.dim))
-    return _bytes_of(kernel, trace, "load_chunk") / (2 * rows * call.dim)
+    return _bytes_of_rows(kernel, trace) / (2 * rows * call.dim)
 
 
-def _bytes_of(kernel: Kernel, trace: list[Executed], where: str) -> float:
+def _bytes_of_rows(kernel: Kernel, trace: list[Executed]) -> float:
+    """That tiles are made of."""
+    where = "hold_rows" if kernel.plan.held else "load_chunk"
     every = (kernel.code.instructions[e.number] for e in trace)
     of_thread = sum(i.bytes_of_thread for i in every if i.name == "LDG" and function(i.file, i.line) == where)
     return of_thread * 32 * kernel.warps

@@ -55,6 +55,7 @@ class Constants(NamedTuple):
     DISTINCT: tl.constexpr = tl.constexpr(False)
     KEEP: tl.constexpr = tl.constexpr(False)  # what the backward pass reads
     STATE: tl.constexpr = tl.constexpr(False)  # what another call goes on from: a pass after the last pick, too
+    HELD: tl.constexpr = tl.constexpr(False)  # rows stay in registers from step to step: a set is a tile
     EARLY: tl.constexpr = tl.constexpr(False)  # the first pick needs no pass: K > 1, and a quality or a start is given
     LATE: tl.constexpr = tl.constexpr(0)  # rows at a time that meet picks late: see `lazy.py`
     # backward

@@ -3,7 +3,7 @@
 A step ends one pick and makes the scores of the next, in two loops. The *tile loop* reads the rows and stores their
 products with the pick; the pass that first sees them stores their norms, too. The *scalar loop* updates the running
 minimum of the distances, a row to a thread, and finds the best score. Rows are read K - 1 times where a quality or a
-start is given, else K times, from L1 or L2 while the set fits there.
+start is given, else K times, from L1 or L2 while the set fits there. A set of one tile is read once, and held.
 
 Where squared distances are asked for, these stand for the products, and rows have no norms but 1.
 
@@ -123,6 +123,18 @@ def load_chunk(rows, n, inside, j: tl.constexpr, BUILD: tl.constexpr):
 
 
 @triton.jit
+def hold_rows(rows, high, BUILD: tl.constexpr):
+    """HELD: a set's only tile, in chunks [n, c] as stored; else nothing."""
+    held = ()
+    if BUILD.HELD:
+        n = tl.arange(0, BUILD.BLOCK_N)
+        for j in tl.static_range(BUILD.CHUNKS):
+            at, mask = chunk_of(rows, n, n < high, j, BUILD)
+            held = held + (tl.load(at, mask=mask, other=0.0),)
+    return held
+
+
+@triton.jit
 def load_direction(rows, direction_ptr, j: tl.constexpr, CHUNK: tl.constexpr):
     """Columns of chunk j of the pick's unit vector, [1, c]."""
     cols = j * CHUNK + tl.arange(0, CHUNK)
@@ -131,7 +143,7 @@ def load_direction(rows, direction_ptr, j: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def multiply_rows(
-    rows, low, high, state, direction_ptr, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, BUILD: tl.constexpr
+    rows, low, high, held, state, direction_ptr, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, BUILD: tl.constexpr
 ):
     """Norms and products with the pick's unit vector; returns how many norms have to be made again."""
     extreme = tl.zeros((BUILD.BLOCK_N,), tl.int32)
@@ -145,7 +157,10 @@ def multiply_rows(
         dots = tl.zeros((BUILD.BLOCK_N, BUILD.CHUNK), tl.float32)  # [n, c]
         squares = tl.zeros((BUILD.BLOCK_N, BUILD.CHUNK), tl.float32)  # [n, c]
         for j in tl.static_range(BUILD.CHUNKS):
-            tile = load_chunk(rows, n, inside, j, BUILD)
+            if BUILD.HELD:
+                tile = held[j].to(tl.float32)
+            else:
+                tile = load_chunk(rows, n, inside, j, BUILD)
             if MULTIPLY:
                 if BUILD.EUCLIDEAN:
                     dots += (tile - directions[j]) * (tile - directions[j])
@@ -497,11 +512,14 @@ def load_norm(rows, state, row, there):
 
 
 @triton.jit
-def given_start(rows, start_ptr, BUILD: tl.constexpr):
+def given_start(rows, state, start_ptr, BUILD: tl.constexpr):
     """The given first pick, its norm and whether it may be picked, whatever is known of the other rows."""
     row = tl.load(start_ptr + rows.set_id).to(tl.int32)
     inside = (row >= 0) & (row < rows.count)
-    norm = norm_of(rows, row, inside, BUILD)
+    if BUILD.EARLY:
+        norm = norm_of(rows, row, inside, BUILD)
+    else:
+        norm = load_norm(rows, state, row, inside)
     quality = norm
     if rows.quality is not None:
         quality = tl.load(rows.quality + rows.first + row, mask=inside, other=-1.0)
@@ -542,13 +560,13 @@ def store_pick(rows, out, partial, step, there, values, count, BUILD: tl.constex
 
 
 @triton.jit
-def see_rows(rows, part, state, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, BUILD: tl.constexpr):
+def see_rows(rows, part, held, state, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, BUILD: tl.constexpr):
     """A pass over a part's rows; where no row has an extreme norm that is one tile loop."""
     slot = part.slot + part.part
     direction_ptr = state.directions + slot.to(tl.int64) * rows.C
     if not MEASURE:
         extreme = tl.load(state.extremes + slot)  # before the rows, so that nothing waits for it after them
-    measured = multiply_rows(rows, part.low, part.high, state, direction_ptr, MEASURE, MULTIPLY, BUILD)
+    measured = multiply_rows(rows, part.low, part.high, held, state, direction_ptr, MEASURE, MULTIPLY, BUILD)
     if MEASURE:
         extreme = measured
         tl.store(state.extremes + slot, extreme)
@@ -558,7 +576,7 @@ def see_rows(rows, part, state, MEASURE: tl.constexpr, MULTIPLY: tl.constexpr, B
 
 
 @triton.jit
-def look_first(rows, part, state, shared, weights, tau, START: tl.constexpr, BUILD: tl.constexpr):
+def look_first(rows, part, held, state, shared, weights, tau, START: tl.constexpr, BUILD: tl.constexpr):
     """What comes before the first pick: the pass that first sees the rows, or EARLY, a look at their qualities."""
     slot = part.slot + part.part
     partial = reduce_best(nobody(BUILD.BLOCK_R), 0, 1.0, False)
@@ -567,7 +585,7 @@ def look_first(rows, part, state, shared, weights, tau, START: tl.constexpr, BUI
         if not START:
             partial = first_pick(rows, part.low, part.high, state, float("inf"), -1, True, BUILD)
     else:
-        see_rows(rows, part, state, True, False, BUILD)
+        see_rows(rows, part, held, state, True, False, BUILD)
         pickable, partial, _ = admit_rows(rows, part.low, part.high, state, weights, slot, 0.0, tau, True, False, BUILD)
     if BUILD.SPLIT != WHOLE:
         store_partial(shared, part, 0, partial)
@@ -576,10 +594,12 @@ def look_first(rows, part, state, shared, weights, tau, START: tl.constexpr, BUI
 
 
 @triton.jit
-def open_rows(rows, part, out, state, shared, weights, opened, given, tau, START: tl.constexpr, BUILD: tl.constexpr):
+def open_rows(
+    rows, part, held, out, state, shared, weights, opened, given, tau, START: tl.constexpr, BUILD: tl.constexpr
+):
     """EARLY, the pass that sees the rows with the first pick made already; returns how many may be picked."""
     slot = part.slot + part.part
-    see_rows(rows, part, state, True, True, BUILD)
+    see_rows(rows, part, held, state, True, True, BUILD)
     saved: tl.constexpr = BUILD.KEEP and not START
     pickable, _, total = admit_rows(rows, part.low, part.high, state, weights, slot, opened, tau, False, saved, BUILD)
     pickable = tl.where(given, pickable, 0)
@@ -600,6 +620,7 @@ def forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, 
     cols = tl.arange(0, BUILD.BLOCK_C)
     slot = part.slot + part.part
     limit = picks_of(rows.set_id, limits_ptr, K)
+    held = hold_rows(rows, part.high, BUILD)
     begin_step, end_step = 0, K
     if BUILD.SPLIT == LAUNCHES:
         begin_step, end_step = tl.maximum(turn - 1, 0), turn
@@ -609,7 +630,7 @@ def forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, 
     if BUILD.SPLIT == COOPERATIVE:
         phase = barrier_phase(part.barrier + rows.set_id)
     if BUILD.SPLIT != LAUNCHES or turn == 0:
-        partial, pickable = look_first(rows, part, state, shared, weights, tau, START, BUILD)
+        partial, pickable = look_first(rows, part, held, state, shared, weights, tau, START, BUILD)
     for step in range(begin_step, end_step):  # @steps
         # -- agree on the pick
         if BUILD.SPLIT == COOPERATIVE:
@@ -626,7 +647,7 @@ def forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, 
         given = step < K
         if step == 0:
             if START:
-                row, norm, given = given_start(rows, start_ptr, BUILD)
+                row, norm, given = given_start(rows, state, start_ptr, BUILD)
                 logit = opening_logits(rows, 0.0, row, given)
                 partial = Partial(partial.score, tl.where(given, row, NO_ROW), logit, partial.denominator, 0)
                 pickable = tl.where(given, tl.maximum(pickable, 1), 0)  # BUILD.EARLY: no other is known of yet
@@ -652,12 +673,12 @@ def forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, 
             if BUILD.EARLY:
                 if step == 0:
                     pickable = open_rows(
-                        rows, part, out, state, shared, weights, partial.score, given, tau, START, BUILD
+                        rows, part, held, out, state, shared, weights, partial.score, given, tau, START, BUILD
                     )
                 else:
-                    see_rows(rows, part, state, False, True, BUILD)
+                    see_rows(rows, part, held, state, False, True, BUILD)
             else:
-                see_rows(rows, part, state, False, True, BUILD)
+                see_rows(rows, part, held, state, False, True, BUILD)
             # -- distances and scores, a row to a thread
             exponent = tl.load(state.exponents + slot)
             partial = score_rows(

@@ -26,6 +26,8 @@ MAX_DIM = 4096  # a row must fit a program
 MAX_ROWS = 2**31 - 1
 CHUNK_BYTES = 512  # of a row at a time: 16 bytes a thread, so that its sum stays within a warp
 TILE_ELEMENTS = 32  # of a tile that a thread holds
+HELD_ELEMENTS = 128  # the same where a set is one tile, which is loaded once; of 512 columns of 2 bytes
+HELD_REST_ELEMENTS = 64  # of other rows, which spill with more
 POINT = 8  # columns up to which a thread has whole rows, and a tile as many as fill its registers
 WIDE = 1024  # columns above which a row takes all of a program's threads, and not a warp, a chunk at a time
 WARPS = 4
@@ -37,7 +39,8 @@ BACKWARD_SHORT_ROWS = 64
 LAST_ROWS = 32  # sets of up to so many are begun with last, so that none is left alone at the end
 LOOK = 16  # sets that a program looks through for long ones; backward the loop spills, and most programs have none
 FORWARD_AT_ONCE = 3  # programs of 4 warps on a multiprocessor
-MANY_CHUNKS_AT_ONCE = 2  # of rows of more than 4 chunks: float32 ones of 1,024 were 8 bytes short of registers on sm_80
+FLOATS_AT_ONCE = 2  # the same of rows of FLOATS float32 and more, which were 8 bytes short of registers on sm_80
+FLOATS = 512
 STATE_AT_ONCE = 2  # with the state asked for: three left it 8 bytes short of registers on sm_80
 LAZY_AT_ONCE = 2  # where rows that cannot win are left out: three left it 32 bytes short
 BACKWARD_AT_ONCE = 2
@@ -82,6 +85,8 @@ class Plan(NamedTuple):
     """Sets of up to so many rows are begun with last, by programs of their own."""
     look: int = 0
     """How many sets a program looks through for those of the launch; 0: each set has programs of its own."""
+    held: bool = False
+    """Forward, rows stay in registers from step to step: a set is a tile."""
 
     @property
     def name(self) -> str:
@@ -153,10 +158,22 @@ def forward_plans(
     chunk = _chunk(dim, itemsize)
     held = max(chunk, -(-dim // chunk) * chunk // 2)  # the compiler loads all chunks ahead, where they are few
     sizes, elements = (sets, rows, dim, itemsize, chunk, held, device), _elements(dim)
-    if dim > 4 * chunk:
-        at_once = min(at_once, MANY_CHUNKS_AT_ONCE)
+    if itemsize == 4 and dim >= FLOATS:
+        at_once = min(at_once, FLOATS_AT_ONCE)
     short_at_once = SHORT_AT_ONCE if (dim, itemsize) == (512, 2) else SHORT_REST_AT_ONCE
-    return _tiers(*sizes, ragged, short_at_once, elements, SHORT_ROWS, LOOK) or _plans(*sizes, at_once, elements)
+    tiers = _tiers(*sizes, ragged, short_at_once, elements, SHORT_ROWS, LOOK)
+    return tiers or tuple(_holding(plan, rows, dim, itemsize) for plan in _plans(*sizes, at_once, elements))
+
+
+def _holding(plan: Plan, rows: int | None, dim: int, itemsize: int) -> Plan:
+    """A plan whose only tile has all of a set's rows, where so many fit its threads' registers; else the given."""
+    elements = HELD_ELEMENTS if (dim, itemsize) == (512, 2) else HELD_REST_ELEMENTS
+    if rows is None or plan.parts > 1 or dim <= POINT or dim % 16:
+        return plan
+    block_n = max(plan.block_n, int(triton.next_power_of_2(rows)))
+    if block_n * plan.chunk * plan.chunks > elements * 32 * plan.warps:
+        return plan
+    return plan._replace(block_n=block_n, block_r=max(plan.block_r, block_n), held=True)
 
 
 def backward_plans(
@@ -205,7 +222,7 @@ def _plan(
     at_once: int,
     elements: int,
     warps: int,
-    **options: int,
+    **options: Any,
 ) -> Plan:
     """A plan for parts of sets of up to ``rows`` rows, with programs of so many ``warps``."""
     block_n = 1 << max(1, (elements * 32 * warps // held).bit_length() - 1)
@@ -337,10 +354,12 @@ def forward(p: Problem, keep: bool, plans: Sequence[Plan] | None = None) -> Sele
         "pickable_ptr": new(slots, dtype=torch.int32),
         "openings_ptr": new(slots),
     }
-    early = p.k > 1 and (p.quality is not None or p.start is not None)
+    given = p.k > 1 and (p.quality is not None or p.start is not None)
     with torch.cuda.device_of(p.features), side_stream(p.features, len(plans) > 1) as beside:
         for plan in plans:
-            build = plan.constants(p, DISTINCT=p.distinct, KEEP=keep, STATE=p.return_state, EARLY=early)
+            early = given and not plan.held  # a look at held rows costs less than the first pick's norm beforehand
+            options = {"DISTINCT": p.distinct, "KEEP": keep, "STATE": p.return_state, "EARLY": early}
+            build = plan.constants(p, HELD=plan.held, **options)
             with beside if plan is not plans[-1] else nullcontext():
                 if plan.parts > 1 and is_lazy(p, keep):
                     first = plan._replace(split=LAUNCHES.value)
