@@ -74,7 +74,7 @@ PIPES = {
     "exchange": (1, {"LDS", "STS", "SHFL", "LDSM", "STSM"}),
     "memory": (1, {"LDG", "STG", "LDGSTS"}),
     "local": (2, {"LDL", "STL"}),
-    "others": (1, {"ATOMG", "RED", "MEMBAR", "CCTL", "LDC", "S2R", "BAR", "DEPBAR", "LDGDEPBAR"}),
+    "others": (1, {"ATOMG", "RED", "REDG", "MEMBAR", "CCTL", "LDC", "S2R", "BAR", "DEPBAR", "LDGDEPBAR"}),
 }  # fmt: skip
 PIPE_OF = {name: (pipe, width) for pipe, (width, names) in PIPES.items() for name in names}
 
@@ -229,7 +229,7 @@ class _Multiprocessor:
             warp.open = 0.0
         latency = {"special": m.special, "uniform": m.uniform}.get(o.pipe, 0)
         by_name = {
-            "ATOMG": m.atomic, "RED": m.atomic, "MEMBAR": m.fence, "CCTL": m.invalidate, "LDC": m.constant,
+            "ATOMG": m.atomic, "RED": m.atomic, "REDG": m.atomic, "MEMBAR": m.fence, "CCTL": m.invalidate, "LDC": m.constant,
             "S2R": m.system, "REDUX": m.shared,
         }  # fmt: skip
         return time + by_name.get(o.name, latency), time + m.operands
