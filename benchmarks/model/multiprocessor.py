@@ -229,8 +229,8 @@ class _Multiprocessor:
             warp.open = 0.0
         latency = {"special": m.special, "uniform": m.uniform}.get(o.pipe, 0)
         by_name = {
-            "ATOMG": m.atomic, "RED": m.atomic, "REDG": m.atomic, "MEMBAR": m.fence, "CCTL": m.invalidate, "LDC": m.constant,
-            "S2R": m.system, "REDUX": m.shared,
+            "ATOMG": m.atomic, "RED": m.atomic, "REDG": m.atomic, "MEMBAR": m.fence, "CCTL": m.invalidate,
+            "LDC": m.constant, "S2R": m.system, "REDUX": m.shared,
         }  # fmt: skip
         return time + by_name.get(o.name, latency), time + m.operands
 
