@@ -217,18 +217,20 @@ def test_a_captured_call_needs_no_kernel_of_its_own():
 ONE_KERNEL = """
 import torch
 from benchmarks.checks import builds
+from fcn_kernels.device.splits import LAUNCHES, WHOLE
 from fcn_kernels.selection.kernels import launch
+from fcn_kernels.selection.kernels.plans import Plan
 from fcn_kernels.selection.problem import Problem
 
-def built(rows, k, split=launch.WHOLE.value):
-    plan = launch.Plan(32, 64, 1, 4, 3, split)
+def built(rows, k, split=WHOLE.value):
+    plan = Plan(32, 64, 1, 4, 3, split)
     problem = Problem(torch.empty(2, rows, 64), torch.empty(2 * rows), torch.tensor(0.5), k=k)
     specs = builds.record("", launch, ("select_forward",), lambda: launch.forward(problem, True, (plan,)))
     return {str(spec) for spec in specs}
 
 assert built(33, 3) == built(48, 3) == built(48, 16)
-assert len(built(33, 3, launch.LAUNCHES.value)) == 1
-assert built(33, 3) != built(33, 3, launch.LAUNCHES.value)
+assert len(built(33, 3, LAUNCHES.value)) == 1
+assert built(33, 3) != built(33, 3, LAUNCHES.value)
 """
 
 

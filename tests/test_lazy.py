@@ -20,6 +20,7 @@ from side_by_side import side_by_side
 from fcn_kernels import coreset_select
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES
 from fcn_kernels.selection.kernels import launch
+from fcn_kernels.selection.kernels.plans import POINT, Plan
 from fcn_kernels.selection.problem import Problem
 from fcn_kernels.selection.select import Coreset
 
@@ -29,7 +30,7 @@ ROWS, DIM, K = 16, 9, 5
 @contextmanager
 def planned(split: int | None, eager: int = 1) -> Iterator[None]:
     """Rows are left out after ``eager`` picks, by two parts that meet so; None: one program reads all of them."""
-    plan = launch.Plan(4, 16, 1, 1, block_r=16)
+    plan = Plan(4, 16, 1, 1, block_r=16)
     plan = plan if split is None else plan._replace(parts=2, split=split)
     with pytest.MonkeyPatch.context() as patch, poisoned():
         patch.setattr(launch, "forward_plans", lambda *sizes: (plan,))
@@ -156,7 +157,7 @@ def test_which_calls_leave_out_rows() -> None:
     assert not launch.is_lazy(many._replace(return_state=True), keep=False)
     assert not launch.is_lazy(many._replace(k=launch.LAZY_PICKS - 1), keep=False)
     assert not launch.is_lazy(many._replace(features=features[:, :60_000]), keep=False)
-    assert not launch.is_lazy(many._replace(features=features[..., : launch.POINT]), keep=False)
+    assert not launch.is_lazy(many._replace(features=features[..., :POINT]), keep=False)
     assert launch.LAZY_PICKS > launch.EAGER_PICKS > 0
 
 
@@ -180,7 +181,7 @@ def test_a_call_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = []
     original = launch._launch
 
-    def counting(kernel: Any, p: Problem, plan: launch.Plan, launches: int, *rest: Any) -> None:
+    def counting(kernel: Any, p: Problem, plan: Plan, launches: int, *rest: Any) -> None:
         turns.append((kernel is launch.select_lazily, launches))
         original(kernel, p, plan, launches, *rest)
 

@@ -21,6 +21,7 @@ from benchmarks.model.walk import UnknownWayError, Way, walk
 from fcn_kernels import coreset_select
 from fcn_kernels.device.splits import COOPERATIVE
 from fcn_kernels.selection.kernels import launch, lazy
+from fcn_kernels.selection.kernels.plans import Plan
 
 pytestmark = pytest.mark.xdist_group("builds")
 ROOT = Path(__file__).parents[1]
@@ -183,7 +184,7 @@ def test_turns_are_counted_as_the_kernel_makes_them() -> None:
     """Picks, lists of rows, their tiles and the picks that these meet, beside the kernel's in the interpreter."""
     rows, dim, k, parts, eager, late = 24, 9, 8, 2, 2, 2
     x, lists, meetings = gaussian(rows, dim), [], []
-    plan = launch.Plan(late, 16, 1, 1, block_r=64, parts=parts, split=COOPERATIVE.value)
+    plan = Plan(late, 16, 1, 1, block_r=64, parts=parts, split=COOPERATIVE.value)
     collect_rows, meet_picks = lazy.collect_rows, lazy.meet_picks
 
     def collect(*arguments: object) -> object:

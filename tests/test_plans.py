@@ -16,6 +16,7 @@ from fcn_kernels import coreset_select
 from fcn_kernels.device import gpu
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE
 from fcn_kernels.selection.kernels import launch
+from fcn_kernels.selection.kernels.plans import MAX_ROWS, SPLIT_ROWS, Sizes, backward_plans, forward_plans
 from fcn_kernels.selection.problem import Problem
 
 SIZES = list(product((1, 7, 200), (1, 20, 64, 300, 8000, None), (1, 100, 512, 4096), (2, 4), (False, True)))
@@ -24,10 +25,10 @@ GPU = gpu.Device(processors=132, cooperative=True)
 
 @pytest.mark.parametrize("device_kind", [GPU, gpu.INTERPRETER], ids=["gpu", "interpreter"])
 def test_plans_fit_and_cover(device_kind: gpu.Device) -> None:
-    for (sets, rows, dim, itemsize, ragged), plan_for in product(SIZES, (launch.forward_plans, launch.backward_plans)):
-        plans = plan_for(sets, rows, dim, itemsize, ragged, device_kind)
+    for (sets, rows, dim, itemsize, ragged), plan_for in product(SIZES, (forward_plans, backward_plans)):
+        plans = plan_for(Sizes(sets, rows, dim, itemsize, ragged, device_kind))
         assert plans[-1].shortest == 0
-        assert plans[0].longest >= launch.MAX_ROWS
+        assert plans[0].longest >= MAX_ROWS
         assert all(a.shortest == b.longest + 1 for a, b in pairwise(plans))  # each set is one launch's
         for plan in plans:
             for size in (plan.block_n, plan.chunk, plan.warps, plan.block_r):
@@ -41,7 +42,7 @@ def test_plans_fit_and_cover(device_kind: gpu.Device) -> None:
             else:
                 assert len(plans) == 1
                 assert plan.parts > 1
-                assert rows // plan.parts >= launch.SPLIT_ROWS
+                assert rows // plan.parts >= SPLIT_ROWS
                 assert plan.split == (COOPERATIVE if device_kind.cooperative else LAUNCHES).value
                 assert sets * plan.parts <= device_kind.processors * plan.at_once  # all run at once
 
@@ -66,9 +67,9 @@ def test_programs_of_a_warp_take_sets_only_where_a_warp_has_whole_rows() -> None
 
 def test_large_sets_are_split() -> None:
     """The paper's sizes: a program for 20 photos, 8,000 photos of one person are shared by the whole GPU."""
-    assert launch.forward_plans(256, 20, 512, 2, False, GPU)[0].parts == 1
-    assert launch.forward_plans(1, 8000, 512, 2, False, GPU)[0].parts > 100
-    assert len(launch.forward_plans(256, None, 512, 2, True, GPU)) == 2
+    assert forward_plans(Sizes(256, 20, 512, 2, False, GPU))[0].parts == 1
+    assert forward_plans(Sizes(1, 8000, 512, 2, False, GPU))[0].parts > 100
+    assert len(forward_plans(Sizes(256, None, 512, 2, True, GPU))) == 2
 
 
 def test_five_calls_lead_from_the_public_function_to_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

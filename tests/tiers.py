@@ -12,13 +12,14 @@ from problems import Case
 
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES
 from fcn_kernels.selection.kernels import launch
+from fcn_kernels.selection.kernels.plans import Plan
 
 TIERS = ("whole", "two lengths", "split")
 
 
-def plans_of(tier: str, dim: int) -> tuple[launch.Plan, ...]:
+def plans_of(tier: str, dim: int) -> tuple[Plan, ...]:
     """Tiles of 4 rows and 16 columns, so that small sets are walked in several; 3 parts of a set where it is split."""
-    plan = launch.Plan(4, 16, -(-dim // 16), 1, block_r=8)
+    plan = Plan(4, 16, -(-dim // 16), 1, block_r=8)
     return {
         "whole": (plan,),
         "two lengths": (
@@ -34,11 +35,11 @@ def plans_of(tier: str, dim: int) -> tuple[launch.Plan, ...]:
 def forced(tier: str, backward: str | None = None) -> Iterator[None]:
     """Launch by these plans."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "forward_plans", lambda sets, rows, dim, *rest: plans_of(tier, dim))
+        patch.setattr(launch, "forward_plans", lambda sizes, *_: plans_of(tier, sizes.dim))
         patch.setattr(
             launch,
             "backward_plans",  # in which no program looks through sets for its own
-            lambda sets, rows, dim, *rest: tuple(plan._replace(look=0) for plan in plans_of(backward or tier, dim)),
+            lambda sizes, *_: tuple(plan._replace(look=0) for plan in plans_of(backward or tier, sizes.dim)),
         )
         yield
 

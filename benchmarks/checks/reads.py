@@ -80,9 +80,9 @@ def passes(rows: int, k: int, dim: int = 16, given: str = CALLS[0], sets: int = 
 def ways() -> dict[str, Any]:
     """Plans of any set; parts that meet between launches read what those at a barrier do."""
     from fcn_kernels.device.splits import LAUNCHES
-    from fcn_kernels.selection.kernels import launch
+    from fcn_kernels.selection.kernels.plans import Plan
 
-    whole = launch.Plan(16, 16, 1, 1)
+    whole = Plan(16, 16, 1, 1)
     held = whole._replace(block_n=64, held=True)
     return {"whole": whole, "held": held, "split": whole._replace(parts=2, split=LAUNCHES.value)}
 

@@ -21,7 +21,7 @@ from benchmarks.model.predict import Cost, Kernel, Prediction, access_of, built,
 from benchmarks.model.source import function
 from benchmarks.model.walk import Executed, Way, executed, walk
 from fcn_kernels.selection.kernels import launch
-from fcn_kernels.selection.kernels.launch import Plan
+from fcn_kernels.selection.kernels.plans import Plan
 from fcn_kernels.selection.problem import Problem
 
 DECIDED = "(bound.row == NO_ROW) | (bound.score < best.score)"

@@ -16,7 +16,7 @@ from benchmarks.model.source import function
 from benchmarks.model.walk import Executed, Way, executed, walk
 from benchmarks.workloads import template_lengths
 from fcn_kernels.selection.kernels import launch
-from fcn_kernels.selection.kernels.launch import Plan
+from fcn_kernels.selection.kernels.plans import Plan
 from fcn_kernels.selection.problem import Problem, Saved
 
 WORKS = (EVAL, SAMPLE, BACKWARD)

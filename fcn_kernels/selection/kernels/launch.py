@@ -1,59 +1,35 @@
-"""Launch geometry, computed once for a call, and the two launchers that the op calls.
-
-Plans are pure functions of sizes, so that the tests can build every configuration that a launch would use on a machine
-without a GPU.
-"""
+"""The two launchers that the op calls."""
 
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from fcn_kernels.device.constants import constants
-from fcn_kernels.device.gpu import Device, counters, device_of, gamma_argument, has_no_room, seed_argument, side_stream
-from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE
+from fcn_kernels.device.gpu import counters, gamma_argument, has_no_room, seed_argument, side_stream
+from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES
 from fcn_kernels.selection.kernels.backward import select_backward
 from fcn_kernels.selection.kernels.common import NO_ROW, Constants
 from fcn_kernels.selection.kernels.forward import select_forward
 from fcn_kernels.selection.kernels.lazy import select_lazily
+from fcn_kernels.selection.kernels.plans import (
+    BACKWARD_ELEMENTS,
+    FORWARD_AT_ONCE,
+    POINT,
+    TILE_ELEMENTS,
+    Plan,
+    Sizes,
+    backward_plans,
+    forward_plans,
+)
 from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
 
 MAX_DIM = 4096  # a row must fit a program
-MAX_ROWS = 2**31 - 1
-CHUNK_BYTES = 512  # of a row at a time: 16 bytes a thread, so that its sum stays within a warp
-TILE_ELEMENTS = 32  # of a tile that a thread holds
-HELD_ELEMENTS = 128  # the same where a set is one tile, which is loaded once; of 512 columns of 2 bytes
-HELD_REST_ELEMENTS = 64  # of other rows, which spill with more
-POINT = 8  # columns up to which a thread has whole rows, and a tile as many as fill its registers
-WIDE = 1024  # columns above which a row takes all of a program's threads, and not a warp, a chunk at a time
-WARPS = 4
-WIDE_WARPS = 8
-SHORT_ROWS = (
-    128  # sets of a packed batch that a program of one warp takes; whatever the batch, so that bits do not change
-)
-BACKWARD_SHORT_ROWS = 64
-LAST_ROWS = 32  # sets of up to so many are begun with last, so that none is left alone at the end
-LOOK = 16  # sets that a program looks through for long ones; backward the loop spills, and most programs have none
-FORWARD_AT_ONCE = 3  # programs of 4 warps on a multiprocessor
-FLOATS_AT_ONCE = 2  # the same of rows of FLOATS float32 and more, which were 8 bytes short of registers on sm_80
-FLOATS = 512
 STATE_AT_ONCE = 2  # with the state asked for: three left it 8 bytes short of registers on sm_80
 LAZY_AT_ONCE = 2  # where rows that cannot win are left out: three left it 32 bytes short
-BACKWARD_AT_ONCE = 2
-SHORT_AT_ONCE = 4  # 16 programs of a warp for short sets of 512 columns of 2 bytes; others spill with 128 registers
-SHORT_REST_AT_ONCE = 2
-WARP_ROWS = 32  # at a time in the scalar loops of a warp
-LONG_AT_ONCE = 2
-BACKWARD_ELEMENTS = 64  # the same backward, by cosine, of rows of BACKWARD_COLUMNS; for others that spills
-BACKWARD_COLUMNS = (128, 256, 384, 512)
-ODD_ELEMENTS = 8  # the same of rows that do not lie 16 elements apart: each element has an address of its own
-REGISTERS = 65536  # of a multiprocessor
-SPLIT_ROWS = 32  # a part with less work than that costs more at the barrier than it saves
-SCALAR_ROWS = 256  # at a time in the scalar loops
 LAZY_PICKS = 64  # from which on rows that cannot win are left out: EAGER_PICKS should be a small part of them
 LAZY_BYTES = 2**26  # of a set's rows, to do so: a pass over fewer takes no longer than what parts have to exchange
 EAGER_PICKS = 16  # made before: with fewer, distances still fall so far that most rows would have to be read
@@ -67,225 +43,6 @@ SUM_COLUMNS = 16  # 64 bytes a part: C = 512 is 64 parts' work
 SUM_ELEMENTS = 32  # of a tile of the parts' sums that a thread holds
 
 
-class Plan(NamedTuple):
-    """How a kernel is launched: the constants it is built with, how many programs share a set, and which sets it is
-    for."""
-
-    block_n: int
-    chunk: int
-    chunks: int
-    warps: int = WARPS
-    parts: int = 1
-    split: int = WHOLE.value
-    block_r: int = SCALAR_ROWS
-    at_once: int = BACKWARD_AT_ONCE
-    shortest: int = 0
-    longest: int = MAX_ROWS
-    last: int = 0
-    """Sets of up to so many rows are begun with last, by programs of their own."""
-    look: int = 0
-    """How many sets a program looks through for those of the launch; 0: each set has programs of its own."""
-    held: bool = False
-    """Forward, rows stay in registers from step to step: a set is a tile."""
-
-    @property
-    def name(self) -> str:
-        """How a set is divided."""
-        meeting = {COOPERATIVE.value: "at barriers", LAUNCHES.value: "between launches"}.get(self.split)
-        return f"split into {self.parts} parts that meet {meeting}" if meeting else "a program a set"
-
-    @property
-    def block_c(self) -> int:
-        """Columns of a row, up to a power of two."""
-        return int(triton.next_power_of_2(self.chunk * self.chunks))
-
-    def constants(self, p: Problem, **options: int) -> Constants:
-        """What a kernel is built for."""
-        return constants(  # type: ignore[no-any-return]
-            Constants,
-            SEEDED=p.seed is not None,
-            NORMALIZED=p.normalized,
-            EUCLIDEAN=p.euclidean,
-            TIGHT=self.chunk == p.dim <= POINT and _lie_side_by_side(p.features),
-            SPLIT=self.split,
-            BLOCK_N=self.block_n,
-            CHUNK=self.chunk,
-            CHUNKS=self.chunks,
-            BLOCK_C=self.block_c,
-            BLOCK_P=int(triton.next_power_of_2(self.parts)),
-            BLOCK_R=self.block_r,
-            FOLD=min(self.block_n, _fold(p.dim, self.chunk, p.features.itemsize, self.warps)),
-            TWICE=self.last > 0,
-            LOOK=self.look,
-            **options,
-        )
-
-    def programs(self, sets: int) -> int:
-        """How many are launched."""
-        return -(-sets // self.look) if self.look else sets * (2 if self.last else self.parts)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What Triton is told beside the kernel's own constants."""
-        options: dict[str, Any] = {"num_warps": self.warps}
-        if torch.version.hip is None:
-            # a multiple of 8, as registers are handed out; all programs of a cooperative launch must run at once
-            most = REGISTERS // (32 * self.warps * self.at_once) // 8 * 8
-            options["maxnreg"] = min(255, most) if self.split == COOPERATIVE.value or self.last else 255
-        return options | ({"launch_cooperative_grid": True} if self.split == COOPERATIVE.value else {})
-
-
-def _lie_side_by_side(features: Tensor) -> bool:
-    *sets, row, column = features.stride()
-    return column == 1 and row == features.shape[-1] and all(stride % row == 0 for stride in sets)
-
-
-def forward_plans(
-    sets: int,
-    rows: int | None,
-    dim: int,
-    itemsize: int,
-    ragged: bool,
-    device: Device,
-    at_once: int = FORWARD_AT_ONCE,
-) -> tuple[Plan, ...]:
-    """The forward launches for ``sets`` sets of up to ``rows`` rows (None: known on the device alone).
-
-    Rows are of ``dim`` numbers of ``itemsize`` bytes. Sets that are too few to fill the device are split, if each part
-    still gets SPLIT_ROWS rows. Where lengths are on the device (``ragged``), one launch takes the short sets, with
-    programs of a warp, and one the others.
-    """
-    chunk = _chunk(dim, itemsize)
-    held = max(chunk, -(-dim // chunk) * chunk // 2)  # the compiler loads all chunks ahead, where they are few
-    sizes, elements = (sets, rows, dim, itemsize, chunk, held, device), _elements(dim)
-    if itemsize == 4 and dim >= FLOATS:
-        at_once = min(at_once, FLOATS_AT_ONCE)
-    short_at_once = SHORT_AT_ONCE if (dim, itemsize) == (512, 2) else SHORT_REST_AT_ONCE
-    tiers = _tiers(*sizes, ragged, short_at_once, elements, SHORT_ROWS, LOOK)
-    return tiers or tuple(_holding(plan, rows, dim, itemsize) for plan in _plans(*sizes, at_once, elements))
-
-
-def _holding(plan: Plan, rows: int | None, dim: int, itemsize: int) -> Plan:
-    """A plan whose only tile has all of a set's rows, where so many fit its threads' registers; else the given."""
-    elements = HELD_ELEMENTS if (dim, itemsize) == (512, 2) else HELD_REST_ELEMENTS
-    if rows is None or plan.parts > 1 or dim <= POINT or dim % 16:
-        return plan
-    block_n = max(plan.block_n, int(triton.next_power_of_2(rows)))
-    if block_n * plan.chunk * plan.chunks > elements * 32 * plan.warps:
-        return plan
-    return plan._replace(block_n=block_n, block_r=max(plan.block_r, block_n), held=True)
-
-
-def backward_plans(
-    sets: int,
-    rows: int | None,
-    dim: int,
-    itemsize: int,
-    ragged: bool,
-    device: Device,
-    elements: int = BACKWARD_ELEMENTS,
-) -> tuple[Plan, ...]:
-    """As :func:`forward_plans`, with so many ``elements`` of a tile to a thread at the most."""
-    chunk = _chunk(dim, itemsize)
-    held = max(2 * POINT, -(-dim // chunk) * chunk)  # a row has two weights and two sums beside it
-    holds = dim in BACKWARD_COLUMNS and (dim, itemsize) != (128, 4)  # which spills 8 bytes on sm_80
-    elements = elements if holds else _elements(dim)
-    sizes = sets, rows, dim, itemsize, chunk, held, device
-    tiers = _tiers(*sizes, ragged, BACKWARD_AT_ONCE, elements, BACKWARD_SHORT_ROWS, look=0)
-    return tiers or _plans(*sizes, BACKWARD_AT_ONCE, elements)
-
-
-def _fold(dim: int, chunk: int, itemsize: int, warps: int) -> int:
-    """Rows of a tile in different threads, which load 16 bytes at once where rows are aligned. No tile has fewer: the
-    compiler would give a row to more threads, and they sum it in another order."""
-    vector = min(chunk, 16 // itemsize) if dim == chunk or dim % 16 == 0 else 1
-    return max(1, 32 * warps * vector // chunk)
-
-
-def _chunk(dim: int, itemsize: int) -> int:
-    block_c = int(triton.next_power_of_2(dim))
-    if dim <= POINT:
-        return max(2, block_c)
-    return block_c if dim > WIDE else min(max(16, block_c), CHUNK_BYTES // itemsize)
-
-
-def _elements(dim: int) -> int:
-    return ODD_ELEMENTS if dim > POINT and dim % 16 else TILE_ELEMENTS
-
-
-def _plan(
-    rows: int | None,
-    dim: int,
-    itemsize: int,
-    chunk: int,
-    held: int,
-    at_once: int,
-    elements: int,
-    warps: int,
-    **options: Any,
-) -> Plan:
-    """A plan for parts of sets of up to ``rows`` rows, with programs of so many ``warps``."""
-    block_n = 1 << max(1, (elements * 32 * warps // held).bit_length() - 1)
-    block_r = max(SCALAR_ROWS * warps // WARPS, block_n if dim <= POINT else 0)
-    if rows is not None:
-        each = int(triton.next_power_of_2(-(-max(rows, 1) // options.get("parts", 1))))
-        block_n, block_r = max(2, min(block_n, each)), max(16, min(block_r, each))
-    block_n = max(block_n, _fold(dim, chunk, itemsize, warps))
-    block_r, at_once = max(block_r, block_n), max(1, at_once * WARPS // warps)
-    return Plan(block_n, chunk, -(-dim // chunk), warps, block_r=block_r, at_once=at_once, **options)
-
-
-def _plans(
-    sets: int,
-    rows: int | None,
-    dim: int,
-    itemsize: int,
-    chunk: int,
-    held: int,
-    device: Device,
-    at_once: int,
-    elements: int,
-) -> tuple[Plan, ...]:
-    """One launch for all sets."""
-    warps, held = WIDE_WARPS if held > WIDE else WARPS, max(held, POINT)
-    tile = _fold(dim, chunk, itemsize, warps)
-    parts = _parts(sets, rows, device.processors * max(1, at_once * WARPS // warps), tile)
-    split = (COOPERATIVE if device.cooperative else LAUNCHES) if parts > 1 else WHOLE
-    return (_plan(rows, dim, itemsize, chunk, held, at_once, elements, warps, parts=parts, split=split.value),)
-
-
-def _parts(sets: int, rows: int | None, programs: int, tile: int) -> int:
-    """Of a set: no more than there are programs, and none smaller than a tile."""
-    return 1 if rows is None else max(1, min(programs // max(sets, 1), rows // max(SPLIT_ROWS, tile)))
-
-
-def _tiers(
-    sets: int,
-    rows: int | None,
-    dim: int,
-    itemsize: int,
-    chunk: int,
-    held: int,
-    device: Device,
-    ragged: bool,
-    at_once: int,
-    elements: int,
-    short: int,
-    look: int,
-) -> tuple[Plan, ...]:
-    """Two launches for sets whose lengths are on the device, larger programs for long ones and those of one warp for
-    short ones; none where one launch is as good."""
-    if not ragged or sets <= 1 or held > WIDE or (rows is not None and rows <= short):
-        return ()
-    tile = _fold(dim, chunk, itemsize, WARPS)
-    if _parts(sets, rows, device.processors * FORWARD_AT_ONCE, tile) > 1:
-        return ()
-    sizes = rows, dim, itemsize, chunk, max(held, POINT)
-    shorter = _plan(*sizes, at_once, elements, 1, longest=short, last=LAST_ROWS)
-    longer = _plan(*sizes, LONG_AT_ONCE, elements, WARPS, shortest=short + 1, look=look)
-    return longer, shorter._replace(block_r=max(shorter.block_n, WARP_ROWS))
-
-
 def plans(p: Problem) -> tuple[tuple[Plan, ...], tuple[Plan, ...]]:
     """A call's forward and backward plans; where there are two, the first is for long sets."""
     return _forward_plans(p, True), _backward_plans(p)
@@ -293,25 +50,11 @@ def plans(p: Problem) -> tuple[tuple[Plan, ...], tuple[Plan, ...]]:
 
 def _forward_plans(p: Problem, keep: bool) -> tuple[Plan, ...]:
     at_once = STATE_AT_ONCE if p.return_state else LAZY_AT_ONCE if is_lazy(p, keep) else FORWARD_AT_ONCE
-    return forward_plans(*_plan_sizes(p), at_once)
+    return forward_plans(Sizes.of(p), at_once)
 
 
 def _backward_plans(p: Problem) -> tuple[Plan, ...]:
-    return backward_plans(*_plan_sizes(p), TILE_ELEMENTS if p.euclidean else BACKWARD_ELEMENTS)
-
-
-def _plan_sizes(p: Problem) -> tuple[int, int | None, int, int, bool, Device]:
-    packed = p.cu_seqlens is not None
-    rows = p.rows if p.sets == 1 else None if packed else p.features.shape[1]
-    ragged = (packed or p.lengths is not None) and _rows_fit_a_warp(p.features)
-    return p.sets, rows, p.dim, p.features.itemsize, ragged, device_of(p.features)
-
-
-def _rows_fit_a_warp(features: Tensor) -> bool:
-    """Whether one warp sums a row in programs of four, too, so that these give the bits of those of one."""
-    *sets, row, _ = features.stride()
-    aligned = row % 16 == 0 and all(stride % 16 == 0 for stride in sets) and features.data_ptr() % 16 == 0
-    return features.shape[-1] <= 32 or aligned
+    return backward_plans(Sizes.of(p), TILE_ELEMENTS if p.euclidean else BACKWARD_ELEMENTS)
 
 
 def forward(p: Problem, keep: bool, plans: Sequence[Plan] | None = None) -> Selected:
