@@ -68,7 +68,7 @@ class _Walk:
                 at += 1
                 continue
             if self._is_for_first(at):
-                alone = range(at + 1, self.targets[at])
+                alone = range(at + 1, self._end_of(at))
             if not instruction.predicate and self.targets[at] <= at and "steps" not in self.way.loops:
                 self.step += 1  # the outermost loop is left at its head, and has no other latch
             at = self.targets[at] if self._takes(at) else at + 1
@@ -89,7 +89,14 @@ class _Walk:
         text = self._statement(at).text
         if not self.instructions[at].predicate or not ("tl.atomic_add" in text or text.startswith("tl.store")):
             return False
-        return self._loop_between(at, self.targets[at]) is None  # else the line is not the branch's own
+        return self._loop_between(at, self._end_of(at)) is None  # else the line is not the branch's own
+
+    def _end_of(self, at: int) -> int:
+        """Where what a branch goes around ends: where it leads, or at a jump to there before code that lies between."""
+        to = self.targets[at]
+        near = range(at + 1, min(to, at + 2 * FAR))
+        jumps = (n + 1 for n in near if self.instructions[n].name == "BRA" and not self.instructions[n].predicate)
+        return next((after for after in jumps if self.targets[after - 1] == to), to)
 
     def _ends(self, at: int) -> bool:
         """Whether an EXIT under a condition is taken."""
