@@ -13,7 +13,7 @@ from benchmarks.checks.builds import ATTENTION_KERNELS, Spec, as_if_on, record
 from benchmarks.model.calls import BACKWARD, CALLS, EVAL, TRAINING, Call
 from benchmarks.model.machine_code import Code, Instruction
 from benchmarks.model.multiprocessor import CAP, Access, Machine, occupancy, operations, simulate
-from benchmarks.model.predict import Cost, Prediction, built, schedule
+from benchmarks.model.predict import Cost, Prediction, built, cost_of, schedule
 from benchmarks.model.source import function, statement
 from benchmarks.model.walk import Executed, Way, executed, walk
 from benchmarks.workloads import counted_bytes, template_lengths
@@ -193,9 +193,7 @@ def _costs(call: Call, kernel: Kernel, at_once: int, machine: Machine, lengths: 
 
     def cost(tiles: int) -> Cost:
         trace = _trace(call, kernel, tiles)
-        work = operations(kernel.code, trace, access)
-        cycles = simulate(work, kernel.warps, at_once, waves * at_once, machine) / waves
-        return Cost(cycles, sum(executed(kernel.code, trace, kernel.warps).values()))
+        return cost_of(kernel.code, kernel.warps, trace, access, machine, at_once, waves)
 
     taken = {_tiles(kernel, rows) for rows in lengths}
     known = {tiles: cost(tiles) for tiles in taken if tiles <= FIT}

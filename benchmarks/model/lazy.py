@@ -4,25 +4,22 @@ How often that kernel's loops turn depends on the rows: `lazy_turns.py` simulate
 long as the part with the most to do.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from benchmarks.checks.builds import Spec, as_if_on, record
-from benchmarks.model.calls import Call
+from benchmarks.model.calls import EVAL, Call
 from benchmarks.model.lazy_turns import Turns, count_turns, gaussian
 from benchmarks.model.machine_code import Instruction
-from benchmarks.model.multiprocessor import CAP, Access, Machine, occupancy, operations, simulate
-from benchmarks.model.predict import Cost, Kernel, Prediction, access_of, built, way_of
+from benchmarks.model.multiprocessor import CAP, Access, Machine, occupancy
+from benchmarks.model.predict import Cost, Kernel, Prediction, access_of, built, cost_of, problem_of, way_of
 from benchmarks.model.source import function
-from benchmarks.model.walk import Executed, Way, executed, walk
+from benchmarks.model.walk import Executed, Way, walk
 from fcn_kernels.selection.kernels import launch
 from fcn_kernels.selection.kernels.plans import Plan
-from fcn_kernels.selection.problem import Problem
 
 DECIDED = "(bound.row == NO_ROW) | (bound.score < best.score)"
 
@@ -84,9 +81,7 @@ def predict(call: Call, machine: Machine) -> Detailed:
 
 def launches_of(call: Call, machine: Machine) -> tuple[Plan, list[Spec]]:
     """What the launcher would launch at inference: the last of the launches that read all rows, and the lazy one."""
-    empty = functools.partial(torch.empty, device="meta")
-    features = empty(call.sets, call.rows, call.dim, dtype=torch.bfloat16)
-    p = Problem(features=features, quality=empty(call.all_rows), gamma=empty(()), seed=None, k=call.k)
+    p = problem_of(call, EVAL)
     with as_if_on(machine.processors):
         (plan,) = launch._forward_plans(p, False)
         names = ("select_forward", "select_lazily")
@@ -108,12 +103,9 @@ def _eager(call: Call, kernel: Kernel, machine: Machine) -> tuple[float, float]:
     way = way_of(kernel, share, 2, call.dim)
     conditions = {"BUILD.SPLIT != LAUNCHES or turn == 0": False, "step == 0": False}
     trace = walk(kernel.code, way._replace(loops={**way.loops, "steps": 1}, conditions=way.conditions | conditions))
-    cycles = simulate(
-        operations(kernel.code, trace, access_of(call, kernel, share, machine)), kernel.warps, 1, 1, machine
-    )
-    of_pick = machine.launch + max(cycles / machine.ghz / 1e3, call.bytes / machine.dram_bytes_per_s * 1e6 / CAP)
-    instructions = sum(executed(kernel.code, trace, kernel.warps).values()) * kernel.plan.parts
-    return machine.launch + launch.EAGER_PICKS * of_pick, launch.EAGER_PICKS * float(instructions)
+    cost = cost_of(kernel.code, kernel.warps, trace, access_of(call, kernel, share, machine), machine)
+    of_pick = machine.launch + max(cost.cycles / machine.ghz / 1e3, call.bytes / machine.dram_bytes_per_s * 1e6 / CAP)
+    return machine.launch + launch.EAGER_PICKS * of_pick, launch.EAGER_PICKS * kernel.plan.parts * cost.instructions
 
 
 def trace_of(
@@ -151,9 +143,7 @@ def costs_of(call: Call, kernel: Kernel, machine: Machine) -> Costs:
 
     def cost(turns: int, collects: int, tiles: int, meetings: int, again: bool = False, first: bool = False) -> Cost:
         trace = trace_of(call, kernel, turns, collects, tiles, meetings, again)
-        work = operations(kernel.code, trace, _access(call, kernel, first))
-        cycles = simulate(work, kernel.warps, 1, 1, machine)
-        return Cost(cycles, sum(executed(kernel.code, trace, kernel.warps).values()))
+        return cost_of(kernel.code, kernel.warps, trace, _access(call, kernel, first), machine)
 
     turn, again = (cost(4, 1, 0, 0, again, True).plus(cost(3, 1, 0, 0, again, True), -1) for again in (False, True))
     one = cost(3, 1, 0, 0)

@@ -63,6 +63,20 @@ class Cost(NamedTuple):
         return Cost(self.cycles + times * other.cycles, self.instructions + times * other.instructions)
 
 
+def cost_of(
+    code: Code,
+    warps: int,
+    trace: list[Executed],
+    access: Callable[[Instruction, int], Access],
+    machine: Machine,
+    at_once: int = 1,
+    waves: int = 1,
+) -> Cost:
+    """Of a program on this way, where ``waves`` times ``at_once`` follow one another."""
+    cycles = simulate(operations(code, trace, access), warps, at_once, waves * at_once, machine) / waves
+    return Cost(cycles, sum(executed(code, trace, warps).values()))
+
+
 def predict(call: Call, work: str, machine: Machine) -> Prediction:
     """Build, walk, simulate."""
     kernels = kernels_of(call, work, machine)
@@ -109,11 +123,12 @@ def built(spec: Spec, machine: Machine) -> tuple[Code, int, int]:
     return _built[key]
 
 
-def _launches(call: Call, work: str) -> tuple[list[Spec], tuple[Plan, ...]]:
+def problem_of(call: Call, work: str) -> Problem:
+    """A call's sizes; its tensors have no memory."""
     empty = functools.partial(torch.empty, device="meta")
     packed = call.rows is None
     features = empty(*((call.all_rows,) if packed else (call.sets, call.rows)), call.dim, dtype=torch.bfloat16)
-    p = Problem(
+    return Problem(
         features=features,
         quality=empty(call.all_rows),
         gamma=empty(()),
@@ -121,6 +136,10 @@ def _launches(call: Call, work: str) -> tuple[list[Spec], tuple[Plan, ...]]:
         cu_seqlens=empty(call.sets + 1, dtype=torch.int32) if packed else None,
         k=call.k,
     )
+
+
+def _launches(call: Call, work: str) -> tuple[list[Spec], tuple[Plan, ...]]:
+    empty, p = functools.partial(torch.empty, device="meta"), problem_of(call, work)
     forward_plans, backward_plans = launch.plans(p)
     if work != BACKWARD:
         go: Callable[[], object] = functools.partial(launch.forward, p, work == SAMPLE)
@@ -187,7 +206,7 @@ def access_of(call: Call, kernel: Kernel, rows: int, machine: Machine) -> Callab
         where = function(i.file, i.line)
         if where in ("load_chunk", "hold_rows"):
             return (cold if step == 0 else warm), size * filled
-        if where == "load_copies":
+        if where == "norm_of":
             return "dram", 2.0 * call.dim / kernel.warps  # of one row
         if i.name == "STG" and where == "write_rows" and i.bytes_of_thread > 4:
             return "dram", size * filled
@@ -206,9 +225,8 @@ def _program(call: Call, kernel: Kernel, rows: int, at_once: int, waves: int, ma
     def at(rows: int, k: int) -> Cost:
         trace = walk(kernel.code, way_of(kernel, rows, k, call.dim))
         _check_reads(kernel, trace, rows, k)
-        work = operations(kernel.code, trace, access_of(call, kernel, rows, machine))
-        cycles = simulate(work, kernel.warps, at_once, waves * at_once, machine) / waves
-        return Cost(cycles, sum(executed(kernel.code, trace, kernel.warps).values()))
+        access = access_of(call, kernel, rows, machine)
+        return cost_of(kernel.code, kernel.warps, trace, access, machine, at_once, waves)
 
     def of(k: int) -> Cost:
         if rows <= 2 * FIT * plan.block_n:
