@@ -477,13 +477,6 @@ def direction_of(values, norm, there, BUILD: tl.constexpr):
 
 
 @triton.jit
-def load_copies(rows, n, inside, j: tl.constexpr, BUILD: tl.constexpr):
-    """Columns of chunk j of a row that is loaded before the tile loop, [n, c] float32, n being that row FOLD times."""
-    at, mask = chunk_of(rows, n, inside, j, BUILD)
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def norm_of(rows, row, there, BUILD: tl.constexpr):
     """The norm of one row before the tile loop has seen it, and to the bit as that has it: summed in the same layout,
     which a tile of copies has."""
@@ -491,7 +484,8 @@ def norm_of(rows, row, there, BUILD: tl.constexpr):
     inside = (n == row) & there
     squares = tl.zeros((BUILD.FOLD, BUILD.CHUNK), tl.float32)  # [n, c]
     for j in tl.static_range(BUILD.CHUNKS):
-        tile = load_copies(rows, n, inside, j, BUILD)
+        at, mask = chunk_of(rows, n, inside, j, BUILD)
+        tile = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         if BUILD.EUCLIDEAN:
             squares += tile - tile
         else:

@@ -101,8 +101,7 @@ def forward(p: Problem, keep: bool, plans: Sequence[Plan] | None = None) -> Sele
     with torch.cuda.device_of(p.features), side_stream(p.features, len(plans) > 1) as beside:
         for plan in plans:
             early = given and not plan.held  # a look at held rows costs less than the first pick's norm beforehand
-            options = {"DISTINCT": p.distinct, "KEEP": keep, "STATE": p.return_state, "EARLY": early}
-            build = plan.constants(p, HELD=plan.held, **options)
+            build = plan.constants(p, DISTINCT=p.distinct, KEEP=keep, STATE=p.return_state, EARLY=early)
             with beside if plan is not plans[-1] else nullcontext():
                 if plan.parts > 1 and is_lazy(p, keep):
                     first = plan._replace(split=LAUNCHES.value)

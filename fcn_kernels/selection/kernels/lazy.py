@@ -189,7 +189,7 @@ def meet_picks(rows, picks, n, inside, norm, gap, begin, until, step, BUILD: tl.
             gap = tl.minimum(gap, fresh_gaps(n, norm, product, NO_ROW, load_square(square_ptr, BUILD), BUILD))
         else:
             nearest = tl.maximum(nearest, product)
-    if BUILD.EUCLIDEAN or not BUILD.NORMALIZED:
+    if not BUILD.NORMALIZED:
         gap = tl.minimum(gap, fresh_gaps(n, norm, nearest, NO_ROW, 1.0, BUILD))
     return gap
 

@@ -19,6 +19,9 @@ from fcn_kernels.selection.problem import Problem
 MAX_ROWS = 2**31 - 1
 CHUNK_BYTES = 512  # of a row at a time: 16 bytes a thread, so that its sum stays within a warp
 TILE_ELEMENTS = 32  # of a tile that a thread holds
+BACKWARD_ELEMENTS = 64  # the same backward, by cosine, of rows of BACKWARD_COLUMNS; for others that spills
+BACKWARD_COLUMNS = (128, 256, 384, 512)
+ODD_ELEMENTS = 8  # the same of rows that do not lie 16 elements apart: each element has an address of its own
 HELD_ELEMENTS = 128  # the same where a set is one tile, which is loaded once; of 512 columns of 2 bytes
 HELD_REST_ELEMENTS = 64  # of other rows, which spill with more
 POINT = 8  # columns up to which a thread has whole rows, and a tile as many as fill its registers
@@ -37,9 +40,6 @@ SHORT_AT_ONCE = 4  # 16 programs of a warp for short sets of 512 columns of 2 by
 SHORT_REST_AT_ONCE = 2
 WARP_ROWS = 32  # at a time in the scalar loops of a warp
 LONG_AT_ONCE = 2
-BACKWARD_ELEMENTS = 64  # the same backward, by cosine, of rows of BACKWARD_COLUMNS; for others that spills
-BACKWARD_COLUMNS = (128, 256, 384, 512)
-ODD_ELEMENTS = 8  # the same of rows that do not lie 16 elements apart: each element has an address of its own
 REGISTERS = 65536  # of a multiprocessor
 SPLIT_ROWS = 32  # a part with less work than that costs more at the barrier than it saves
 SCALAR_ROWS = 256  # at a time in the scalar loops
@@ -158,6 +158,7 @@ class Plan(NamedTuple):
             FOLD=min(self.block_n, _fold(p.dim, p.features.itemsize, self.chunk, self.warps)),
             TWICE=self.last > 0,
             LOOK=self.look,
+            HELD=self.held,
             **options,
         )
 
