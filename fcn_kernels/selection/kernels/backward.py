@@ -398,7 +398,12 @@ def prepare_write(rows, part, kept, state, grads, weights, mean, extent, tau, BU
             along += dcos
         dgamma += dlogweight * tl.log(quality)
         tl.store(grads.quality + at, gamma * dlogweight / quality, mask=inside)
-        tl.store(state.slope + at, -(along + dlogweight), mask=inside)
+        radial = -(along + dlogweight)
+        if BUILD.EUCLIDEAN:
+            radial = -2 * along
+        elif BUILD.NORMALIZED:
+            radial = tl.zeros_like(along)
+        tl.store(state.slope + at, radial, mask=inside)
         if BUILD.CHOSEN:
             tl.debug_barrier()  # all have loaded what is stored here
             prob = probabilities(rows, kept, quality, n, inside, 0, tau, BUILD)
@@ -445,23 +450,25 @@ def settle_quality(rows, part, kept, state, grads, tau, BUILD: tl.constexpr):
 
 
 @triton.jit
-def write_chunk(
-    rows, kept, state, tile, origin, n, inside, begin, inverse, radial, j: tl.constexpr, BUILD: tl.constexpr
-):
-    """Columns of chunk j of the rows' gradient, [n, c]."""
-    gradient = tile * inverse[:, None] * radial[:, None]
+def add_picks(gradient, rows, kept, state, origin, n, inside, begin, inverse, BUILD: tl.constexpr):
+    """The rows' gradient in chunks [n, c] with what they get of the picks: of the distance to each, and as a pick."""
     for step in range(kept.picks):  # @picks
         if step + 1 < kept.picks:
             dcos = tl.load(state.dcos + step * rows.R + rows.first + n, mask=inside, other=0.0) * inverse
-            unit = load_for_rows(state.units + (kept.base + step) * rows.C, n, rows.C, j, BUILD.CHUNK)
-            if BUILD.EUCLIDEAN:
-                gradient += 2 * dcos[:, None] * (unit - origin[j] - tile)
-            else:
-                gradient += dcos[:, None] * unit
+            more = ()
+            for j in tl.static_range(BUILD.CHUNKS):
+                unit = load_for_rows(state.units + (kept.base + step) * rows.C, n, rows.C, j, BUILD.CHUNK)
+                if BUILD.EUCLIDEAN:
+                    unit = 2 * (unit - origin[j])
+                more = more + (gradient[j] + dcos[:, None] * unit,)
+            gradient = more
         row = pick_of(kept, step)
         if (row >= begin) & (row < begin + BUILD.BLOCK_N):
-            arriving = load_cols(state.arriving + (kept.base + step) * rows.C, rows.C, j, BUILD.CHUNK)
-            gradient += tl.where(n == row, 1.0, 0.0)[:, None] * arriving[None, :]
+            more = ()
+            for j in tl.static_range(BUILD.CHUNKS):
+                arriving = load_cols(state.arriving + (kept.base + step) * rows.C, rows.C, j, BUILD.CHUNK)
+                more = more + (gradient[j] + tl.where(n == row, 1.0, 0.0)[:, None] * arriving[None, :],)
+            gradient = more
     return gradient
 
 
@@ -479,14 +486,11 @@ def write_rows(rows, part, kept, state, grads, centre, extent, BUILD: tl.constex
         at = rows.first + n
         norm = tl.load(kept.norms + at, mask=inside, other=-1.0)
         allowed = norm > 0
-        radial = tl.load(state.slope + at, mask=inside, other=0.0)
-        tile = load_tile(rows, n, inside, allowed, origin, BUILD)
         inverse = 1 / tl.where(allowed, norm, 1.0)
         if BUILD.NORMALIZED or BUILD.EUCLIDEAN:
             inverse = tl.zeros_like(norm) + 1
-            radial = tl.zeros_like(norm)
-        else:
-            radial = radial * inverse
+        radial = tl.load(state.slope + at, mask=inside, other=0.0) * inverse
+        tile = load_tile(rows, n, inside, allowed, origin, BUILD)
         if rows.quality is None:
             slope = tl.load(grads.quality + at, mask=inside & allowed, other=0.0)
             if BUILD.NORMALIZED:
@@ -497,15 +501,16 @@ def write_rows(rows, part, kept, state, grads, centre, extent, BUILD: tl.constex
             dot = tl.where(prob > 0, dot_rows(tile, vector, BUILD) - centre, 0.0)
             tl.store(state.dots + at, dot, mask=inside)
             mean += prob * dot
+        gradient = ()
+        for j in tl.static_range(BUILD.CHUNKS):
+            gradient = gradient + (tile[j] * (inverse * radial)[:, None],)
+        gradient = add_picks(gradient, rows, kept, state, origin, n, inside & allowed, begin, inverse, BUILD)
         for j in tl.static_range(BUILD.CHUNKS):
             cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
-            gradient = write_chunk(
-                rows, kept, state, tile[j], origin, n, inside & allowed, begin, inverse, radial, j, BUILD
-            )
             to = grads.rows + at[:, None] * rows.C + cols[None, :]
             written = (n < extent)[:, None] & (cols < rows.C)[None, :]
-            gradient = tl.where(allowed[:, None], gradient, 0.0)  # whatever the others' is
-            tl.store(to, gradient.to(grads.rows.dtype.element_ty), mask=written)
+            values = tl.where(allowed[:, None], gradient[j], 0.0)  # whatever the others' is
+            tl.store(to, values.to(grads.rows.dtype.element_ty), mask=written)
     if BUILD.CHOSEN and rows.quality is not None:
         tl.store(state.means + 2 * part.slots + part.slot + part.part, tl.sum(mean, axis=0))
     tl.debug_barrier()
