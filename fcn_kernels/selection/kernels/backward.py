@@ -73,8 +73,9 @@ class State(NamedTuple):
     units: Any  # [B, K, C], the picks' unit vectors; EUCLIDEAN: the picks
     dcos: Any  # [K - 1, R]
     min_grad: Any  # [R], without what the step gives it
-    prob: Any  # [R], a step's softmax
-    slope: Any  # [R], of dcos in min_grad
+    prob: Any  # [R], a step's softmax; -1 of rows that may not be picked
+    fixed: Any  # [R], a row's weight in a step's sums without the softmax's dot; before the end, of its own direction
+    slope: Any  # [R], what the dot adds to it: the weight by the mean
     dots: Any  # [R], of a step's pick
     means: Any  # [3, slots], of even steps, odd steps, and step 0
     sums: Any  # [slots, 2, C], a step's row sums, without and by the mean
@@ -190,7 +191,7 @@ def prepare_step(rows, part, kept, state, weights, step, mean, settle, tau, BUIL
     for begin in range(part.low, part.high, BUILD.BLOCK_R):  # @scalars
         n = begin + tl.arange(0, BUILD.BLOCK_R)
         inside = n < part.high
-        allowed, _, quality = load_norm_and_quality(rows, kept, n, inside)
+        allowed, norm, quality = load_norm_and_quality(rows, kept, n, inside)
         # -- the minimum's gradient so far
         min_grad = settled_min_grad(rows, state, n, inside & settle, mean, tau)
         if settle:
@@ -205,13 +206,17 @@ def prepare_step(rows, part, kept, state, weights, step, mean, settle, tau, BUIL
             share = share_with_earlier(share, logits, earlier)
             logits = tl.minimum(logits, earlier)
         prob = probabilities(rows, kept, logits, n, inside, step, tau, BUILD)
-        tl.store(state.prob + rows.first + n, tl.where(allowed & in_softmax, prob, 0.0), mask=inside)
-        slope = tl.where(allowed, -whole_weight(weights, quality, exponent) * share, 0.0)
+        prob = tl.where(allowed & in_softmax, prob, 0.0)
+        slope = tl.where(allowed, -whole_weight(weights, quality, exponent) * share, 0.0)  # of dcos in min_grad
         if not BUILD.NORMALIZED:
             slope = tl.where(n == pick, 0.0, slope)
         if BUILD.EUCLIDEAN:
             slope *= 2
-        tl.store(state.slope + rows.first + n, slope, mask=inside)
+        if BUILD.NORMALIZED:
+            norm = tl.zeros_like(norm) + 1
+        tl.store(state.prob + rows.first + n, tl.where(allowed, prob, -1.0), mask=inside)
+        tl.store(state.fixed + rows.first + n, slope * min_grad / norm, mask=inside)
+        tl.store(state.slope + rows.first + n, slope * (prob / tau) / norm, mask=inside)
 
 
 @triton.jit
@@ -245,14 +250,14 @@ def load_origin(rows, kept, step, BUILD: tl.constexpr):
 
 
 @triton.jit
-def load_tile(rows, n, inside, allowed, origin, BUILD: tl.constexpr):
+def load_tile(rows, n, allowed, origin, BUILD: tl.constexpr):
     """A tile's chunks [n, c], 0 in rows that may not be picked: 0 * NaN is NaN, and they must not meet the sums."""
     tile = ()
     for j in tl.static_range(BUILD.CHUNKS):
-        chunk = load_chunk(rows, n, inside, j, BUILD)
+        chunk = load_chunk(rows, n, allowed, j, BUILD)
         if BUILD.EUCLIDEAN:
-            chunk -= origin[j]
-        tile = tile + (tl.where(allowed[:, None], chunk, 0.0),)
+            chunk = tl.where(allowed[:, None], chunk - origin[j], 0.0)
+        tile = tile + (chunk,)
     return tile
 
 
@@ -287,7 +292,7 @@ def add_weighted(sums, tile, weight, BUILD: tl.constexpr):
 
 
 @triton.jit
-def sum_rows(rows, part, kept, state, step, centre, tau, BUILD: tl.constexpr):
+def sum_rows(rows, part, kept, state, step, centre, BUILD: tl.constexpr):
     """The tile loop of a step: the dot with the arriving gradient, and the two sums of what pick step - 1 gets."""
     arriving = load_vector(state.arriving + (kept.base + step) * rows.C, rows.C, BUILD)
     origin = load_origin(rows, kept, step, BUILD)
@@ -300,20 +305,15 @@ def sum_rows(rows, part, kept, state, step, centre, tau, BUILD: tl.constexpr):
         n = begin + tl.arange(0, BUILD.BLOCK_N)
         inside = n < part.high
         at = rows.first + n
-        norm = tl.load(kept.norms + at, mask=inside, other=-1.0)
-        prob = tl.load(state.prob + at, mask=inside, other=0.0)
+        prob = tl.load(state.prob + at, mask=inside, other=-1.0)
+        weight = tl.load(state.fixed + at, mask=inside, other=0.0)
         slope = tl.load(state.slope + at, mask=inside, other=0.0)
-        min_grad = tl.load(state.min_grad + at, mask=inside, other=0.0)
-        tile = load_tile(rows, n, inside, norm > 0, origin, BUILD)
+        tile = load_tile(rows, n, prob >= 0, origin, BUILD)
         dot = tl.where(prob > 0, dot_rows(tile, arriving, BUILD) - centre, 0.0)
         tl.store(state.dots + at, dot, mask=inside)
         mean += prob * dot
-        min_grad += prob * dot / tau
-        norm = tl.where(norm > 0, norm, 1.0)
-        if BUILD.NORMALIZED:
-            norm = tl.zeros_like(norm) + 1
-        fixed = add_weighted(fixed, tile, slope * min_grad / norm, BUILD)
-        by_mean = add_weighted(by_mean, tile, slope * (prob / tau) / norm, BUILD)
+        fixed = add_weighted(fixed, tile, weight + slope * dot, BUILD)
+        by_mean = add_weighted(by_mean, tile, slope, BUILD)
     slot = part.slot + part.part
     tl.store(state.means + step % 2 * part.slots + slot, tl.sum(mean, axis=0))
     for j in tl.static_range(BUILD.CHUNKS):
@@ -376,7 +376,7 @@ def arrive(rows, part, kept, state, step, later, BUILD: tl.constexpr):
 def prepare_write(rows, part, kept, state, grads, weights, mean, extent, tau, BUILD: tl.constexpr):
     """The last scalar loop before the rows' gradient: all that is known of a row without its dot with the first pick's.
 
-    Leaves in ``slope`` what the row's own direction gets, in ``prob`` the first pick's softmax.
+    Leaves in ``fixed`` what the row's own direction gets, in ``prob`` the first pick's softmax.
     """
     dgamma = tl.zeros((BUILD.BLOCK_R,), tl.float32)
     settle = kept.picks > 1
@@ -403,7 +403,7 @@ def prepare_write(rows, part, kept, state, grads, weights, mean, extent, tau, BU
             radial = -2 * along
         elif BUILD.NORMALIZED:
             radial = tl.zeros_like(along)
-        tl.store(state.slope + at, radial, mask=inside)
+        tl.store(state.fixed + at, radial, mask=inside)
         if BUILD.CHOSEN:
             tl.debug_barrier()  # all have loaded what is stored here
             prob = probabilities(rows, kept, quality, n, inside, 0, tau, BUILD)
@@ -425,7 +425,7 @@ def dot_first(rows, part, kept, state, centre, BUILD: tl.constexpr):
         n = begin + tl.arange(0, BUILD.BLOCK_N)
         inside = n < part.high
         prob = tl.load(state.prob + rows.first + n, mask=inside, other=0.0)
-        tile = load_tile(rows, n, inside, prob > 0, origin, BUILD)
+        tile = load_tile(rows, n, prob > 0, origin, BUILD)
         dot = dot_rows(tile, vector, BUILD) - centre
         dot = tl.where(prob > 0, dot, 0.0)
         tl.store(state.dots + rows.first + n, dot, mask=inside)
@@ -467,7 +467,7 @@ def add_picks(gradient, rows, kept, state, origin, n, inside, begin, inverse, BU
             more = ()
             for j in tl.static_range(BUILD.CHUNKS):
                 arriving = load_cols(state.arriving + (kept.base + step) * rows.C, rows.C, j, BUILD.CHUNK)
-                more = more + (gradient[j] + tl.where(n == row, 1.0, 0.0)[:, None] * arriving[None, :],)
+                more = more + (gradient[j] + tl.where((n == row)[:, None], arriving[None, :], 0.0),)
             gradient = more
     return gradient
 
@@ -489,8 +489,8 @@ def write_rows(rows, part, kept, state, grads, centre, extent, BUILD: tl.constex
         inverse = 1 / tl.where(allowed, norm, 1.0)
         if BUILD.NORMALIZED or BUILD.EUCLIDEAN:
             inverse = tl.zeros_like(norm) + 1
-        radial = tl.load(state.slope + at, mask=inside, other=0.0) * inverse
-        tile = load_tile(rows, n, inside, allowed, origin, BUILD)
+        radial = tl.load(state.fixed + at, mask=inside, other=0.0) * inverse
+        tile = load_tile(rows, n, allowed, origin, BUILD)
         if rows.quality is None:
             slope = tl.load(grads.quality + at, mask=inside & allowed, other=0.0)
             if BUILD.NORMALIZED:
@@ -509,8 +509,7 @@ def write_rows(rows, part, kept, state, grads, centre, extent, BUILD: tl.constex
             cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
             to = grads.rows + at[:, None] * rows.C + cols[None, :]
             written = (n < extent)[:, None] & (cols < rows.C)[None, :]
-            values = tl.where(allowed[:, None], gradient[j], 0.0)  # whatever the others' is
-            tl.store(to, values.to(grads.rows.dtype.element_ty), mask=written)
+            tl.store(to, gradient[j].to(grads.rows.dtype.element_ty), mask=written)
     if BUILD.CHOSEN and rows.quality is not None:
         tl.store(state.means + 2 * part.slots + part.slot + part.part, tl.sum(mean, axis=0))
     tl.debug_barrier()
@@ -561,7 +560,7 @@ def backward_set(rows, part, layout, saved, state, grads, weights, tau, K, turn,
             mean, centre = arrive(rows, part, kept, state, step, back > 0, BUILD)
             prepare_step(rows, part, kept, state, weights, step, mean, back > 0, tau, BUILD)
             tl.debug_barrier()
-            sum_rows(rows, part, kept, state, step, centre, tau, BUILD)
+            sum_rows(rows, part, kept, state, step, centre, BUILD)
         if BUILD.SPLIT != WHOLE:
             barrier = meet(rows, part, barrier, BUILD)
             if BUILD.SPLIT != LAUNCHES or phase % 2 == 1:
@@ -615,6 +614,7 @@ def select_backward(
     dcos_ptr,
     min_grad_ptr,
     prob_ptr,
+    fixed_ptr,
     slope_ptr,
     dots_ptr,
     means_ptr,
@@ -640,9 +640,8 @@ def select_backward(
     seed = (seed_ptr, seed_value)
     saved = Kept(grad_ptr, indices_ptr, counts_ptr, softmax_ptr, gaps_ptr, norms_ptr, 0, 0)
     grads = Grads(drows_ptr, dquality_ptr, dgamma_ptr)
-    state = State(
-        arriving_ptr, units_ptr, dcos_ptr, min_grad_ptr, prob_ptr, slope_ptr, dots_ptr, means_ptr, sums_ptr, totals_ptr
-    )
+    of_rows = (min_grad_ptr, prob_ptr, fixed_ptr, slope_ptr, dots_ptr)
+    state = State(arriving_ptr, units_ptr, dcos_ptr, *of_rows, means_ptr, sums_ptr, totals_ptr)
     weights = Weights(finite_or_nan(scalar(gamma_ptr, gamma_value)), scale)
     tau = scalar(tau_ptr, tau_value)
     set_id, above, longest = set_of(program // parts, layout, above, longest, BUILD.TWICE)

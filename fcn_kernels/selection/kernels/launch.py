@@ -162,7 +162,7 @@ def backward(p: Problem, grad: Tensor, saved: Saved, plans: Sequence[Plan] | Non
         "arriving_ptr": new(p.sets, p.k, p.dim),
         "units_ptr": new(p.sets, p.k, p.dim),
         "dcos_ptr": new(max(1, p.k - 1), p.rows),
-        **{name: new(p.rows) for name in ("min_grad_ptr", "prob_ptr", "slope_ptr", "dots_ptr")},
+        **{name: new(p.rows) for name in ("min_grad_ptr", "prob_ptr", "fixed_ptr", "slope_ptr", "dots_ptr")},
         "means_ptr": new(3, slots),
         "sums_ptr": new(slots, 2, p.dim),
         "totals_ptr": new(p.sets, 2, p.dim),
