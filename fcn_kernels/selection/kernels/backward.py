@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fcn_kernels.device.rows import Layout, load_row, set_of
+from fcn_kernels.device.rows import Layout, load_row, next_set, set_of
 from fcn_kernels.device.splits import COOPERATIVE, LAUNCHES, WHOLE, barrier_phase, grid_barrier
 from fcn_kernels.selection.kernels.common import (
     MOST_WEIGHT_LOG2,
@@ -644,10 +644,20 @@ def select_backward(
     state = State(arriving_ptr, units_ptr, dcos_ptr, *of_rows, means_ptr, sums_ptr, totals_ptr)
     weights = Weights(finite_or_nan(scalar(gamma_ptr, gamma_value)), scale)
     tau = scalar(tau_ptr, tau_value)
-    set_id, above, longest = set_of(program // parts, layout, above, longest, BUILD.TWICE)
-    x_ptr, first, count = place_of(set_id, rows_ptr, layout, BUILD)
-    rows = Rows(x_ptr, stride_row, C, R, set_id, first, count, quality_ptr, None, earlier_ptr, noise_ptr, seed)
-    low, high = bounds_of(count, program % parts, parts, BUILD)
-    part = Part(low, high, program % parts, parts, set_id * parts, sets * parts, barrier_ptr)
-    if (rows.count > above) & (rows.count <= longest):
-        backward_set(rows, part, layout, saved, state, grads, weights, tau, K, turn, BUILD)
+    if BUILD.LOOK == 0:
+        set_id, above, longest = set_of(program // parts, layout, above, longest, BUILD.TWICE)
+        x_ptr, first, count = place_of(set_id, rows_ptr, layout, BUILD)
+        rows = Rows(x_ptr, stride_row, C, R, set_id, first, count, quality_ptr, None, earlier_ptr, noise_ptr, seed)
+        low, high = bounds_of(count, program % parts, parts, BUILD)
+        part = Part(low, high, program % parts, parts, set_id * parts, sets * parts, barrier_ptr)
+        if (rows.count > above) & (rows.count <= longest):
+            backward_set(rows, part, layout, saved, state, grads, weights, tau, K, turn, BUILD)
+    else:
+        end = tl.minimum((program + 1) * BUILD.LOOK, sets)
+        set_id = next_set(program * BUILD.LOOK, end, above, longest, layout, BUILD.LOOK)
+        while set_id < end:
+            x_ptr, first, count = place_of(set_id, rows_ptr, layout, BUILD)
+            rows = Rows(x_ptr, stride_row, C, R, set_id, first, count, quality_ptr, None, earlier_ptr, noise_ptr, seed)
+            part = Part(0, count, 0, 1, set_id, sets, None)
+            backward_set(rows, part, layout, saved, state, grads, weights, tau, K, turn, BUILD)
+            set_id = next_set(set_id + 1, end, above, longest, layout, BUILD.LOOK)

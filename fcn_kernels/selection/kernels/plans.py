@@ -29,7 +29,6 @@ WIDE = 1024  # columns above which a row takes all of a program's threads, and n
 WARPS = 4
 WIDE_WARPS = 8
 SHORT_ROWS = 128  # of a packed set that a program of one warp takes; whatever the batch, so that bits do not change
-BACKWARD_SHORT_ROWS = 64
 LAST_ROWS = 32  # sets of up to so many are begun with last, so that none is left alone at the end
 LOOK = 16  # sets that a program looks through for long ones; backward the loop spills, and most programs have none
 FORWARD_AT_ONCE = 3  # programs of 4 warps on a multiprocessor
@@ -194,9 +193,7 @@ def forward_plans(sizes: Sizes, at_once: int = FORWARD_AT_ONCE) -> tuple[Plan, .
     )  # the compiler loads all chunks ahead, where they are few
     if sizes.itemsize == 4 and sizes.dim >= FLOATS:
         at_once = min(at_once, FLOATS_AT_ONCE)
-    short_at_once = SHORT_AT_ONCE if (sizes.dim, sizes.itemsize) == (512, 2) else SHORT_REST_AT_ONCE
-    tiers = _tiers(sizes, room, short_at_once, SHORT_ROWS, LOOK)
-    return tiers or (_holding(sizes, _whole(sizes, room, at_once)),)
+    return _tiers(sizes, room, WARPS) or (_holding(sizes, _whole(sizes, room, at_once)),)
 
 
 def backward_plans(sizes: Sizes, elements: int = BACKWARD_ELEMENTS) -> tuple[Plan, ...]:
@@ -205,8 +202,7 @@ def backward_plans(sizes: Sizes, elements: int = BACKWARD_ELEMENTS) -> tuple[Pla
     room = _Room(  # a row has two weights and two sums beside it
         max(2 * POINT, sizes.chunk * sizes.chunks), elements if holds else sizes.elements
     )
-    tiers = _tiers(sizes, room, BACKWARD_AT_ONCE, BACKWARD_SHORT_ROWS, look=0)
-    return tiers or (_whole(sizes, room, BACKWARD_AT_ONCE),)
+    return _tiers(sizes, room, WIDE_WARPS) or (_whole(sizes, room, BACKWARD_AT_ONCE),)
 
 
 class _Room(NamedTuple):
@@ -247,13 +243,15 @@ def _holding(sizes: Sizes, plan: Plan) -> Plan:
     return plan._replace(block_n=block_n, block_r=max(plan.block_r, block_n), held=True)
 
 
-def _tiers(sizes: Sizes, room: _Room, at_once: int, short: int, look: int) -> tuple[Plan, ...]:
-    """Two launches for sets whose lengths are on the device, larger programs for long ones and those of one warp for
-    short ones; none where one launch is as good."""
-    if not sizes.ragged or sizes.sets <= 1 or room.held > WIDE or (sizes.rows is not None and sizes.rows <= short):
+def _tiers(sizes: Sizes, room: _Room, warps: int) -> tuple[Plan, ...]:
+    """Two launches for sets whose lengths are on the device, programs of so many ``warps`` for long ones and those of
+    one warp for short ones; none where one launch is as good."""
+    few = sizes.rows is not None and sizes.rows <= SHORT_ROWS
+    if not sizes.ragged or sizes.sets <= 1 or room.held > WIDE or few:
         return ()
     if sizes.parts(sizes.device.processors * FORWARD_AT_ONCE, WARPS) > 1:
         return ()
-    shorter = _plan(sizes, room, at_once, 1, longest=short, last=LAST_ROWS)
-    longer = _plan(sizes, room, LONG_AT_ONCE, WARPS, shortest=short + 1, look=look)
+    at_once = SHORT_AT_ONCE if (sizes.dim, sizes.itemsize) == (512, 2) else SHORT_REST_AT_ONCE
+    shorter = _plan(sizes, room._replace(elements=sizes.elements), at_once, 1, longest=SHORT_ROWS, last=LAST_ROWS)
+    longer = _plan(sizes, room, LONG_AT_ONCE, warps, shortest=SHORT_ROWS + 1, look=LOOK)
     return longer, shorter._replace(block_r=max(shorter.block_n, WARP_ROWS))
