@@ -66,6 +66,7 @@ def test_all_limits_together_stay_under_ten_minutes(tmp_path: Path) -> None:
     assert gpu_suite.SECONDS + gpu_suite.INTERRUPT_SECONDS * len(planned) <= 600
     assert [s.name for s in planned] == [
         "small shapes",
+        "barriers",
         "benchmarks",
         "repeats",
         "tests",
@@ -98,7 +99,7 @@ def test_what_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert by_name["repeats"].left_out == ""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     by_name = {s.name: s for s in steps(tmp_path, quick=False)}
-    for name in ("small shapes", "memcheck", "racecheck", "repeats"):
+    for name in ("small shapes", "barriers", "memcheck", "racecheck", "repeats"):
         assert by_name[name].left_out == "no CUDA device"
         assert outcome_of(by_name[name], tmp_path) == Outcome(name, "left out", 0.0, "no CUDA device")
 
@@ -128,7 +129,9 @@ def test_the_whole_suite_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert outcomes["tests"] == outcomes["benchmarks"] == outcomes["report"] == "passed", (out / "log.txt").read_text()
     if not torch.cuda.is_available():
         assert code == 0
-        assert [outcomes[n] for n in ("small shapes", "memcheck", "racecheck", "repeats")] == ["left out"] * 4
+        assert {n for n in outcomes if outcomes[n] == "left out"} == {
+            *("small shapes", "barriers", "memcheck", "racecheck", "repeats")
+        }
         assert record["tools"]["GPU"] == "none"
     text = (out / "report.md").read_text()
     assert "## Targets" in text

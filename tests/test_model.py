@@ -124,6 +124,15 @@ def test_what_a_multiprocessor_holds_and_how_it_issues() -> None:
     assert simulate([load, wait], 1, 1, 1, H100) > H100.dram
 
 
+def test_a_grid_barrier_takes_a_fence_a_look_and_the_others_arrival() -> None:
+    (found,) = _run(
+        "import json; from benchmarks.checks.barriers import assumed\n"
+        "from benchmarks.model.multiprocessor import H100\n"
+        "print(json.dumps([assumed(H100)]))"
+    )
+    assert H100.arrival + (H100.fence + H100.l2) / H100.ghz / 1e3 < found < 2
+
+
 def test_known_kernels_come_out_at_the_memorys_cap() -> None:
     found = _run(
         "import json; from benchmarks.model import known; from benchmarks.model.multiprocessor import H100\n"

@@ -2,12 +2,12 @@
 
     python -m benchmarks.checks.gpu_suite OUT
 
-runs the kernels on small shapes, the benchmarks (copies of memory and one large set first, what others' code compiles
-last), training steps again and again, which must give the same bits, the tests on the device, and the small shapes
-again under compute-sanitizer (memcheck, racecheck). It writes OUT/report.md
-(tables and targets, with plots beside it), results.json (pytest-benchmark's), suite.json (what each step did) and
-log.txt (all output). A step that cannot run here is left out, and it is said why; without a GPU the tests run in
-Triton's interpreter and the benchmarks on the CPU.
+runs the kernels on small shapes, grid barriers alone, the benchmarks (copies of memory and one large set first, what
+others' code compiles last), training steps again and again, which must give the same bits, the tests on the device, and
+the small shapes again under compute-sanitizer (memcheck, racecheck). It writes OUT/report.md (tables and targets, with
+plots beside it), results.json (pytest-benchmark's), suite.json (what each step did) and log.txt (all output). A step
+that cannot run here is left out, and it is said why; without a GPU the tests run in Triton's interpreter and the
+benchmarks on the CPU.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import torch
 from benchmarks.harness import device_name, machine
 from benchmarks.report.tables import table
 
-SECONDS = 530.0
+SECONDS = 520.0
 """For all steps together. What is stopped at its limit gets INTERRUPT_SECONDS more to write what it has."""
 INTERRUPT_SECONDS = 10.0
 LIMIT = "LIMIT"
@@ -74,6 +74,7 @@ def steps(out: Path, quick: bool) -> list[Step]:
     timed += ["--benchmark-only", f"--benchmark-json={results}", f"--time-limit={LIMIT}", *["--quick"] * quick]
     return [
         Step("small shapes", [*small, workers], 40, no_gpu),
+        Step("barriers", [*python, "benchmarks.checks.barriers"], 20, no_gpu),
         Step("benchmarks", timed, 200),
         Step("repeats", [*python, "benchmarks.checks.repeats"], 40, no_gpu),
         # interpreted, with the time of what is left out
