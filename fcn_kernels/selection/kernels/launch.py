@@ -16,10 +16,8 @@ from fcn_kernels.selection.kernels.common import NO_ROW, Constants
 from fcn_kernels.selection.kernels.forward import select_forward
 from fcn_kernels.selection.kernels.lazy import select_lazily
 from fcn_kernels.selection.kernels.plans import (
-    BACKWARD_ELEMENTS,
     FORWARD_AT_ONCE,
     POINT,
-    TILE_ELEMENTS,
     Plan,
     Sizes,
     backward_plans,
@@ -54,7 +52,7 @@ def _forward_plans(p: Problem, keep: bool) -> tuple[Plan, ...]:
 
 
 def _backward_plans(p: Problem) -> tuple[Plan, ...]:
-    return backward_plans(Sizes.of(p), TILE_ELEMENTS if p.euclidean else BACKWARD_ELEMENTS)
+    return backward_plans(Sizes.of(p), p.euclidean)
 
 
 def forward(p: Problem, keep: bool, plans: Sequence[Plan] | None = None) -> Selected:

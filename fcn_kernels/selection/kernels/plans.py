@@ -196,13 +196,14 @@ def forward_plans(sizes: Sizes, at_once: int = FORWARD_AT_ONCE) -> tuple[Plan, .
     return _tiers(sizes, room, WARPS) or (_holding(sizes, _whole(sizes, room, at_once)),)
 
 
-def backward_plans(sizes: Sizes, elements: int = BACKWARD_ELEMENTS) -> tuple[Plan, ...]:
-    """As :func:`forward_plans`, with so many ``elements`` of a tile to a thread at the most."""
+def backward_plans(sizes: Sizes, euclidean: bool = False) -> tuple[Plan, ...]:
+    """As :func:`forward_plans`. Squared distances, whose rows are seen from one of them, leave fewer registers."""
     holds = sizes.dim in BACKWARD_COLUMNS and (sizes.dim, sizes.itemsize) != (128, 4)  # which spills 8 bytes on sm_80
     room = _Room(  # a row has two weights and two sums beside it
-        max(2 * POINT, sizes.chunk * sizes.chunks), elements if holds else sizes.elements
+        max(2 * POINT, sizes.chunk * sizes.chunks), BACKWARD_ELEMENTS if holds and not euclidean else sizes.elements
     )
-    return _tiers(sizes, room, WIDE_WARPS) or (_whole(sizes, room, BACKWARD_AT_ONCE),)
+    short_at_once = SHORT_REST_AT_ONCE if euclidean else SHORT_AT_ONCE
+    return _tiers(sizes, room, WIDE_WARPS, short_at_once) or (_whole(sizes, room, BACKWARD_AT_ONCE),)
 
 
 class _Room(NamedTuple):
@@ -243,7 +244,7 @@ def _holding(sizes: Sizes, plan: Plan) -> Plan:
     return plan._replace(block_n=block_n, block_r=max(plan.block_r, block_n), held=True)
 
 
-def _tiers(sizes: Sizes, room: _Room, warps: int) -> tuple[Plan, ...]:
+def _tiers(sizes: Sizes, room: _Room, warps: int, short_at_once: int = SHORT_AT_ONCE) -> tuple[Plan, ...]:
     """Two launches for sets whose lengths are on the device, programs of so many ``warps`` for long ones and those of
     one warp for short ones; none where one launch is as good."""
     few = sizes.rows is not None and sizes.rows <= SHORT_ROWS
@@ -251,7 +252,7 @@ def _tiers(sizes: Sizes, room: _Room, warps: int) -> tuple[Plan, ...]:
         return ()
     if sizes.parts(sizes.device.processors * FORWARD_AT_ONCE, WARPS) > 1:
         return ()
-    at_once = SHORT_AT_ONCE if (sizes.dim, sizes.itemsize) == (512, 2) else SHORT_REST_AT_ONCE
+    at_once = short_at_once if (sizes.dim, sizes.itemsize) == (512, 2) else SHORT_REST_AT_ONCE
     shorter = _plan(sizes, room._replace(elements=sizes.elements), at_once, 1, longest=SHORT_ROWS, last=LAST_ROWS)
     longer = _plan(sizes, room, LONG_AT_ONCE, warps, shortest=SHORT_ROWS + 1, look=LOOK)
     return longer, shorter._replace(block_r=max(shorter.block_n, WARP_ROWS))
