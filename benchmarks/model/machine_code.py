@@ -11,6 +11,7 @@ INSTRUCTION = re.compile(
 )
 CONTROL = re.compile(r"\s*/\* (0x[0-9a-f]{16}) \*/")  # the upper half of an instruction
 LABEL = re.compile(r"(\.L[\w$]+):\s*$")
+UNIFORM = re.compile(r"(!?UP\d), ")  # the condition of a branch that all threads take or none, among its arguments
 SOURCE = re.compile(r'\s*//## File "([^"]*)", line (\d+)')
 
 
@@ -53,7 +54,10 @@ class Instruction(NamedTuple):
 
 
 class Code(NamedTuple):
-    """A kernel's instructions; for each branch the number of the instruction that it goes to."""
+    """A kernel's instructions; for each branch the number of the instruction that it goes to.
+
+    A call of a place in the kernel itself, by which sm_80 leaves loops, is a branch: nothing returns from there.
+    """
 
     instructions: list[Instruction]
     targets: dict[int, int]
@@ -83,13 +87,16 @@ def parse(text: str) -> Code:
         elif found := LABEL.match(row):
             labels[found[1]] = len(instructions)
         elif found := INSTRUCTION.match(row):
-            instructions.append(Instruction(found[1] or "", found[2], found[3], file, line, 0))
+            predicate, operation, arguments = found[1] or "", found[2], found[3]
+            if operation == "BRA.U" and (condition := UNIFORM.match(arguments)):
+                predicate = "@" + condition[1]
+            instructions.append(Instruction(predicate, operation, arguments, file, line, 0))
             source_is_new = True
         elif instructions and (found := CONTROL.match(row)):
             instructions[-1] = instructions[-1]._replace(control=int(found[1], 16) >> 41 & 0x1FFFFF)
     targets = {}
     for number, instruction in enumerate(instructions):
         named = re.search(r"`\((\.L\w+)\)", instruction.arguments)
-        if instruction.name in ("BRA", "BSSY") and named and named[1] in labels:
+        if instruction.name in ("BRA", "BSSY", "CALL") and named and named[1] in labels:
             targets[number] = labels[named[1]]
     return Code(instructions, targets)

@@ -69,7 +69,7 @@ PIPES = {
          "UPOPC", "UP2UR", "UPLOP3", "VOTEU", "R2UR", "S2UR"},
     ),
     "control": (
-        1, {"BRA", "BSYNC", "BSSY", "EXIT", "WARPSYNC", "NOP", "BREAK", "RET", "ERRBAR", "CGAERRBAR", "YIELD"},
+        1, {"BRA", "CALL", "BSYNC", "BSSY", "EXIT", "WARPSYNC", "NOP", "BREAK", "RET", "ERRBAR", "CGAERRBAR", "YIELD"},
     ),
     "exchange": (1, {"LDS", "STS", "SHFL", "LDSM", "STSM"}),
     "memory": (1, {"LDG", "STG", "LDGSTS"}),
@@ -197,7 +197,7 @@ class _Multiprocessor:
         boards[o.holds[1]] = max(boards[o.holds[1]], read)
         warp.at += 1
         then = time + o.stall
-        if o.name == "BRA":
+        if o.name in ("BRA", "CALL"):
             then = time + max(o.stall, self.machine.branch)
         elif o.name == "MEMBAR":
             then = time + self.machine.fence

@@ -7,7 +7,12 @@ from typing import NamedTuple
 
 PACKAGE = Path(__file__).parents[2] / "fcn_kernels"
 
-Lines = frozenset[tuple[str, int]]
+MOST = 0.9  # of the lines of a part of the code are those of the statement that it was made of
+
+Place = tuple[str, int]
+"""A file and a line."""
+
+Lines = frozenset[Place]
 
 
 class Statement(NamedTuple):
@@ -27,25 +32,71 @@ def statement(file: str, line: int) -> Statement:
             continue
         if isinstance(node, ast.For):
             _, marked, mark = Path(file).read_text().splitlines()[line - 1].partition("# @")
-            return Statement("for", mark.strip() if marked else "")
+            return Statement("for", mark.strip() if marked else "", _lines(file, node.body) | {(file, line)})
         if isinstance(node, ast.While):
-            return Statement("while", ast.unparse(node.test))
+            return Statement("while", ast.unparse(node.test), _lines(file, node.body) | {(file, line)})
         if isinstance(node, ast.If):
             then, other = _lines(file, node.body), _lines(file, node.orelse)
             return Statement("if", ast.unparse(node.test), then - other, other - then)
     return Statement("", Path(file).read_text().splitlines()[line - 1].strip())
 
 
-def condition_of(places: list[tuple[str, int]]) -> Statement | None:
+def condition_of(places: list[Place]) -> Statement | None:
     """The condition whose body most of these lines are: a compiler may name another line for its branch."""
-    places = [place for place in places if "/triton/language/" not in place[0]]  # of sums and the like, for any caller
-    found = []
-    for file, node in _functions().values():
-        for inner in ast.walk(node):
-            stands = statement(file, inner.lineno) if isinstance(inner, ast.If) else None
-            if stands and 2 * sum(p in stands.then for p in places) > len(places) and "BUILD" not in stands.text:
-                found.append(stands)
-    return min(found, key=lambda stands: len(stands.then), default=None)
+    found = _conditions(_own(places))
+    return statement(*min(found)[1]) if found else None
+
+
+def loop_of(places: list[Place]) -> Place | None:
+    """Where the innermost loop begins that these lines are of, its first among them."""
+    return min((found for found in _loops(_own(places)) if found[1] in places), default=(0, None))[1]
+
+
+def statement_of(places: list[Place]) -> Place | None:
+    """Where the innermost loop or condition begins that these lines are of, without its first."""
+    places = _own(places)
+    return min(_loops(places) + _conditions(places), default=(0, None))[1]
+
+
+def _own(places: list[Place]) -> list[Place]:
+    """Without those of sums and the like, which any caller may have."""
+    return [place for place in places if "/triton/language/" not in place[0]]
+
+
+def _loops(places: list[Place]) -> list[tuple[int, Place]]:
+    """With their numbers of lines."""
+    return _with_share(places, MOST, ("for", "while"))
+
+
+def _conditions(places: list[Place]) -> list[tuple[int, Place]]:
+    return _with_share(places, 0.5, ("if",))
+
+
+def _with_share(places: list[Place], share: float, kinds: tuple[str, ...]) -> list[tuple[int, Place]]:
+    return [
+        (len(stands.then), place)
+        for place, stands in _choices()
+        if stands.kind in kinds and sum(p in stands.then for p in places) > share * len(places)
+    ]
+
+
+@functools.cache
+def _choices() -> list[tuple[Place, Statement]]:
+    """The loops with marks and the conditions that a kernel meets when it runs, not when it is compiled."""
+    places = [
+        (file, node.lineno)
+        for file in _files()
+        for node in ast.walk(_tree(file))
+        if isinstance(node, ast.For | ast.While) or (isinstance(node, ast.If) and not _is_constant(node.test))
+    ]
+    every = [(place, statement(*place)) for place in places]
+    return [(place, stands) for place, stands in every if stands.text]
+
+
+def _is_constant(test: ast.expr) -> bool:
+    """Whether a condition is on constants of the build alone, which have names in capitals."""
+    names = [node.id for node in ast.walk(test) if isinstance(node, ast.Name)]
+    return all(name.isupper() for name in names)
 
 
 @functools.cache
@@ -63,29 +114,35 @@ def _tree(file: str) -> ast.Module:
 
 
 @functools.cache
-def _functions() -> dict[str, tuple[str, ast.FunctionDef]]:
-    """Device functions by name."""
-    found = {}
-    for path in (*PACKAGE.glob("*/kernels/*.py"), *PACKAGE.glob("device/*.py")):
-        for node in _tree(str(path)).body:
-            if isinstance(node, ast.FunctionDef):
-                found[node.name] = str(path), node
-    return found
+def _files() -> list[str]:
+    return [str(path) for path in (*PACKAGE.glob("*/kernels/*.py"), *PACKAGE.glob("device/*.py"))]
+
+
+@functools.cache
+def _called(name: str, file: str) -> tuple[str, ast.FunctionDef] | None:
+    """The device function that a file knows by a name: its own, or one of its folder, or one that is shared."""
+    known = [
+        (path, node)
+        for path in _files()
+        for node in _tree(path).body
+        if isinstance(node, ast.FunctionDef) and node.name == name
+    ]
+    return max(known, key=lambda found: (found[0] == file, Path(found[0]).parent == Path(file).parent), default=None)
 
 
 def _lines(file: str, body: list[ast.stmt]) -> Lines:
     lines: set[tuple[str, int]] = set()
-    seen: set[str] = set()
+    seen: set[Place] = set()
 
     def add(file: str, nodes: list[ast.stmt]) -> None:
         for node in nodes:
             lines.update((file, n) for n in range(node.lineno, (node.end_lineno or node.lineno) + 1))
             for call in ast.walk(node):
                 name = call.func.id if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else ""
-                if name in _functions() and name not in seen:
-                    seen.add(name)
-                    where, called = _functions()[name]
-                    add(where, called.body)
+                known = _called(name, file)
+                if known and (known[0], known[1].lineno) not in seen:
+                    seen.add((known[0], known[1].lineno))
+                    add(known[0], known[1].body)
 
     add(file, body)
     return frozenset(lines)

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from benchmarks.model.machine_code import Code
-from benchmarks.model.source import Statement, condition_of, statement
+from benchmarks.model.source import Place, Statement, condition_of, loop_of, statement, statement_of
 
 FAR = 12  # instructions; a call to a slow path of a division or a root is no further
+SLOW = "_slowpath"  # in the name of what the compiler has for numbers that are not normal, or nearly so
 UNROLLED = 4  # times that the compiler writes out a loop before a loop for the rest
 LARGER = 2.5  # times as long is a loop's body that it has written out
 
@@ -46,7 +47,8 @@ class _Walk:
         self.way = way
         self.step = 0
         self.left: dict[int, int] = {}  # turns, by the number of a loop's last instruction
-        self.latches: dict[tuple[str, int], list[int]] = {}
+        self.places = {n: self._uniform_place(n) for n in self.targets if self.instructions[n].operation == "BRA.U"}
+        self.latches: dict[Place, list[int]] = {}
         for number, to in self.targets.items():
             if self.instructions[number].name == "BRA" and to < number:  # to itself: the end of the code
                 self.latches.setdefault(self._place(number), []).append(number)
@@ -59,23 +61,61 @@ class _Walk:
             if at not in alone or instruction.name == "BAR":  # no thread comes to a barrier alone
                 alone = range(0)
             trace.append(Executed(at, at in alone, self.step))
-            if instruction.name == "CALL":
+            if instruction.name == "CALL" and at not in self.targets:
                 raise UnknownWayError(f"a call is reached: {self._where(at)}")
             if instruction.name == "EXIT" and (not instruction.predicate or self._ends(at)):
                 return trace
             # .DIV is the way of a warp whose threads have parted
-            if instruction.name != "BRA" or instruction.operation.startswith("BRA.DIV"):
+            if instruction.name not in ("BRA", "CALL") or instruction.operation.startswith("BRA.DIV"):
                 at += 1
                 continue
             if self._is_for_first(at):
                 alone = range(at + 1, self._end_of(at))
-            if not instruction.predicate and self.targets[at] <= at and "steps" not in self.way.loops:
-                self.step += 1  # the outermost loop is left at its head, and has no other latch
+            if self._goes_round(at) and "steps" not in self.way.loops:
+                self.step += 1
             at = self.targets[at] if self._takes(at) else at + 1
         raise UnknownWayError(f"it does not end within {limit} instructions")
 
-    def _place(self, at: int) -> tuple[str, int]:
+    def _goes_round(self, at: int) -> bool:
+        """The jump back of the outermost loop, which is left at its head: others' depend on something, at the jump or
+        just before it."""
+        jumps_back = not self.instructions[at].predicate and self.targets[at] <= at
+        return jumps_back and self.instructions[at - 1].name != "CALL"
+
+    def _uniform_place(self, at: int) -> Place | None:
+        """Of a branch that all threads take or none. sm_100's code has it with the line of what comes before, so that
+        what it goes around, or back over, has to say which loop or condition it belongs to; None if it does not."""
+        to = self.targets[at]
+        if to <= at:
+            return loop_of(self._own_places(to, at))
+        own, condition = self._own_place(at), self._own_place(self._setter(at))
+        if statement(*own).kind == "if":
+            return own
+        inner = [(n, head) for n, head in self.targets.items() if at < head <= n < to and self._is_branch(n)]
+        latch, head = max(inner, key=lambda found: found[0] - found[1], default=(at, at))
+        if 2 * (latch - head) > to - at and (loop := loop_of(self._own_places(head, latch))):
+            return loop
+        if statement(*condition).kind == "if":
+            return condition
+        return statement_of(self._own_places(at + 1, to))
+
+    def _setter(self, at: int) -> int:
+        """What sets the predicate of a branch last before it."""
+        name = self.instructions[at].predicate.strip("@!")
+        before = (n for n in range(at - 1, -1, -1) if name in self.instructions[n].arguments.split(", ")[:2])
+        return next(before, at)
+
+    def _own_place(self, at: int) -> Place:
         return self.instructions[at].file, self.instructions[at].line
+
+    def _own_places(self, begin: int, end: int) -> list[Place]:
+        return [self._own_place(n) for n in range(begin, end)]
+
+    def _place(self, at: int) -> Place:
+        return self.places.get(at) or self._own_place(at)
+
+    def _is_branch(self, at: int) -> bool:
+        return self.instructions[at].name == "BRA"
 
     def _statement(self, at: int) -> Statement:
         return statement(*self._place(at))
@@ -100,9 +140,8 @@ class _Walk:
 
     def _ends(self, at: int) -> bool:
         """Whether an EXIT under a condition is taken."""
-        follows = next((n for n in range(at + 1, at + FAR) if self.instructions[n].name in ("BRA", "EXIT")), at)
-        if not self.instructions[follows].predicate and self.targets.get(follows, follows) <= at:
-            return not self._turns(follows)  # it stands for the loop's end
+        if (leaves := self._leaves(at)) is not None:
+            return leaves
         stands = self._statement(at)
         if stands.kind in ("for", "while"):
             return self._count(stands, at) == 0
@@ -112,14 +151,27 @@ class _Walk:
             return False  # by threads that have nothing to store; the first warp's have
         raise UnknownWayError(self._where(at))
 
+    def _leaves(self, at: int) -> bool | None:
+        """Whether what stands for a loop's end, before the jump back to its head, ends it; None where no jump follows."""
+        follows = next((n for n in range(at + 1, at + FAR) if self.instructions[n].name in ("BRA", "EXIT")), at)
+        if self.instructions[follows].predicate or self.targets.get(follows, follows) > at:
+            return None
+        return not self._turns(follows)
+
     def _takes(self, at: int) -> bool:
         """Whether a branch is taken."""
         instruction, to, stands = self.instructions[at], self.targets[at], self._statement(at)
         if not instruction.predicate:
             return True
+        if at in self.places and self.places[at] is None:
+            raise UnknownWayError(self._where(at))
         if to <= at:
             return self._turns(at)
-        if to - at < FAR and any(i.name == "CALL" for i in self.instructions[at + 1 : to]):
+        if instruction.name == "CALL":
+            if (leaves := self._leaves(at)) is None:
+                raise UnknownWayError(self._where(at))
+            return leaves
+        if to - at < FAR and any(SLOW in i.arguments for i in self.instructions[at + 1 : to]):
             return True
         if self._is_for_first(at):
             return False
