@@ -16,7 +16,8 @@ from side_by_side import side_by_side
 
 from benchmarks.model.lazy_turns import count_turns, gaussian
 from benchmarks.model.machine_code import Code, Instruction, parse
-from benchmarks.model.multiprocessor import CAP, H100, Operation, occupancy, simulate
+from benchmarks.model.machines import CAP, H100
+from benchmarks.model.multiprocessor import Operation, occupancy, simulate
 from benchmarks.model.walk import UnknownWayError, Way, walk
 from fcn_kernels import coreset_select
 from fcn_kernels.device.splits import COOPERATIVE
@@ -135,7 +136,7 @@ def test_a_grid_barrier_takes_a_fence_a_look_and_the_others_arrival() -> None:
 
 def test_known_kernels_come_out_at_the_memorys_cap() -> None:
     found = _run(
-        "import json; from benchmarks.model import known; from benchmarks.model.multiprocessor import H100\n"
+        "import json; from benchmarks.model import known; from benchmarks.model.machines import H100\n"
         "print(json.dumps([known.share_of_bandwidth(k, H100) for k in ('copy', 'rms_norm')]))"
     )
     assert all(share >= CAP for share in found), found
@@ -146,7 +147,7 @@ def test_rows_are_read_once_a_pass() -> None:
     counts in the interpreter."""
     script = """
 import json
-from benchmarks.model.multiprocessor import H100
+from benchmarks.model.machines import H100
 from benchmarks.model.calls import BACKWARD, CALLS, EVAL
 from benchmarks.model.predict import kernels_of, rows_read
 found = []
@@ -165,7 +166,7 @@ def test_attentions_programs_load_their_rows_twice_and_fit() -> None:
 import json
 from benchmarks.model.attention import ATTENTION_CALLS, kernels_of, predict, rows_read
 from benchmarks.model.calls import BACKWARD, EVAL
-from benchmarks.model.multiprocessor import H100
+from benchmarks.model.machines import H100
 call = ATTENTION_CALLS[0]
 reads = [rows_read(call, kernels_of(call, work, H100)[0][0]) for work in (EVAL, BACKWARD)]
 p, _, launches, _ = predict(call, EVAL, H100)
@@ -226,7 +227,7 @@ def test_the_kernel_that_leaves_out_rows_is_walked_through_all_that_it_does() ->
 import json
 from benchmarks.model.calls import Call
 from benchmarks.model.lazy import kernel_of, launches_of, trace_of
-from benchmarks.model.multiprocessor import H100
+from benchmarks.model.machines import H100
 from benchmarks.model.source import function
 call = Call("many picks", 1, 40_000, 1024, 64)
 plan, (_, spec) = launches_of(call, H100)

@@ -1,6 +1,7 @@
 """Predictions of what selection and the head's attention take on a GPU that is not here.
 
 python -m benchmarks.model                    # a Markdown table of each, of all calls, ten minutes and 4 GB
+python -m benchmarks.model --device b200      # for another GPU
 python -m benchmarks.model --only "8,000"     # of those whose name has this
 """
 
@@ -12,35 +13,38 @@ import triton
 
 from benchmarks.model import attention, lazy
 from benchmarks.model.calls import BACKWARD, CALLS, EVAL, Call
-from benchmarks.model.multiprocessor import CAP, H100, Machine
+from benchmarks.model.machines import CAP, MACHINES, Machine
+from benchmarks.model.multiprocessor import UnknownInstructionError
 from benchmarks.model.predict import MOST_STEPS, WORKS, Prediction, predict
+from benchmarks.model.walk import UnknownWayError
 from benchmarks.report.targets import time_of
 
+REFUSED = (UnknownWayError, UnknownInstructionError)
 
-def table(calls: list[Call]) -> Iterator[str]:
+
+def table(calls: list[Call], machine: Machine) -> Iterator[str]:
     """Lines, each as soon as it is known."""
-    yield from _heading()
-    yield from _selection(calls)
-    yield from _attention([call for call in calls if call in attention.ATTENTION_CALLS])
+    yield from _heading(machine)
+    yield from _selection(calls, machine)
+    yield from _attention([call for call in calls if call in attention.ATTENTION_CALLS], machine)
 
 
-def _heading() -> Iterator[str]:
-    m = H100
-    yield f"# Predictions for an {m.name}, not measurements"
+def _heading(m: Machine) -> Iterator[str]:
+    yield f"# Predictions for {m.article} {m.name}, not measurements"
     yield ""
     yield (
         f"Machine code of Triton {triton.__version__} for {m.target}, bfloat16, quality and gamma given, issued by a "
         f"model of one of {m.processors} multiprocessors at {m.ghz} GHz. Counted: registers, programs, instructions. "
         f"Assumed: {m.dram_bytes_per_s / 1e12:.1f} TB/s of which a copy reaches {CAP:.0%}, latencies of "
         f"{m.dram} (memory), {m.l2} (L2), {m.shared} (shuffles) and {m.barrier} (barriers) cycles, "
-        f"{m.launch:.0f} us for a launch. Not modelled: the instruction cache, bank conflicts, a clock that changes. "
+        f"{m.launch:.0f} us for a launch; no square root of a number so small that it takes the compiler's slow path. "
+        "Not modelled: the instruction cache, bank conflicts, a clock that changes. "
         "Off by a quarter in either direction would not surprise."
     )
     yield ""
 
 
-def _selection(calls: list[Call]) -> Iterator[str]:
-    m = H100
+def _selection(calls: list[Call], m: Machine) -> Iterator[str]:
     yield "## Selection"
     yield ""
     counted = "registers | programs at once | warp instructions a row"
@@ -51,11 +55,11 @@ def _selection(calls: list[Call]) -> Iterator[str]:
             yield from _many_picks(call, m)
             continue
         for work in WORKS:
-            yield _line(call, work, predict(call, work, m))
+            yield _line_of(call, work, m)
         if call.k == 3 and call.rows:  # of packed sets that would take minutes
             more = call._replace(k=16)
             for work in (EVAL, BACKWARD):
-                yield _line(more, work, predict(more, work, m))
+                yield _line_of(more, work, m)
 
 
 def _many_picks(call: Call, machine: Machine) -> Iterator[str]:
@@ -75,11 +79,19 @@ def _many_picks(call: Call, machine: Machine) -> Iterator[str]:
     )
 
 
+def _line_of(call: Call, work: str, machine: Machine) -> str:
+    """With what the model does not know in the place of what it predicts."""
+    try:
+        return _line(call, work, predict(call, work, machine))
+    except REFUSED as unknown:
+        return f"not predicted: {call.name}, {work}: {unknown}"
+
+
 def _line(call: Call, work: str, p: Prediction) -> str:
     return f"| {call.name} | {call.k:,} | {work} | {_counts(p)} | {_times(p)} |"
 
 
-def _attention(calls: list[Call]) -> Iterator[str]:
+def _attention(calls: list[Call], machine: Machine) -> Iterator[str]:
     yield ""
     yield "## The head's attention"
     yield ""
@@ -94,7 +106,7 @@ def _attention(calls: list[Call]) -> Iterator[str]:
     yield "|---" * 11 + "|"
     for call in calls:
         for work in attention.WORKS:
-            p, barriers, launches, largest = attention.predict(call, work, H100)
+            p, barriers, launches, largest = attention.predict(call, work, machine)
             costs = ", ".join(f"{name} {share:.0%}" for name, share in largest)
             yield f"| {call.name} | {work} | {_counts(p)} | {barriers:.0f} | {launches} | {_times(p)} | {costs} |"
 
@@ -110,9 +122,11 @@ def _times(p: Prediction) -> str:
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=MACHINES, default="h100", help="the GPU; by default an H100")
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="calls whose name has one of these")
     args = parser.parse_args()
-    for line in table([call for call in CALLS if any(text in call.name for text in args.only)]):
+    calls = [call for call in CALLS if any(text in call.name for text in args.only)]
+    for line in table(calls, MACHINES[args.device]):
         print(line, flush=True)
     return 0
 

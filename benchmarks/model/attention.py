@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.checks.builds import ATTENTION_KERNELS, Spec, as_if_on, record
 from benchmarks.model.calls import BACKWARD, CALLS, EVAL, TRAINING, Call
 from benchmarks.model.machine_code import Code, Instruction
-from benchmarks.model.multiprocessor import CAP, Access, Machine, occupancy, operations, simulate
+from benchmarks.model.machines import CAP, Machine
+from benchmarks.model.multiprocessor import Access, occupancy, operations, simulate
 from benchmarks.model.predict import Cost, Prediction, built, cost_of, schedule
 from benchmarks.model.source import function, statement
 from benchmarks.model.walk import Executed, Way, executed, walk
@@ -219,7 +220,7 @@ def _merge(call: Call, kernel: Kernel, merging: Kernel, machine: Machine) -> flo
     trace = walk(merging.code, Way({"tops": blocks, "parts": blocks}, {"block == 0": True}))
     programs = math.ceil(call.sets * QUERIES * call.dim / merging.constants["BLOCK_C"] / machine.processors)
     at_once = min(programs, occupancy(merging.registers, merging.shared, merging.warps, machine))
-    work = operations(merging.code, trace, lambda i, step: ("l2", 32.0 * i.bytes_of_thread))
+    work = operations(merging.code, trace, lambda i, step: ("l2", 32.0 * i.bytes_of_thread), machine)
     return simulate(work, merging.warps, at_once, programs, machine) / machine.ghz / 1e3
 
 

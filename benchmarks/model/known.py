@@ -5,7 +5,8 @@ import triton.language as tl
 
 from benchmarks.checks.builds import Spec, compiled, nvidia_resources
 from benchmarks.model.machine_code import disassemble
-from benchmarks.model.multiprocessor import Machine, occupancy, operations, simulate
+from benchmarks.model.machines import Machine
+from benchmarks.model.multiprocessor import occupancy, operations, simulate
 from benchmarks.model.walk import Way, walk
 
 WAVES = 6
@@ -39,6 +40,6 @@ def share_of_bandwidth(kernel: str, machine: Machine) -> float:
     registers, _ = nvidia_resources(made.asm["cubin"])
     at_once = occupancy(registers, made.metadata.shared, WARPS, machine)
     trace = walk(code, Way({}, {}))
-    work = operations(code, trace, lambda i, step: ("dram", 32.0 * i.bytes_of_thread))
+    work = operations(code, trace, lambda i, step: ("dram", 32.0 * i.bytes_of_thread), machine)
     seconds = simulate(work, WARPS, at_once, WAVES * at_once, machine) / machine.ghz / 1e9
     return 2 * 2 * COLUMNS * WAVES * at_once * machine.processors / seconds / machine.dram_bytes_per_s

@@ -14,7 +14,8 @@ from benchmarks.checks.builds import Spec, as_if_on, record
 from benchmarks.model.calls import EVAL, Call
 from benchmarks.model.lazy_turns import Turns, count_turns, gaussian
 from benchmarks.model.machine_code import Instruction
-from benchmarks.model.multiprocessor import CAP, Access, Machine, occupancy
+from benchmarks.model.machines import CAP, Machine
+from benchmarks.model.multiprocessor import Access, occupancy
 from benchmarks.model.predict import Cost, Kernel, Prediction, access_of, built, cost_of, problem_of, way_of
 from benchmarks.model.source import function
 from benchmarks.model.walk import Executed, Way, walk

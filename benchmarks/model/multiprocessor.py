@@ -11,75 +11,16 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from benchmarks.model.machine_code import Code, Instruction
+from benchmarks.model.machines import Machine
 from benchmarks.model.walk import Executed
 
 
-class Machine(NamedTuple):
-    """A GPU. Sizes are its maker's; latencies are assumed, from published microbenchmarks, and so are rates of memory.
-
-    Nothing here was measured by this project.
-    """
-
-    name: str
-    target: str
-    processors: int
-    ghz: float
-    dram_bytes_per_s: float  # what a copy reaches at most is CAP of it
-    dram_bytes_per_cycle: float  # that one multiprocessor draws while others compute: twice its share
-    l2_bytes_per_cycle: float  # of one multiprocessor
-    l2_bytes: int
-    registers: int = 65536
-    shared_bytes: int = 227 * 1024
-    warps: int = 64
-    lsu_bytes_per_cycle: float = 64
-    # cycles
-    dram: int = 600
-    l2: int = 270
-    l1: int = 38
-    shared: int = 25  # shuffles too
-    special: int = 22  # MUFU
-    uniform: int = 12
-    constant: int = 38
-    system: int = 30  # S2R
-    operands: int = 12  # until they are read
-    store: int = 25
-    barrier: int = 22
-    branch: int = 9
-    fence: int = 500
-    atomic: int = 420
-    invalidate: int = 40  # CCTL
-    begin: int = 200  # of a program in the place of one that ended
-    # microseconds
-    launch: float = 2.0  # start to start in a queue of launches, beside the kernel's own time
-    cooperative: float = 1.0  # more, for a cooperative launch
-    arrival: float = 0.35  # of the programs at a barrier, one after the other
-
-
-H100 = Machine("H100", "sm_90", 132, 1.7, 3.0e12, 26.0, 24.5, 50 << 20)
-CAP = 0.93  # of the memory's bandwidth
-
-PIPES = {
-    "fma": (1, {"FFMA", "FADD", "FMUL"}),
-    "tensor": (4, {"HMMA"}),  # of 16 x 8 x 16: with operands from registers they run at half of wgmma's rate
-    "half": (2, {"IMAD", "HFMA2", "HADD2", "HMUL2"}),
-    "special": (8, {"MUFU", "I2F", "F2I", "POPC", "FLO", "F2F", "BREV", "FRND"}),
-    "uniform": (
-        2,
-        {"ULDC", "UMOV", "ULEA", "UIADD3", "UIMAD", "ULOP3", "USHF", "USEL", "UISETP", "UPRMT", "USGXT", "UFLO",
-         "UPOPC", "UP2UR", "UPLOP3", "VOTEU", "R2UR", "S2UR"},
-    ),
-    "control": (
-        1, {"BRA", "CALL", "BSYNC", "BSSY", "EXIT", "WARPSYNC", "NOP", "BREAK", "RET", "ERRBAR", "CGAERRBAR", "YIELD"},
-    ),
-    "exchange": (1, {"LDS", "STS", "SHFL", "LDSM", "STSM"}),
-    "memory": (1, {"LDG", "STG", "LDGSTS"}),
-    "local": (2, {"LDL", "STL"}),
-    "others": (1, {"ATOMG", "RED", "REDG", "MEMBAR", "CCTL", "LDC", "S2R", "BAR", "DEPBAR", "LDGDEPBAR"}),
-}  # fmt: skip
-PIPE_OF = {name: (pipe, width) for pipe, (width, names) in PIPES.items() for name in names}
-
 Access = tuple[str, float]
 """Where a warp's load or store goes, "dram", "l2" or "l1", and its bytes."""
+
+
+class UnknownInstructionError(LookupError):
+    """The kernel runs an instruction that no pipe is known to take."""
 
 
 class Operation(NamedTuple):
@@ -109,15 +50,20 @@ class Warp:
         self.open, self.closed = 0.0, [0.0]  # when groups of asynchronous copies are there
 
 
-def operations(code: Code, trace: Sequence[Executed], access: Callable[[Instruction, int], Access]) -> list[Operation]:
+def operations(
+    code: Code, trace: Sequence[Executed], access: Callable[[Instruction, int], Access], machine: Machine
+) -> list[Operation]:
     """A trace with what each instruction costs."""
+    pipe_of = {name: (pipe, width) for pipe, (width, names) in machine.pipes.items() for name in names}
     known: dict[tuple[int, int, bool], Operation] = {}
     made = []
     for key in trace:
         if key not in known:
             number, alone, step = key
             i = code.instructions[number]
-            pipe, width = PIPE_OF.get(i.name, ("alu", 2))
+            if i.name not in pipe_of:
+                raise UnknownInstructionError(f'{i.operation} of File "{i.file}", line {i.line} on {machine.target}')
+            pipe, width = pipe_of[i.name]
             if pipe == "exchange":
                 width = i.bytes_of_thread // 4
             groups = int(i.arguments.partition(", ")[2] or "0", 0) if i.name == "DEPBAR" else 0
@@ -230,7 +176,7 @@ class _Multiprocessor:
         latency = {"special": m.special, "uniform": m.uniform}.get(o.pipe, 0)
         by_name = {
             "ATOMG": m.atomic, "RED": m.atomic, "REDG": m.atomic, "MEMBAR": m.fence, "CCTL": m.invalidate,
-            "LDC": m.constant, "S2R": m.system, "REDUX": m.shared,
+            "LDC": m.constant, "LDCU": m.constant, "S2R": m.system, "REDUX": m.shared, "CREDUX": m.shared,
         }  # fmt: skip
         return time + by_name.get(o.name, latency), time + m.operands
 

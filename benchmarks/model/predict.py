@@ -11,7 +11,8 @@ import torch
 from benchmarks.checks.builds import Spec, as_if_on, compiled, nvidia_resources, record
 from benchmarks.model.calls import BACKWARD, EVAL, SAMPLE, Call
 from benchmarks.model.machine_code import Code, Instruction, disassemble
-from benchmarks.model.multiprocessor import CAP, Access, Machine, occupancy, operations, simulate
+from benchmarks.model.machines import CAP, Machine
+from benchmarks.model.multiprocessor import Access, occupancy, operations, simulate
 from benchmarks.model.source import function
 from benchmarks.model.walk import Executed, Way, executed, walk
 from benchmarks.workloads import template_lengths
@@ -73,7 +74,7 @@ def cost_of(
     waves: int = 1,
 ) -> Cost:
     """Of a program on this way, where ``waves`` times ``at_once`` follow one another."""
-    cycles = simulate(operations(code, trace, access), warps, at_once, waves * at_once, machine) / waves
+    cycles = simulate(operations(code, trace, access, machine), warps, at_once, waves * at_once, machine) / waves
     return Cost(cycles, sum(executed(code, trace, warps).values()))
 
 

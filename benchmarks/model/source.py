@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,13 @@ def condition_of(places: list[Place]) -> Statement | None:
     return statement(*min(found)[1]) if found else None
 
 
+def condition_like(one: Place, places: list[Place]) -> Place:
+    """The condition with the text of ``one`` that most of these lines are of, in one branch or the other."""
+    alike = [(place, stands) for place, stands in _choices() if stands.text == statement(*one).text]
+    alike = [(place, stands) for place, stands in alike if place[0] == one[0] and stands.kind == "if"]
+    return max(alike, key=lambda found: sum(p in found[1].then | found[1].other for p in places), default=(one, None))[0]
+
+
 def loop_of(places: list[Place]) -> Place | None:
     """Where the innermost loop begins that these lines are of, its first among them."""
     return min((found for found in _loops(_own(places)) if found[1] in places), default=(0, None))[1]
@@ -83,20 +91,15 @@ def _with_share(places: list[Place], share: float, kinds: tuple[str, ...]) -> li
 @functools.cache
 def _choices() -> list[tuple[Place, Statement]]:
     """The loops with marks and the conditions that a kernel meets when it runs, not when it is compiled."""
-    places = [
-        (file, node.lineno)
-        for file in _files()
-        for node in ast.walk(_tree(file))
-        if isinstance(node, ast.For | ast.While) or (isinstance(node, ast.If) and not _is_constant(node.test))
-    ]
+    nodes = [(file, node) for file in _files() for node in ast.walk(_tree(file))]
+    places = [(file, node.lineno) for file, node in nodes if isinstance(node, ast.For | ast.While | ast.If)]
     every = [(place, statement(*place)) for place in places]
-    return [(place, stands) for place, stands in every if stands.text]
+    return [(place, stands) for place, stands in every if stands.text and not _is_of_build(stands.text)]
 
 
-def _is_constant(test: ast.expr) -> bool:
-    """Whether a condition is on constants of the build alone, which have names in capitals."""
-    names = [node.id for node in ast.walk(test) if isinstance(node, ast.Name)]
-    return all(name.isupper() for name in names)
+def _is_of_build(condition: str) -> bool:
+    """Whether it is on constants, which have names in capitals: a part of it at least."""
+    return "BUILD" in condition or all(name.isupper() for name in re.findall(r"\w+", condition) if name != "not")
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from benchmarks.model.machine_code import Code
-from benchmarks.model.source import Place, Statement, condition_of, loop_of, statement, statement_of
+from benchmarks.model.source import Place, Statement, condition_like, condition_of, loop_of, statement, statement_of
 
 FAR = 12  # instructions; a call to a slow path of a division or a root is no further
 SLOW = "_slowpath"  # in the name of what the compiler has for numbers that are not normal, or nearly so
@@ -88,15 +88,15 @@ class _Walk:
         to = self.targets[at]
         if to <= at:
             return loop_of(self._own_places(to, at))
-        own, condition = self._own_place(at), self._own_place(self._setter(at))
-        if statement(*own).kind == "if":
+        own, setter = self._own_place(at), self._own_place(self._setter(at))
+        if statement(*setter).kind == "if":
+            return condition_like(setter, self._own_places(at + 1, to))
+        if statement(*own).kind == "if" and statement(*setter).kind == "":
             return own
         inner = [(n, head) for n, head in self.targets.items() if at < head <= n < to and self._is_branch(n)]
         latch, head = max(inner, key=lambda found: found[0] - found[1], default=(at, at))
-        if 2 * (latch - head) > to - at and (loop := loop_of(self._own_places(head, latch))):
-            return loop
-        if statement(*condition).kind == "if":
-            return condition
+        if 2 * (latch - head) > to - at:  # a way around a loop, with what is made ready for it
+            return loop_of(self._own_places(head, latch))
         return statement_of(self._own_places(at + 1, to))
 
     def _setter(self, at: int) -> int:
@@ -109,7 +109,7 @@ class _Walk:
         return self.instructions[at].file, self.instructions[at].line
 
     def _own_places(self, begin: int, end: int) -> list[Place]:
-        return [self._own_place(n) for n in range(begin, end)]
+        return [self._own_place(n) for n in range(begin, min(end, len(self.instructions)))]
 
     def _place(self, at: int) -> Place:
         return self.places.get(at) or self._own_place(at)
@@ -188,6 +188,9 @@ class _Walk:
             return not self._holds(stands, at)
         if (latch := self._loop_between(at, to)) is not None:
             return self._count(self._statement(latch), at) == 0
+        behind = set(self._own_places(to, 2 * to - at))  # what is on both ways says nothing
+        if stands := condition_of([place for place in self._own_places(at + 1, to) if place not in behind]):
+            return not self._holds(stands, at)
         raise UnknownWayError(self._where(at))
 
     def _moves(self, begin: int, end: int) -> bool:
