@@ -6,8 +6,9 @@ python -m benchmarks.model --only "8,000"     # of those whose name has this
 """
 
 import argparse
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import triton
 
@@ -20,6 +21,7 @@ from benchmarks.model.walk import UnknownWayError
 from benchmarks.report.targets import time_of
 
 REFUSED = (UnknownWayError, UnknownInstructionError)
+NOT = "not predicted"  # of a call whose code has what the model does not know, which goes to stderr
 
 
 def table(calls: list[Call], machine: Machine) -> Iterator[str]:
@@ -55,17 +57,21 @@ def _selection(calls: list[Call], m: Machine) -> Iterator[str]:
             yield from _many_picks(call, m)
             continue
         for work in WORKS:
-            yield _line_of(call, work, m)
+            yield _line_of(call, work, functools.partial(predict, call, work, m))
         if call.k == 3 and call.rows:  # of packed sets that would take minutes
             more = call._replace(k=16)
             for work in (EVAL, BACKWARD):
-                yield _line_of(more, work, m)
+                yield _line_of(more, work, functools.partial(predict, more, work, m))
 
 
 def _many_picks(call: Call, machine: Machine) -> Iterator[str]:
     """A call of which rows are left out, beside the launch that would read all of them."""
-    yield _line(call, f"{EVAL}, all rows read", predict(call, EVAL, machine))
-    p, turns, costs, *parts = lazy.predict(call, machine)
+    yield _line_of(call, f"{EVAL}, all rows read", functools.partial(predict, call, EVAL, machine))
+    try:
+        p, turns, costs, *parts = lazy.predict(call, machine)
+    except REFUSED as unknown:
+        yield _refusal(call, EVAL, unknown)
+        return
     yield _line(call, EVAL, p)
     eager, alone, collects, tiles, meetings = (time_of(part / 1e6) for part in parts)
     yield ""
@@ -79,12 +85,17 @@ def _many_picks(call: Call, machine: Machine) -> Iterator[str]:
     )
 
 
-def _line_of(call: Call, work: str, machine: Machine) -> str:
+def _line_of(call: Call, work: str, predicted: Callable[[], Prediction]) -> str:
     """With what the model does not know in the place of what it predicts."""
     try:
-        return _line(call, work, predict(call, work, machine))
+        return _line(call, work, predicted())
     except REFUSED as unknown:
-        return f"not predicted: {call.name}, {work}: {unknown}"
+        return _refusal(call, work, unknown)
+
+
+def _refusal(call: Call, work: str, unknown: Exception) -> str:
+    print(f"{call.name}, {work}: {unknown}", file=sys.stderr)
+    return f"| {call.name} | {call.k:,} | {work} | | | | {NOT} | | |"
 
 
 def _line(call: Call, work: str, p: Prediction) -> str:
@@ -106,7 +117,12 @@ def _attention(calls: list[Call], machine: Machine) -> Iterator[str]:
     yield "|---" * 11 + "|"
     for call in calls:
         for work in attention.WORKS:
-            p, barriers, launches, largest = attention.predict(call, work, machine)
+            try:
+                p, barriers, launches, largest = attention.predict(call, work, machine)
+            except REFUSED as unknown:
+                print(f"{call.name}, {work}: {unknown}", file=sys.stderr)
+                yield f"| {call.name} | {work} | | | | | | {NOT} | | | |"
+                continue
             costs = ", ".join(f"{name} {share:.0%}" for name, share in largest)
             yield f"| {call.name} | {work} | {_counts(p)} | {barriers:.0f} | {launches} | {_times(p)} | {costs} |"
 

@@ -56,8 +56,11 @@ def condition_like(one: Place, places: list[Place]) -> Place:
 
 
 def loop_of(places: list[Place]) -> Place | None:
-    """Where the innermost loop begins that these lines are of, its first among them."""
-    return min((found for found in _loops(_own(places)) if found[1] in places), default=(0, None))[1]
+    """Where the innermost loop begins that these lines are of: one whose first line is among them, or lies within."""
+    found = _loops(_own(places))
+    named = [statement(*place).then for _, place in found if place in places]
+    inside = [one for one in found if one[1] in places or all(statement(*one[1]).then <= lines for lines in named)]
+    return min(inside, default=(0, None))[1]
 
 
 def statement_of(places: list[Place]) -> Place | None:

@@ -89,10 +89,10 @@ class _Walk:
         if to <= at:
             return loop_of(self._own_places(to, at))
         own, setter = self._own_place(at), self._own_place(self._setter(at))
+        if statement(*own).kind == "if":
+            return own
         if statement(*setter).kind == "if":
             return condition_like(setter, self._own_places(at + 1, to))
-        if statement(*own).kind == "if" and statement(*setter).kind == "":
-            return own
         inner = [(n, head) for n, head in self.targets.items() if at < head <= n < to and self._is_branch(n)]
         latch, head = max(inner, key=lambda found: found[0] - found[1], default=(at, at))
         if 2 * (latch - head) > to - at:  # a way around a loop, with what is made ready for it
@@ -102,8 +102,8 @@ class _Walk:
     def _setter(self, at: int) -> int:
         """What sets the predicate of a branch last before it."""
         name = self.instructions[at].predicate.strip("@!")
-        before = (n for n in range(at - 1, -1, -1) if name in self.instructions[n].arguments.split(", ")[:2])
-        return next(before, at)
+        before = ((n, self.instructions[n]) for n in range(at - 1, -1, -1))
+        return next((n for n, i in before if i.name != "BRA" and name in i.arguments.split(", ")[:2]), at)
 
     def _own_place(self, at: int) -> Place:
         return self.instructions[at].file, self.instructions[at].line
