@@ -16,8 +16,14 @@ from side_by_side import side_by_side
 
 from benchmarks.model.lazy_turns import count_turns, gaussian
 from benchmarks.model.machine_code import Code, Instruction, parse
-from benchmarks.model.machines import CAP, H100
-from benchmarks.model.multiprocessor import Operation, occupancy, simulate
+from benchmarks.model.machines import A100, B200, CAP, H100
+from benchmarks.model.multiprocessor import (
+    Operation,
+    UnknownInstructionError,
+    occupancy,
+    operations,
+    simulate,
+)
 from benchmarks.model.walk import UnknownWayError, Way, walk
 from fcn_kernels import coreset_select
 from fcn_kernels.device.splits import COOPERATIVE
@@ -56,6 +62,13 @@ def test_instructions_are_read_with_their_control_codes() -> None:
     assert code.targets == {1: 1}
 
 
+def test_a_branch_of_all_threads_has_its_condition_among_its_arguments() -> None:
+    uniform = TEXT.replace("@!P0 BRA `(.L_x_0)", "BRA.U !UP2, `(.L_x_0)")
+    assert parse(uniform).instructions[1].predicate == "@!UP2"
+    parted = TEXT.replace("@!P0 BRA `(.L_x_0)", "BRA.DIV UR4, `(.L_x_0)")
+    assert parse(parted).instructions[1].predicate == ""
+
+
 def _machine_code(tmp_path: Path, *rows: tuple[str, str, int], targets: dict[int, int]) -> Code:
     source = tmp_path / "kernel.py"
     source.write_text("for i in range(n):  # @tiles\n    x = i\nif x > 3:\n    y = 1\nelse:\n    y = 2\n")
@@ -74,6 +87,37 @@ def test_loops_turn_as_often_as_is_said(tmp_path: Path) -> None:
         code.instructions.append(code.instructions[2])
         code.targets[number] = to
     assert len(walk(code, Way({"tiles": 5}, {}))) == 12
+
+
+def test_a_call_to_a_place_in_the_kernel_leaves_a_loop_and_others_are_refused(tmp_path: Path) -> None:
+    """sm_80's code leaves loops so, before a jump back that depends on nothing."""
+    rows = [("", "FADD", 2), ("@P0", "CALL", 1), ("", "BRA", 1), ("", "EXIT", 2)]
+    code = _machine_code(tmp_path, *rows, targets={1: 3, 2: 0})
+    assert [e.number for e in walk(code, Way({"tiles": 2}, {}))] == [0, 1, 2, 0, 1, 3]
+    with pytest.raises(UnknownWayError, match="call"):
+        walk(code._replace(targets={2: 0}), Way({"tiles": 2}, {}))
+
+
+def test_what_only_numbers_that_are_not_normal_take_is_gone_around(tmp_path: Path) -> None:
+    rows = [("@P0", "BRA", 2), ("", "CALL", 2), ("", "EXIT", 2)]
+    code = _machine_code(tmp_path, *rows, targets={0: 2})
+    for name, way in (("__cuda_sm20_sqrt_rn_f32_slowpath", [0, 2]), ("__cuda_sm20_other", None)):
+        code.instructions[1] = code.instructions[1]._replace(arguments=f"`($__internal_0_${name})")
+        if way:
+            assert [e.number for e in walk(code, Way({}, {}))] == way
+        else:
+            with pytest.raises(UnknownWayError):
+                walk(code, Way({}, {}))
+
+
+def test_instructions_that_no_pipe_takes_are_refused(tmp_path: Path) -> None:
+    code = _machine_code(tmp_path, ("", "FFMA", 2), ("", "UTCHMMA", 2), ("", "EXIT", 2), targets={})
+    trace = walk(code, Way({}, {}))
+    with pytest.raises(UnknownInstructionError, match="UTCHMMA"):
+        operations(code, trace, lambda i, step: ("l2", 4.0), B200)
+    code.instructions[1] = code.instructions[0]
+    fast, slow = ([o.width for o in operations(code, trace, lambda i, step: ("l2", 4.0), m)] for m in (H100, A100))
+    assert (fast, slow) == ([1, 1, 1], [2, 2, 1])  # 128 multiply-adds a cycle, and 64
 
 
 def test_conditions_go_the_way_that_is_said(tmp_path: Path) -> None:
@@ -136,28 +180,30 @@ def test_a_grid_barrier_takes_a_fence_a_look_and_the_others_arrival() -> None:
 
 def test_known_kernels_come_out_at_the_memorys_cap() -> None:
     found = _run(
-        "import json; from benchmarks.model import known; from benchmarks.model.machines import H100\n"
-        "print(json.dumps([known.share_of_bandwidth(k, H100) for k in ('copy', 'rms_norm')]))"
+        "import json; from benchmarks.model import known; from benchmarks.model.machines import MACHINES\n"
+        "print(json.dumps([known.share_of_bandwidth(k, m) for k in ('copy', 'rms_norm') for m in MACHINES.values()]))"
     )
+    assert len(found) == 6
     assert all(share >= CAP for share in found), found
 
 
 def test_rows_are_read_once_a_pass() -> None:
     """Counted in the traces, K - 1 forward, or once where a set is one tile, and K backward, as benchmarks.checks.reads
-    counts in the interpreter."""
+    counts in the interpreter; on every GPU."""
     script = """
 import json
-from benchmarks.model.machines import H100
+from benchmarks.model.machines import A100, B200, H100
 from benchmarks.model.calls import BACKWARD, CALLS, EVAL
 from benchmarks.model.predict import kernels_of, rows_read
 found = []
-for call, rows in ((CALLS[0], 32), (CALLS[2], 512)):
-    for work in (EVAL, BACKWARD):
-        kernel = kernels_of(call, work, H100)[-1]
-        found.append(rows_read(call, kernel, rows))
+for machine, work, call, rows in (
+    (H100, EVAL, CALLS[0], 32), (H100, BACKWARD, CALLS[0], 32), (H100, EVAL, CALLS[2], 512),
+    (H100, BACKWARD, CALLS[2], 512), (A100, BACKWARD, CALLS[0], 32), (B200, BACKWARD, CALLS[0], 32),
+):
+    found.append(rows_read(call, kernels_of(call, work, machine)[-1], rows))
 print(json.dumps(found))
 """
-    assert _run(script) == [1, 3, 2, 3]
+    assert _run(script) == [1, 3, 2, 3, 3, 3]
 
 
 def test_attentions_programs_load_their_rows_twice_and_fit() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import triton
 
 from benchmarks.model import attention, lazy
-from benchmarks.model.calls import BACKWARD, CALLS, EVAL, Call
+from benchmarks.model.calls import BACKWARD, CALLS, EVAL, NOT_PREDICTED, Call
 from benchmarks.model.machines import CAP, MACHINES, Machine
 from benchmarks.model.multiprocessor import UnknownInstructionError
 from benchmarks.model.predict import MOST_STEPS, WORKS, Prediction, predict
@@ -21,7 +21,6 @@ from benchmarks.model.walk import UnknownWayError
 from benchmarks.report.targets import time_of
 
 REFUSED = (UnknownWayError, UnknownInstructionError)
-NOT = "not predicted"  # of a call whose code has what the model does not know, which goes to stderr
 
 
 def table(calls: list[Call], machine: Machine) -> Iterator[str]:
@@ -94,8 +93,9 @@ def _line_of(call: Call, work: str, predicted: Callable[[], Prediction]) -> str:
 
 
 def _refusal(call: Call, work: str, unknown: Exception) -> str:
+    """The line of a call that is not predicted; why goes to stderr."""
     print(f"{call.name}, {work}: {unknown}", file=sys.stderr)
-    return f"| {call.name} | {call.k:,} | {work} | | | | {NOT} | | |"
+    return f"| {call.name} | {call.k:,} | {work} | | | | {NOT_PREDICTED} | | |"
 
 
 def _line(call: Call, work: str, p: Prediction) -> str:
@@ -117,14 +117,17 @@ def _attention(calls: list[Call], machine: Machine) -> Iterator[str]:
     yield "|---" * 11 + "|"
     for call in calls:
         for work in attention.WORKS:
-            try:
-                p, barriers, launches, largest = attention.predict(call, work, machine)
-            except REFUSED as unknown:
-                print(f"{call.name}, {work}: {unknown}", file=sys.stderr)
-                yield f"| {call.name} | {work} | | | | | | {NOT} | | | |"
-                continue
-            costs = ", ".join(f"{name} {share:.0%}" for name, share in largest)
-            yield f"| {call.name} | {work} | {_counts(p)} | {barriers:.0f} | {launches} | {_times(p)} | {costs} |"
+            yield _line_of_attention(call, work, machine)
+
+
+def _line_of_attention(call: Call, work: str, machine: Machine) -> str:
+    try:
+        p, barriers, launches, largest = attention.predict(call, work, machine)
+    except REFUSED as unknown:
+        print(f"{call.name}, {work}: {unknown}", file=sys.stderr)
+        return f"| {call.name} | {work} | | | | | | {NOT_PREDICTED} | | | |"
+    costs = ", ".join(f"{name} {share:.0%}" for name, share in largest)
+    return f"| {call.name} | {work} | {_counts(p)} | {barriers:.0f} | {launches} | {_times(p)} | {costs} |"
 
 
 def _counts(p: Prediction) -> str:

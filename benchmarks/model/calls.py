@@ -5,6 +5,7 @@ from typing import NamedTuple
 from benchmarks.workloads import IJBC_ROWS, IJBC_SETS
 
 EVAL, SAMPLE, TRAINING, BACKWARD = "inference", "sampling", "training, forward", "backward"
+NOT_PREDICTED = "not predicted"  # stands for the time of a call whose code has what the model does not know
 
 
 class Call(NamedTuple):

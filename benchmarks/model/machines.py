@@ -13,8 +13,8 @@ from benchmarks.checks.builds import PROCESSORS
 CAP = 0.93  # of the memory's bandwidth
 
 ALU = {
-    "CS2R", "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "I2FP", "IABS", "IADD3", "IMNMX", "ISETP", "LEA", "LOP3",
-    "MOV", "P2R", "PLOP3", "PRMT", "REDUX", "CREDUX", "SEL", "SGXT", "SHF", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3",
+    "CS2R", "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "I2FP", "IABS", "IADD3", "IMNMX", "ISETP", "LEA",
+    "LOP3", "MOV", "P2R", "PLOP3", "PRMT", "REDUX", "CREDUX", "SEL", "SGXT", "SHF", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3",
 }  # fmt: skip
 PIPES: dict[str, tuple[int, set[str]]] = {
     "alu": (2, ALU),
@@ -47,7 +47,7 @@ AMPERE = {
 
 
 class Machine(NamedTuple):
-    """A GPU. Sizes are its maker's; latencies are assumed, from published microbenchmarks, and so are rates of memory."""
+    """A GPU. Sizes are its maker's; latencies and rates of memory are assumed."""
 
     name: str
     target: str
@@ -93,16 +93,16 @@ class Machine(NamedTuple):
 # SXM: 3.35 TB/s; a boost of 1.98 GHz is not kept under load.
 H100 = Machine("H100", "sm_90", PROCESSORS["sm_90"], 1.7, 3.0e12, 26.0, 24.5, 50 << 20)
 
-# SXM, 80 GB: 2.04 TB/s at 1.41 GHz, which it keeps. Pointers were chased through L2 in as many cycles as on an H100, and
-# through memory in 3% fewer; by multiprocessor and cycle L2 gave as many bytes (35 on both), so the H100's figure stands.
+# SXM, 80 GB: 2.04 TB/s at 1.41 GHz, which it keeps. Published pointer chases through L2 take as many cycles as on an
+# H100, through memory 3% fewer; L2 gives a multiprocessor as many bytes a cycle, so that the H100's figure stands.
 A100 = Machine(
     "A100", "sm_80", PROCESSORS["sm_80"], 1.41, 1.83e12, 24.0, 24.5, 40 << 20, AMPERE,
     shared_bytes=163 * 1024, dram=580,
 )  # fmt: skip
 
-# 8 TB/s, two dies. L2 was seen to answer in 150 ns from the near die, as an H100's does; the far one is not modeled.
-# Memory is taken to answer in as many nanoseconds as the H100's, and L2 to give a multiprocessor what an H200's gives, 36
-# bytes a cycle. Fences and atomics wait for L2 and go with it. Two single numbers a thread (FFMA2) take two cycles.
+# 8 TB/s, two dies. L2 of the near die is reported to answer in 150 ns, much as an H100's; the far one is not modelled.
+# Memory is taken to answer in as many nanoseconds as the H100's, and L2 to give a multiprocessor 36 bytes a cycle, as an
+# H200's does. Fences and atomics go with L2. FFMA2, of two single numbers a thread, is taken to need two cycles.
 B200 = Machine(
     "B200", "sm_100", PROCESSORS["sm_100"], 1.85, 7.2e12, 52.0, 36.0, 126 << 20, dram=650, l2=290, fence=540, atomic=455
 )

@@ -14,7 +14,6 @@ from benchmarks.model.machine_code import Code, Instruction
 from benchmarks.model.machines import Machine
 from benchmarks.model.walk import Executed
 
-
 Access = tuple[str, float]
 """Where a warp's load or store goes, "dram", "l2" or "l1", and its bytes."""
 

@@ -52,7 +52,9 @@ def condition_like(one: Place, places: list[Place]) -> Place:
     """The condition with the text of ``one`` that most of these lines are of, in one branch or the other."""
     alike = [(place, stands) for place, stands in _choices() if stands.text == statement(*one).text]
     alike = [(place, stands) for place, stands in alike if place[0] == one[0] and stands.kind == "if"]
-    return max(alike, key=lambda found: sum(p in found[1].then | found[1].other for p in places), default=(one, None))[0]
+    return max(alike, key=lambda found: sum(p in found[1].then | found[1].other for p in places), default=(one, None))[
+        0
+    ]
 
 
 def loop_of(places: list[Place]) -> Place | None:

@@ -152,7 +152,7 @@ class _Walk:
         raise UnknownWayError(self._where(at))
 
     def _leaves(self, at: int) -> bool | None:
-        """Whether what stands for a loop's end, before the jump back to its head, ends it; None where no jump follows."""
+        """Whether what stands for a loop's end, before the jump back to its head, ends it; None where none follows."""
         follows = next((n for n in range(at + 1, at + FAR) if self.instructions[n].name in ("BRA", "EXIT")), at)
         if self.instructions[follows].predicate or self.targets.get(follows, follows) > at:
             return None
@@ -183,14 +183,14 @@ class _Walk:
             return False  # around the load of a number by threads that have none to load
         if any(self.targets.get(n) == to for n in range(at + 1, at + FAR)):
             return False  # what follows decides whether to go there
-        stands = condition_of([self._place(n) for n in range(at + 1, to)]) or stands
-        if stands.kind == "if":
-            return not self._holds(stands, at)
+        around = [self._place(n) for n in range(at + 1, to)]
+        behind = set(self._own_places(to, 2 * to - at))
+        for places in (around, [place for place in around if place not in behind]):  # what both ways have says nothing
+            inside = condition_of(places) or stands
+            if inside.kind == "if" and inside.text in self.way.conditions:
+                return not self._holds(inside, at)
         if (latch := self._loop_between(at, to)) is not None:
             return self._count(self._statement(latch), at) == 0
-        behind = set(self._own_places(to, 2 * to - at))  # what is on both ways says nothing
-        if stands := condition_of([place for place in self._own_places(at + 1, to) if place not in behind]):
-            return not self._holds(stands, at)
         raise UnknownWayError(self._where(at))
 
     def _moves(self, begin: int, end: int) -> bool:

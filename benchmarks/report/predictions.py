@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.model.calls import BACKWARD, CALLS, EVAL, SAMPLE, TRAINING
+from benchmarks.model.calls import BACKWARD, CALLS, EVAL, NOT_PREDICTED, SAMPLE, TRAINING
 from benchmarks.report.results import Row
 from benchmarks.workloads import FORWARD, FUSED
 
@@ -22,7 +22,7 @@ class Key(NamedTuple):
 
 
 def load(path: Path = TABLE) -> dict[Key, float]:
-    """Seconds of each line.
+    """Seconds of each line that has them.
 
     Raises:
         ValueError: a table has no column for what is looked for.
@@ -41,6 +41,8 @@ def load(path: Path = TABLE) -> dict[Key, float]:
             row = dict(zip(head, cells, strict=True))
             if not {"call", "work", "predicted"} <= row.keys():
                 raise ValueError(f"expected columns call, work and predicted in {path}, got {', '.join(head)}")
+            if row["predicted"] == NOT_PREDICTED:
+                continue
             number, unit = row["predicted"].split()
             key = Key(section, row["call"], int(row.get("K", "3").replace(",", "")), row["work"])
             found[key] = float(number) * UNITS[unit]
