@@ -14,7 +14,8 @@ CAP = 0.93  # of the memory's bandwidth
 
 ALU = {
     "CS2R", "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "I2FP", "IABS", "IADD3", "IMNMX", "ISETP", "LEA",
-    "LOP3", "MOV", "P2R", "PLOP3", "PRMT", "REDUX", "CREDUX", "SEL", "SGXT", "SHF", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3",
+    "LOP3", "MOV", "P2R", "PLOP3", "PRMT", "REDUX", "CREDUX", "SEL", "SGXT", "SHF", "VIADD", "VIADDMNMX", "VIMNMX",
+    "VIMNMX3",
 }  # fmt: skip
 PIPES: dict[str, tuple[int, set[str]]] = {
     "alu": (2, ALU),
@@ -101,8 +102,8 @@ A100 = Machine(
 )  # fmt: skip
 
 # 8 TB/s, two dies. L2 of the near die is reported to answer in 150 ns, much as an H100's; the far one is not modelled.
-# Memory is taken to answer in as many nanoseconds as the H100's, and L2 to give a multiprocessor 36 bytes a cycle, as an
-# H200's does. Fences and atomics go with L2. FFMA2, of two single numbers a thread, is taken to need two cycles.
+# Memory is taken to answer in as many nanoseconds as the H100's, and L2 to give a multiprocessor 36 bytes a cycle, as
+# an H200's does. Fences and atomics go with L2. FFMA2, of two single numbers a thread, is taken to need two cycles.
 B200 = Machine(
     "B200", "sm_100", PROCESSORS["sm_100"], 1.85, 7.2e12, 52.0, 36.0, 126 << 20, dram=650, l2=290, fence=540, atomic=455
 )
