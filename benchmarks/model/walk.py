@@ -183,15 +183,21 @@ class _Walk:
             return False  # around the load of a number by threads that have none to load
         if any(self.targets.get(n) == to for n in range(at + 1, at + FAR)):
             return False  # what follows decides whether to go there
-        around = [self._place(n) for n in range(at + 1, to)]
-        behind = set(self._own_places(to, 2 * to - at))
-        for places in (around, [place for place in around if place not in behind]):  # what both ways have says nothing
-            inside = condition_of(places) or stands
-            if inside.kind == "if" and inside.text in self.way.conditions:
-                return not self._holds(inside, at)
+        if (inside := self._condition_inside(at, to) or stands).kind == "if":
+            return not self._holds(inside, at)
         if (latch := self._loop_between(at, to)) is not None:
             return self._count(self._statement(latch), at) == 0
         raise UnknownWayError(self._where(at))
+
+    def _condition_inside(self, at: int, to: int) -> Statement | None:
+        """Of what a branch goes around; first by all lines, then without those that come behind it, too: the compiler
+        has put them on both ways."""
+        around = [self._place(n) for n in range(at + 1, to)]
+        behind = set(self._own_places(to, 2 * to - at))
+        inside = condition_of(around)
+        if inside is None or inside.text not in self.way.conditions:
+            return condition_of([place for place in around if place not in behind]) or inside
+        return inside
 
     def _moves(self, begin: int, end: int) -> bool:
         """Whether there is an exchange between threads, or a load, among these instructions."""
