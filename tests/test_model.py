@@ -210,15 +210,21 @@ def test_attentions_programs_load_their_rows_twice_and_fit() -> None:
     """For the scores, from memory, and for what these are for, from L2."""
     script = """
 import json
-from benchmarks.model.attention import ATTENTION_CALLS, kernels_of, predict, rows_read
+from benchmarks.model.attention import ATTENTION_CALLS, _access, kernels_of, predict, rows_read
 from benchmarks.model.calls import BACKWARD, EVAL
-from benchmarks.model.machines import H100
+from benchmarks.model.machines import B200, H100
+from benchmarks.model.source import function
 call = ATTENTION_CALLS[0]
 reads = [rows_read(call, kernels_of(call, work, H100)[0][0]) for work in (EVAL, BACKWARD)]
 p, _, launches, _ = predict(call, EVAL, H100)
-print(json.dumps([*reads, p.programs, launches, p.microseconds > p.least > 0]))
+kernel = kernels_of(call, EVAL, B200)[0][0]
+access, every = _access(call, kernel, B200), kernel.code.instructions
+levels = [access(i, 0)[0] for i in every if i.name[:3] == "LDG" and function(i.file, i.line) == "load_rows"]
+print(json.dumps([*reads, p.programs, launches, p.microseconds > p.least > 0, levels]))
 """
-    *reads, programs, launches, longer = _run(script)
+    *reads, programs, launches, longer, levels = _run(script)
+    assert levels == sorted(levels)  # "dram", then "l2"
+    assert len(set(levels)) == 2
     assert reads == pytest.approx([2, 2])
     assert programs >= 1
     assert (launches, longer) == (1, True)

@@ -15,8 +15,8 @@ from benchmarks.model.machine_code import Code, Instruction
 from benchmarks.model.machines import CAP, Machine
 from benchmarks.model.multiprocessor import Access, occupancy, operations, simulate
 from benchmarks.model.predict import Cost, Prediction, built, cost_of, schedule
-from benchmarks.model.source import function, statement
-from benchmarks.model.walk import Executed, Way, executed, walk
+from benchmarks.model.source import function
+from benchmarks.model.walk import Executed, Way, branches, executed, walk
 from benchmarks.workloads import counted_bytes, template_lengths
 from fcn_kernels.attention.inputs import Arriving, Inputs
 from fcn_kernels.attention.kernels import launch
@@ -162,8 +162,8 @@ def _access(call: Call, kernel: Kernel, machine: Machine) -> Callable[[Instructi
     """Where loads and stores go: rows come from memory for the scores, and from L2 for what these are for; the sets'
     queries, gradients and sums are in L2, vectors in L1."""
     cold = "dram" if kernel.forward or call.bytes > machine.l2_bytes else "l2"
-    instructions, targets = kernel.code
-    ends = [n for n in targets if statement(instructions[n].file, instructions[n].line).text == "scores"]
+    instructions = kernel.code.instructions
+    ends = [at for at, stands in branches(kernel.code).items() if stands.text == "scores"]
     first_pass = {id(i) for i in instructions[: max(ends)]}
     filled = min(1.0, (call.rows or call.all_rows / call.sets) / kernel.constants["BLOCK_N"])
 

@@ -41,6 +41,12 @@ def walk(code: Code, way: Way, limit: int = 5_000_000) -> list[Executed]:
     return _Walk(code, way).run(limit)
 
 
+def branches(code: Code) -> dict[int, Statement]:
+    """Of each branch the loop or condition that it belongs to."""
+    found = _Walk(code, Way({}, {}))
+    return {at: found.statement_at(at) for at in code.targets}
+
+
 class _Walk:
     def __init__(self, code: Code, way: Way) -> None:
         self.instructions, self.targets = code
@@ -117,16 +123,17 @@ class _Walk:
     def _is_branch(self, at: int) -> bool:
         return self.instructions[at].name == "BRA"
 
-    def _statement(self, at: int) -> Statement:
+    def statement_at(self, at: int) -> Statement:
+        """The one that an instruction belongs to."""
         return statement(*self._place(at))
 
     def _where(self, at: int) -> str:
         file, line = self._place(at)
-        return f'instruction {at}, File "{file}", line {line}: {self._statement(at).text}'
+        return f'instruction {at}, File "{file}", line {line}: {self.statement_at(at).text}'
 
     def _is_for_first(self, at: int) -> bool:
         """A branch around what the program's first thread does alone: to store a number, or to meet other programs."""
-        text = self._statement(at).text
+        text = self.statement_at(at).text
         if not self.instructions[at].predicate or not ("tl.atomic_add" in text or text.startswith("tl.store")):
             return False
         return self._loop_between(at, self._end_of(at)) is None  # else the line is not the branch's own
@@ -142,7 +149,7 @@ class _Walk:
         """Whether an EXIT under a condition is taken."""
         if (leaves := self._leaves(at)) is not None:
             return leaves
-        stands = self._statement(at)
+        stands = self.statement_at(at)
         if stands.kind in ("for", "while"):
             return self._count(stands, at) == 0
         if stands.kind == "if":
@@ -160,7 +167,7 @@ class _Walk:
 
     def _takes(self, at: int) -> bool:
         """Whether a branch is taken."""
-        instruction, to, stands = self.instructions[at], self.targets[at], self._statement(at)
+        instruction, to, stands = self.instructions[at], self.targets[at], self.statement_at(at)
         if not instruction.predicate:
             return True
         if at in self.places and self.places[at] is None:
@@ -186,7 +193,7 @@ class _Walk:
         if (inside := self._condition_inside(at, to) or stands).kind == "if":
             return not self._holds(inside, at)
         if (latch := self._loop_between(at, to)) is not None:
-            return self._count(self._statement(latch), at) == 0
+            return self._count(self.statement_at(latch), at) == 0
         raise UnknownWayError(self._where(at))
 
     def _condition_inside(self, at: int, to: int) -> Statement | None:
@@ -205,7 +212,7 @@ class _Walk:
 
     def _loop_between(self, at: int, to: int) -> int | None:
         """The last instruction of the longest marked loop that a branch goes around."""
-        latches = [n for n, head in self.targets.items() if at < head <= n < to and self._statement(n).kind == "for"]
+        latches = [n for n, head in self.targets.items() if at < head <= n < to and self.statement_at(n).kind == "for"]
         return max(latches, key=lambda n: n - self.targets[n], default=None)
 
     def _is_then(self, stands: Statement, at: int, to: int) -> bool:
@@ -229,7 +236,7 @@ class _Walk:
 
     def _turns(self, latch: int) -> bool:
         """Whether a loop goes on at its last instruction."""
-        stands = self._statement(latch)
+        stands = self.statement_at(latch)
         if latch not in self.left:
             self.left[latch] = self._turns_of(stands, latch)
         self.left[latch] -= 1
