@@ -5,7 +5,16 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from benchmarks.model.machine_code import Code
-from benchmarks.model.source import Place, Statement, condition_like, condition_of, loop_of, statement, statement_of
+from benchmarks.model.source import (
+    MOST,
+    Place,
+    Statement,
+    condition_like,
+    condition_of,
+    loop_of,
+    statement,
+    statement_of,
+)
 
 FAR = 12  # instructions; a call to a slow path of a division or a root is no further
 SLOW = "_slowpath"  # in the name of what the compiler has for numbers that are not normal, or nearly so
@@ -93,17 +102,25 @@ class _Walk:
         what it goes around, or back over, has to say which loop or condition it belongs to; None if it does not."""
         to = self.targets[at]
         if to <= at:
-            return loop_of(self._own_places(to, at))
+            return self._loop_place(at)
+        inner = [(n, head) for n, head in self.targets.items() if at < head <= n < to and self._is_branch(n)]
+        latch, head = max(inner, key=lambda found: found[0] - found[1], default=(at, at))
+        if latch - head > MOST * (to - at):  # a way around a loop alone
+            return self._loop_place(latch)
         own, setter = self._own_place(at), self._own_place(self._setter(at))
         if statement(*own).kind == "if":
             return own
         if statement(*setter).kind == "if":
             return condition_like(setter, self._own_places(at + 1, to))
-        inner = [(n, head) for n, head in self.targets.items() if at < head <= n < to and self._is_branch(n)]
-        latch, head = max(inner, key=lambda found: found[0] - found[1], default=(at, at))
-        if 2 * (latch - head) > to - at:  # a way around a loop, with what is made ready for it
-            return loop_of(self._own_places(head, latch))
+        if 2 * (latch - head) > to - at:  # around a loop, with what is made ready for it
+            return self._loop_place(latch)
         return statement_of(self._own_places(at + 1, to))
+
+    def _loop_place(self, latch: int) -> Place | None:
+        """Of the loop that a jump back ends."""
+        if self.instructions[latch].operation != "BRA.U" and statement(*self._own_place(latch)).kind:
+            return self._own_place(latch)
+        return loop_of(self._own_places(self.targets[latch], latch))
 
     def _setter(self, at: int) -> int:
         """What sets the predicate of a branch last before it."""
