@@ -117,7 +117,7 @@ def check_metric(metric: Any, normalized: bool) -> None:
 
 def picks_per_set(k: Any, sets: int, device: torch.device) -> tuple[Any, Tensor | None]:
     """The most that a set may pick, and the picks of each set (B,), None if that is the same for all."""
-    if not isinstance(k, Tensor | list | tuple) or (isinstance(k, Tensor) and k.ndim == 0):
+    if not isinstance(k, (Tensor, list, tuple)) or (isinstance(k, Tensor) and k.ndim == 0):
         return at_least_one("k", k), None
     if isinstance(k, Tensor):
         if k.dtype not in INTEGERS:
@@ -138,12 +138,11 @@ def picks_per_set(k: Any, sets: int, device: torch.device) -> tuple[Any, Tensor 
 
 
 def row_quality(quality: Any, features: Tensor, shape: tuple[int, ...], metric: str) -> Tensor | None:
-    """Quality (R,) of the dtype in which rows are summed: as given, else 1 for squared distances, None for cosines."""
+    """Quality of the dtype in which rows are summed: as given, else 1 for squared distances, None for cosines."""
     dtype = accumulator(features.dtype)
     if quality is None:
-        return features.new_ones(shape, dtype=dtype).reshape(-1) if metric == "sqeuclidean" else None
+        return features.new_ones(shape, dtype=dtype) if metric == "sqeuclidean" else None
     check_tensor("quality", quality, features, shape, DTYPES)
-    quality = quality.reshape(-1)
     return quality if quality.dtype == dtype else quality.to(dtype)  # type: ignore[no-any-return]
 
 
@@ -235,7 +234,7 @@ def _check_scalar(name: str, value: Tensor, features: Tensor) -> None:
         raise ValueError(f"expected {name} to be a number or a 0-d tensor, got shape {tuple(value.shape)}")
     if not value.is_floating_point():
         raise TypeError(f"expected {name} to be a floating-point tensor, got {value.dtype}")
-    if value.device.type != "cpu" and value.device != features.device:
+    if not value.is_cpu and value.device != features.device:
         raise ValueError(f"expected {name} on {features.device} or the CPU, got {value.device}")
 
 

@@ -51,7 +51,7 @@ def gumbel_noise(seed: int, sets: Tensor, rows: int, block: int, first: Tensor |
 def draw_seed(features: Tensor, generator: Generator | None) -> Tensor:
     """A 0-d int64 seed; from the default CPU generator unless it has to be drawn within a recorded computation."""
     recorded = torch.compiler.is_compiling() or (features.is_cuda and torch.cuda.is_current_stream_capturing())
-    device = features.device if recorded else torch.device("cpu")
+    device: torch.device | str = features.device if recorded else "cpu"
     if generator is not None:
         device = generator.device
     return torch.randint(2**63 - 1, (), device=device, generator=generator)

@@ -4,7 +4,7 @@ import ctypes
 import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -89,6 +89,6 @@ def plain(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return values.to(dtype).contiguous()
 
 
-def address(values: Tensor | None) -> int:
+def addresses(tensors: Iterable[Tensor | None]) -> list[int]:
     """For C++: 0 for None."""
-    return 0 if values is None else values.data_ptr()
+    return [0 if t is None else t.data_ptr() for t in tensors]

@@ -113,5 +113,6 @@ def _select_backward(mode: Any, func: Any, types: Any, args: Any = (), kwargs: A
     found = Gradients(*func(*mine, *rest))
     gamma = found.gamma.clone()
     dist.all_reduce(gamma, group=mesh.get_group())
-    features, quality = _sharded(found.features, mesh, 0, p.sets), _sharded(found.quality, mesh, 0, p.rows)
+    features = _sharded(found.features, mesh, 0, p.sets)
+    quality = _sharded(found.quality, mesh, 0, p.quality_shape[0])
     return Gradients(features, quality, gamma)

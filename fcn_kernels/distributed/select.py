@@ -284,5 +284,5 @@ class _Select(torch.autograd.Function):
         arriving = (ranks.sum(grad.double()) / dist.get_world_size(ranks.group)).to(norms.dtype)
         found = torch_backend.backward(_with_a_row(p), arriving, saved, ranks, picked)
         drows = found.features if p.rows else torch.zeros_like(p.features)
-        dquality = None if p.quality is None else found.quality[: p.rows].to(p.quality.dtype)
+        dquality = None if p.quality is None else found.quality.flatten()[: p.rows].view_as(p.quality).to(p.quality)
         return None, None, drows, dquality, ranks.sum(found.gamma).to(p.gamma), *(None,) * (len(p) - 3)

@@ -17,7 +17,8 @@ def anchor_distances(p: Problem, anchors: Tensor, offsets: Tensor | None) -> Ten
     ``anchors`` are (A, C), of all sets, (B, A, C), or (T, C) with ``offsets`` (B + 1,). Anchors that are not finite, or
     without a direction where cosines are asked for, are passed by.
     """
-    rows, dtype = p.features.reshape(-1, p.dim), accumulator(p.features.dtype)
+    p, dtype = p.flat, accumulator(p.features.dtype)
+    rows = p.features.reshape(-1, p.dim)
     out = torch.full((p.rows,), math.inf, dtype=dtype, device=rows.device)
     gamma = p.gamma.to(rows.device, dtype)
     with without_autocast(rows.device.type), torch.no_grad():

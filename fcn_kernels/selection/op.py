@@ -119,7 +119,8 @@ def _select_fake(*args: Any) -> Selected:
 def _select_backward_fake(*args: Any) -> Gradients:
     p = Problem(*args[:_FIELDS])
     saved = Saved(*args[_FIELDS + 1 : -1])
-    return Gradients(p.features.new_empty(p.features.shape), saved.norms.new_empty(p.rows), saved.norms.new_empty(()))
+    new = saved.norms.new_empty
+    return Gradients(p.features.new_empty(p.features.shape), new(p.quality_shape), new(()))
 
 
 @torch.library.register_fake("fcn_kernels::anchor_distances", lib=_library)
@@ -154,7 +155,7 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         backend, *fields = inputs
-        saved = output[2:4] + output[4 + 2 * Problem(*fields).return_state :]
+        saved = output[2:4] + output[-3:]  # with what was kept
         ctx.save_for_backward(*fields[:_TENSORS], *saved)
         ctx.constants = fields[_TENSORS:], backend
         ctx.mark_non_differentiable(*output[1:])
@@ -172,7 +173,7 @@ class _Select(torch.autograd.Function):
         run = _SelectBackward.apply if torch.is_grad_enabled() else _backward
         found = Gradients(*run(*p, grad, *saved, backend))
         _, *wanted = ctx.needs_input_grad
-        dquality = found.quality.to(p.quality.dtype) if wanted[1] and p.quality is not None else None
+        dquality = found.quality.to(p.quality) if wanted[1] and p.quality is not None else None
         grads = (found.features if wanted[0] else None, dquality, found.gamma.to(p.gamma) if wanted[2] else None)
         return (None, *grads, *nothing[1 + len(grads) :])
 

@@ -18,7 +18,7 @@ class Problem(NamedTuple):
     """
 
     features: Tensor  # (B, N, C) padded, or (T, C) packed
-    quality: Tensor | None = None  # (R,) float32 or float64; None: the rows' norms
+    quality: Tensor | None = None  # (R,) or (B, N), float32 or float64; None: the rows' norms
     gamma: Tensor = torch.tensor(0.0)  # 0-d, on the features' device or the CPU
     tau: Tensor = torch.tensor(1.0)  # 0-d, on the features' device or the CPU
     noise: Tensor | None = None  # (K, R), Gumbel samples
@@ -40,6 +40,16 @@ class Problem(NamedTuple):
     def euclidean(self) -> bool:
         """Whether distances are squared Euclidean ones; the quality is given then."""
         return self.metric == "sqeuclidean"
+
+    @property
+    def flat(self) -> "Problem":
+        """With a quality (R,). Not so from the start, as under autograd a view costs more than a call's other checks."""
+        return self if self.quality is None else self._replace(quality=self.quality.reshape(-1))
+
+    @property
+    def quality_shape(self) -> Sequence[int]:
+        """Of the quality and its gradient; (R,) where it is the rows' norms."""
+        return (self.rows,) if self.quality is None else self.quality.shape
 
     @property
     def by_quality(self) -> bool:
@@ -98,7 +108,7 @@ class Selected(NamedTuple):
         kept = []
         if keep:
             softmax = (sets, k, 3) if normalizers else (k, p.rows)
-            kept = [new(shape, dtype=dtype) for shape in (softmax, (k - 1, p.rows), (p.rows,))]
+            kept = [new(*shape, dtype=dtype) for shape in (softmax, (k - 1, p.rows), (p.rows,))]
         return cls(
             new(sets, k, p.dim),
             new(sets, k, dtype=dtype),
@@ -121,5 +131,5 @@ class Gradients(NamedTuple):
     """What a backend's backward pass gives."""
 
     features: Tensor
-    quality: Tensor  # (R,); to be ignored when the quality was the rows' norms
+    quality: Tensor  # as the quality, or (R,); to be ignored when the quality was the rows' norms
     gamma: Tensor  # 0-d

@@ -38,6 +38,7 @@ def forward(p: Problem, keep: bool, ranks: Ranks | None = None) -> Selected:
     for tensor in (out.indices, *out.kept[2:]):  # no pick; and of a row that its norm is not wanted
         tensor.fill_(-1)
     with without_autocast(p.features.device.type):
+        p = p.flat
         for group in _groups(p) if ranks is None else _all_sets(p):
             _select(p, group, out, ranks)
     return out
@@ -53,17 +54,19 @@ def backward(
     """
     new = torch.empty_like if p.cu_seqlens is None else torch.zeros_like  # offsets may leave rows to no set
     dx = new(p.features, memory_format=torch.contiguous_format)
-    dq = torch.zeros_like(saved.norms)
+    dq = saved.norms.new_zeros(p.quality_shape)
     dgamma = saved.norms.new_zeros(())
     with without_autocast(p.features.device.type):
+        p = p.flat
         for group in _groups(p) if ranks is None else _all_sets(p):
-            dgamma += _differentiate(p, group, saved, grad, dx, dq, ranks, picked)
+            dgamma += _differentiate(p, group, saved, grad, dx, dq.view(-1), ranks, picked)
     return Gradients(dx, dq, dgamma)
 
 
 def unpickable_row(p: Problem) -> tuple[int, int, str] | None:
     """The first row that takes part and cannot be picked: its set, its number and the reason."""
     found: list[tuple[int, int, str]] = []
+    p = p.flat
     for group in _groups(p):
         norms = _norms(p, group)
         quality = norms if p.quality is None else group.take(p.quality)

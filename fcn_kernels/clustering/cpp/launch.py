@@ -76,7 +76,7 @@ def chunks_forward(p: Chunks, keep: bool) -> Clustered:
     )
     (rows, width), (centers, dim), chunks = features.shape, p.tokens.shape, p.lengths.shape[0]
     call = _CALL.pack(
-        *map(calls.address, held),
+        *calls.addresses(held),
         rows,
         chunks,
         width,
@@ -88,7 +88,7 @@ def chunks_forward(p: Chunks, keep: bool) -> Clustered:
         p.heads,
         calls.threads(),
     )
-    status = _function("forward", features.dtype)(call, _OUT.pack(*map(calls.address, found)))
+    status = _function("forward", features.dtype)(call, _OUT.pack(*calls.addresses(found)))
     calls.check_status(status, f"the clustering C++ for {rows} rows of {width} in {chunks} chunks")
     return found
 
@@ -107,7 +107,7 @@ def fold(kinds: Sequence[Sequence[Layer]]) -> list[Tensor]:
         for i, layer in enumerate(layers):
             given = [calls.plain(t, torch.float32) for t in layer[:4]]
             held.append(given)
-            addresses = map(calls.address, (*given, weights[i], biases[i], panels[i]))
+            addresses = calls.addresses((*given, weights[i], biases[i], panels[i]))
             packed.append(_LAYER.pack(*addresses, inputs, outputs, layer.scaled, layer.scale))
         made += [weights.mT, biases]
         _panels[made[-2]] = panels
@@ -180,9 +180,9 @@ def fuse(
     held = [[calls.plain(_packed(t), torch.float32) for t in mixer] for mixer in mixers]
     sizes = (sets, clusters, width, centers.shape[1], len(mixers), channels, calls.threads())
     status = _function("fuse", torch.float32)(
-        _FUSE.pack(*map(calls.address, given), *sizes, least_mass),
-        _FUSED.pack(*map(calls.address, found)),
-        b"".join(_MIXER.pack(*map(calls.address, mixer)) for mixer in held),
+        _FUSE.pack(*calls.addresses(given), *sizes, least_mass),
+        _FUSED.pack(*calls.addresses(found)),
+        b"".join(_MIXER.pack(*calls.addresses(mixer)) for mixer in held),
     )
     calls.check_status(status, f"the clustering C++ for the descriptors of {sets} sets")
     return found

@@ -30,7 +30,7 @@ def forward(p: Problem) -> Statistics:
     """The statistics of every row."""
     p = _in_one_dtype(p)
     found = Statistics.empty(p)
-    _run("forward", p, _FOUR.pack(*map(calls.address, found)))
+    _run("forward", p, _FOUR.pack(*calls.addresses(found)))
     return found
 
 
@@ -45,7 +45,7 @@ def backward(p: Problem, grad: Arriving, found: Statistics, wanted: tuple[bool, 
     drows = p.rows.new_empty(p.rows.shape if wanted[0] else 0, dtype=p.dtype)
     dbank = p.bank.new_empty(p.bank.shape if wanted[1] else 0)
     outputs = (t if w else None for t, w in zip((drows, dbank), wanted, strict=True))
-    _run("backward", p, _FOUR.pack(*map(calls.address, held)), *map(calls.address, outputs))
+    _run("backward", p, _FOUR.pack(*calls.addresses(held)), *calls.addresses(outputs))
     return Gradients(drows.to(row_dtype), dbank.to(bank_dtype))
 
 
@@ -59,7 +59,7 @@ def _run(name: str, p: Problem, *arguments: Any) -> None:
     (n, dim), (m, _) = p.rows.shape, p.bank.shape
     held = (calls.plain(p.rows, p.dtype), p.bank, calls.plain(p.ids, torch.int64), calls.plain(p.bank_ids, torch.int64))
     call = _CALL.pack(
-        *map(calls.address, held),
+        *calls.addresses(held),
         n,
         m,
         dim,

@@ -21,7 +21,7 @@ class Backpropagation {
     Backpropagation(const Set& set, const Selected& saved, const Acc* grad, Row* dx, Acc* dq)
         : set(set),
           call(set.call),
-          tau(Acc(call.tau)),
+          tau(*call.tau),
           norm(saved.norms + set.at),
           gaps(saved.gaps + set.at),
           softmax(saved.softmax + set.at),

@@ -450,7 +450,7 @@ class Selection {
     // over all processes' rows.
     void keep_softmax(int64_t step, Acc greatest) {
         Acc* const y = out.softmax + step * call.all_rows + set.at;
-        const Acc tau = Acc(call.tau);
+        const Acc tau = *call.tau;
         if (!std::isfinite(greatest)) return forget(out.softmax + step * call.all_rows);
         const Acc total = Acc(set.sum([&](int64_t i) -> Acc {
             const Acc below = barred[i] ? -INFINITE : noisy(step, i) - greatest;

@@ -24,7 +24,7 @@ _function = calls.functions(_SOURCE, {"forward": 0, "backward": 4})
 
 # Call and Selected of sets.h: addresses, 0 for what is not given; sizes; numbers. A quarter of the time that it would
 # take ctypes.Structure.
-_CALL, _SELECTED = struct.Struct("12P11q2d"), struct.Struct("9P")
+_CALL, _SELECTED = struct.Struct("13P11qd"), struct.Struct("9P")
 
 
 @functools.cache
@@ -46,8 +46,10 @@ def forward(p: Problem, keep: bool, ranks: Ranks | None = None) -> Selected:
 def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
     """Straight-through gradients, given ``grad`` (B, K, C) of the picked rows."""
     dx = torch.empty_like(p.features, memory_format=torch.contiguous_format)
-    dq, dgamma = torch.empty_like(saved.norms), saved.norms.new_zeros(())
-    if p.sets:
+    dq, dgamma = saved.norms.new_empty(p.quality_shape), saved.norms.new_empty(())
+    if p.sets == 0:
+        dgamma.zero_()
+    else:
         _run("backward", p, (None, None, *saved, None, None), calls.plain(grad, dq.dtype), dx, dq, dgamma)
     return Gradients(dx, dq, dgamma)
 
@@ -108,6 +110,7 @@ def _run(
         p.features,
         calls.plain(p.quality, accumulate),
         calls.plain(p.gamma, accumulate),
+        calls.plain(p.tau, accumulate),
         calls.plain(p.noise, accumulate),
         p.seed,
         calls.plain(p.start, torch.int64),
@@ -119,7 +122,7 @@ def _run(
     )
     stride = p.features.stride()
     call = _CALL.pack(
-        *map(calls.address, inputs),
+        *calls.addresses(inputs),
         0 if others is None else ctypes.addressof(others.struct),
         p.sets,
         p.features.shape[-2],
@@ -132,12 +135,12 @@ def _run(
         p.distinct,
         p.euclidean,
         calls.threads(),
-        float(p.tau),
         float(p.distance_scale),
     )
     function = _function(name, p.features.dtype)
-    status = function(call, _SELECTED.pack(*map(calls.address, selected)), *map(calls.address, tensors))
+    status = function(call, _SELECTED.pack(*calls.addresses(selected)), *calls.addresses(tensors))
     if others is not None and others.error is not None:
         raise others.error
-    sizes = f"{p.sets} sets, {p.rows} rows of {p.dim} and k = {p.k}"
-    calls.check_status(status, f"coreset_select's C++ ({name}) for {sizes}")
+    if status:
+        sizes = f"{p.sets} sets, {p.rows} rows of {p.dim} and k = {p.k}"
+        calls.check_status(status, f"coreset_select's C++ ({name}) for {sizes}")

@@ -42,6 +42,7 @@ struct Call {
     const Row* features;                   // rows of C adjacent elements
     const Acc* quality;                    // (R,)
     const Acc* gamma;                      // 0-d
+    const Acc* tau;                        // 0-d
     const Acc* noise;                      // (K, R)
     const int64_t* seed;                   // 0-d
     const int64_t* start;                  // (B,)
@@ -54,7 +55,7 @@ struct Call {
     int64_t sets, rows, all_rows, dim, k;  // B, N (of padded sets), R, C, K
     int64_t set_stride, row_stride;        // elements
     int64_t normalized, distinct, euclidean, threads;
-    double tau, distance_scale;
+    double distance_scale;
 };
 
 struct Selected {  // of problem.py; the last two and the three before them are null where they are not asked for

@@ -143,7 +143,7 @@ def backward(p: Problem, grad: Tensor, saved: Saved, plans: Sequence[Plan] | Non
     plans = plans or _backward_plans(p)
     new, slots = saved.norms.new_empty, p.sets * plans[0].parts
     drows = torch.empty_like(p.features, memory_format=torch.contiguous_format)
-    dquality, dgamma = new(p.rows), new(slots)
+    dquality, dgamma = new(p.quality_shape), new(slots)
     if p.sets == 0:
         return Gradients(drows, dquality, dgamma.sum())
     arguments = {
