@@ -230,6 +230,15 @@ def test_the_command_writes_picks_and_says_the_radius(
         assert not Path(f"{out}.state").exists()
 
 
+def test_the_command_says_that_fewer_rows_came_than_were_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "rows.npy", clustered(20, 4, seed=1).numpy())  # of which three cannot be picked
+    assert run(tmp_path / "rows.npy", "--k", 18, "--out", tmp_path / "out.npz") == 0
+    said = "17 of 20 rows, not the 18 asked for, as no other can be picked, covering radius"
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

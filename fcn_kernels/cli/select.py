@@ -102,8 +102,9 @@ def run_checked(args: argparse.Namespace) -> str:
     arrays = {"picks": picks.numpy(), "distances": distances.numpy(), "covering_radius": radii.numpy()}
     write_columns(args.out, arrays, args.overwrite)
     state_path(args.out).unlink(missing_ok=True)
+    asked = "" if len(picks) == args.k else f", not the {args.k} asked for, as no other can be picked"
     return (
-        f"{args.out}: {len(picks)} of {len(rows)} rows, covering radius {radius:.6g}; "
+        f"{args.out}: {len(picks)} of {len(rows)} rows{asked}, covering radius {radius:.6g}; "
         f"read {read / (rows.numel() * rows.itemsize):.2f} times"
     )
 

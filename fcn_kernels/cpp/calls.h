@@ -15,6 +15,9 @@
 
 namespace fcn_kernels {
 
+// Elements of rows below which waking the other threads for a pass over them, some 5 us, costs more than it gives.
+constexpr int64_t LEAST_SHARED = 64 << 10;
+
 // What a function returns: no exception may leave it.
 enum Status : int { DONE, OUT_OF_MEMORY, FAILED };
 

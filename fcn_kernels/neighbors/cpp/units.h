@@ -7,11 +7,10 @@
 #include <memory>
 
 #include "call.h"
+#include "calls.h"
 #include "product.h"
 
 namespace fcn_kernels {
-
-constexpr int64_t LEAST_SHARED = 64 << 10;  // elements below which waking the other threads costs more than it gives
 
 class UnitRows {
   public:

@@ -16,8 +16,6 @@ namespace fcn_kernels {
 // What a thread takes of a large set: enough rows to be worth it, few enough blocks that a sum of C columns for each
 // costs little beside the rows.
 constexpr int64_t BLOCK_ROWS = 128, BLOCK_ELEMENTS = 8192, MOST_BLOCKS = 256;
-// Elements of a set below which waking the other threads for each of its passes, some 5 us, costs more than it gives.
-constexpr int64_t LEAST_SHARED = 64 << 10;
 // A set is shared where it is more than this part of what a thread gets of all the rows.
 constexpr int64_t PARTS_A_THREAD = 4;
 
