@@ -43,7 +43,7 @@ class Problem(NamedTuple):
 
     @property
     def flat(self) -> "Problem":
-        """With a quality (R,). Not so from the start, as under autograd a view costs more than a call's other checks."""
+        """With a quality (R,). Not so from the start: under autograd a view costs more than a call's other checks."""
         return self if self.quality is None else self._replace(quality=self.quality.reshape(-1))
 
     @property
