@@ -274,7 +274,9 @@ def test_turns_are_counted_as_the_kernel_makes_them() -> None:
 
 
 def test_the_kernel_that_leaves_out_rows_is_walked_through_all_that_it_does() -> None:
-    """A tile loads its rows once, and each pick once for all of them; a turn more is a barrier of all parts more."""
+    """A tile loads its rows once, and each pick once for all of them, but the last twice, as loads run ahead.
+
+    A turn more is a barrier of all parts more."""
     script = """
 import json
 from benchmarks.model.calls import Call
@@ -295,8 +297,8 @@ def adds(turns):
 
 print(json.dumps([
     bytes_of("load_chunk", 3, 1, 2, 3) / (late * 2 * call.dim),
-    bytes_of("meet_picks", 3, 1, 2, 3) / (4 * call.dim),
+    bytes_of("load_directions", 3, 1, 2, 3) / (4 * call.dim),
     adds(5) - adds(3),
 ]))
 """
-    assert _run(script) == [4, 12, 2]  # two turns with two tiles each, which meet three picks
+    assert _run(script) == [4, 16, 2]  # two turns with two tiles each, which meet three picks

@@ -54,14 +54,13 @@ def predict(call: Call, machine: Machine) -> Detailed:
     kernel, late = kernel_of(spec, plan, machine), int(spec.constants["BUILD"].LATE.value)
     x = gaussian(call.all_rows, call.dim)
     turns = count_turns(x, call.k, plan.parts, plan.block_n, launch.EAGER_PICKS, late)
-    costs = costs_of(call, kernel, machine)
+    at_once = occupancy(kernel.registers, kernel.shared, kernel.warps, machine)
+    costs, single = (costs_of(call, kernel, machine, programs) for programs in (at_once, 1))
     eager, instructions = _eager(call, kernel_of(first, plan, machine), machine)
 
     counts = np.stack((turns.collects - 1, turns.tiles, turns.meetings))
-    cycles = np.array([cost.cycles for cost in costs[2:]])
-    slowest = np.argmax(np.tensordot(cycles, counts, 1), axis=1)  # [turns], a part each
     micro = machine.ghz * 1e3
-    pieces = counts[:, np.arange(len(slowest)), slowest].sum(1) * cycles / micro
+    pieces = slowest(counts, single, costs, at_once) / micro
     again = int(turns.again.sum())
     picks = len(turns.again) - again + 1  # the last is made in a turn of its own
     alone = (picks * costs.turn.cycles + again * costs.again.cycles) / micro + (picks + again) * machine.arrival
@@ -72,7 +71,7 @@ def predict(call: Call, machine: Machine) -> Detailed:
     read = launch.EAGER_PICKS * call.bytes + float(turns.reads) * 2 * call.dim
     prediction = Prediction(
         registers=kernel.registers,
-        programs=occupancy(kernel.registers, kernel.shared, kernel.warps, machine),
+        programs=at_once,
         instructions=instructions / call.all_rows,
         microseconds=eager + machine.launch + machine.cooperative + alone + float(pieces.sum()),
         least=read / machine.dram_bytes_per_s * 1e6,
@@ -139,12 +138,29 @@ def trace_of(
     return walk(kernel.code, Way(loops, conditions))
 
 
-def costs_of(call: Call, kernel: Kernel, machine: Machine) -> Costs:
-    """By what a turn, a list, a tile and a meeting more take in programs of few."""
+def slowest(counts: np.ndarray, single: Costs, costs: Costs, at_once: int) -> np.ndarray:
+    """Cycles of lists, tiles and meetings, ``counts`` [3, turns, parts], of the multiprocessor with the most to do in
+    each turn. Parts are ``at_once`` on a multiprocessor, first one on each, then the next.
+
+    The program with the most to do takes as long as a ``single`` one, and longer by what each piece of another's adds
+    to one of its own, which is what tells ``costs`` from those of a single one.
+    """
+    alone, all_alike = (np.array([cost.cycles for cost in of[2:]])[:, None, None] for of in (single, costs))
+    each = counts.reshape(*counts.shape[:2], at_once, -1)  # [3, turns, at_once, multiprocessors]
+    first = (alone[..., None] * each).sum(0).argmax(1)  # [turns, multiprocessors]
+    longest = np.take_along_axis(each, first[None, :, None], 2)[:, :, 0]  # [3, turns, multiprocessors]
+    cycles = alone * longest + (all_alike - alone) / max(at_once - 1, 1) * (each.sum(2) - longest)
+    last = cycles.sum(0).argmax(1)  # [turns]
+    return cycles[:, np.arange(len(last)), last].sum(1)
+
+
+def costs_of(call: Call, kernel: Kernel, machine: Machine, at_once: int) -> Costs:
+    """By what a turn, a list, a tile and a meeting more take in programs of few, ``at_once`` on a multiprocessor, which
+    all do the same."""
 
     def cost(turns: int, collects: int, tiles: int, meetings: int, again: bool = False, first: bool = False) -> Cost:
         trace = trace_of(call, kernel, turns, collects, tiles, meetings, again)
-        return cost_of(kernel.code, kernel.warps, trace, _access(call, kernel, first), machine)
+        return cost_of(kernel.code, kernel.warps, trace, _access(call, kernel, first), machine, at_once)
 
     turn, again = (cost(4, 1, 0, 0, again, True).plus(cost(3, 1, 0, 0, again, True), -1) for again in (False, True))
     one = cost(3, 1, 0, 0)
@@ -172,7 +188,7 @@ def _access(call: Call, kernel: Kernel, first: bool) -> Callable[[Instruction, i
         where = function(i.file, i.line)
         if where == "load_chunk":
             return "dram", size * filled
-        if where in ("meet_picks", "load_row", "make_pick"):
+        if where in ("meet_picks", "load_directions", "load_row", "make_pick"):
             return "l2", size * filled
         known = where in ("look_at_rows", "scores_of", "refresh_rows") and i.name == "LDG"
         return ("l1" if known and not (first and id(i) in of_collects) else "l2"), 128.0

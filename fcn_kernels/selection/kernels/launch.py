@@ -18,6 +18,7 @@ from fcn_kernels.selection.kernels.lazy import select_lazily
 from fcn_kernels.selection.kernels.plans import (
     FORWARD_AT_ONCE,
     POINT,
+    WIDE,
     Plan,
     Sizes,
     backward_plans,
@@ -28,11 +29,12 @@ from fcn_kernels.selection.problem import Gradients, Problem, Saved, Selected
 MAX_DIM = 4096  # a row must fit a program
 STATE_AT_ONCE = 2  # with the state asked for: three left it 8 bytes short of registers on sm_80
 LAZY_AT_ONCE = 2  # where rows that cannot win are left out: three left it 32 bytes short
+LAZY_WIDE_AT_ONCE = 4  # the same of wide rows, of which a thread holds less,
+LAZY_WIDE = 2048  # up to so many columns
 LAZY_PICKS = 64  # from which on rows that cannot win are left out: EAGER_PICKS should be a small part of them
 LAZY_BYTES = 2**26  # of a set's rows, to do so: a pass over fewer takes no longer than what parts have to exchange
 EAGER_PICKS = 16  # made before: with fewer, distances still fall so far that most rows would have to be read
-LATE_ROWS = 8  # of a tile that meets picks late, at the least
-LATE_COLUMNS = 2048  # above, half as many: rows of 4,096 float32 were 152 bytes short of registers on sm_80
+LATE_ROWS = 8  # of a tile that meets picks late, at the least; half as many wide ones
 NOT_LATE = (  # what `select_forward` takes and `select_lazily` does not
     *("tau_ptr", "tau_value", "start_ptr", "mask_ptr", "softmax_ptr", "gaps_ptr", "least_ptr", "owners_ptr"),
     *("directions_ptr", "extremes_ptr", "openings_ptr"),
@@ -47,7 +49,9 @@ def plans(p: Problem) -> tuple[tuple[Plan, ...], tuple[Plan, ...]]:
 
 
 def _forward_plans(p: Problem, keep: bool) -> tuple[Plan, ...]:
-    at_once = STATE_AT_ONCE if p.return_state else LAZY_AT_ONCE if is_lazy(p, keep) else FORWARD_AT_ONCE
+    at_once = STATE_AT_ONCE if p.return_state else FORWARD_AT_ONCE
+    if is_lazy(p, keep):
+        at_once = LAZY_WIDE_AT_ONCE if WIDE < p.dim <= LAZY_WIDE else LAZY_AT_ONCE
     return forward_plans(Sizes.of(p), at_once)
 
 
@@ -131,7 +135,7 @@ def _launch_lazily(p: Problem, plan: Plan, arguments: dict[str, Any]) -> None:
         "progress_ptr": new((slots, 2), dtype=torch.int32),
         "begin": EAGER_PICKS,
     }
-    late = max(LATE_ROWS if p.dim <= LATE_COLUMNS else LATE_ROWS // 2, plan.block_n)
+    late = max(LATE_ROWS if p.dim <= WIDE else LATE_ROWS // 2, plan.block_n)
     build = plan.constants(p, DISTINCT=p.distinct, LATE=late)
     arguments = {name: value for name, value in arguments.items() if name not in NOT_LATE}
     rounds = 2 if p.seed is None and p.noise is None else 3

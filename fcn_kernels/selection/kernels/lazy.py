@@ -163,25 +163,39 @@ def load_square(square_ptr, BUILD: tl.constexpr):
 
 
 @triton.jit
+def load_directions(rows, picks, pick, step, BUILD: tl.constexpr):
+    """A pick's direction in chunks [1, c]."""
+    direction_ptr, _square_ptr = direction_at(rows, picks, pick, step)
+    directions = ()
+    for j in tl.static_range(BUILD.CHUNKS):
+        cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
+        directions = directions + (
+            tl.load(direction_ptr + cols, mask=cols < rows.C, other=0.0, cache_modifier=".cg")[None, :],
+        )
+    return directions
+
+
+@triton.jit
 def meet_picks(rows, picks, n, inside, norm, gap, begin, until, step, BUILD: tl.constexpr):
     """The gaps [n] of a tile of rows after picks [begin, until), products summed as `multiply_rows` sums them.
 
     Gaps fall where products with a pick's unit vector rise, rounding included: the largest product has the least gap.
     """
+    ahead = load_directions(rows, picks, begin, step, BUILD)
     tiles = ()
     for j in tl.static_range(BUILD.CHUNKS):
         tiles = tiles + (load_chunk(rows, n, inside, j, BUILD),)
     nearest = tl.full((BUILD.LATE,), float("inf") if BUILD.EUCLIDEAN else float("-inf"), tl.float32)
     for pick in range(begin, until):  # @picks
-        direction_ptr, square_ptr = direction_at(rows, picks, pick, step)
+        directions = ahead
+        ahead = load_directions(rows, picks, tl.minimum(pick + 1, until - 1), step, BUILD)
+        _direction_ptr, square_ptr = direction_at(rows, picks, pick, step)
         dots = tl.zeros((BUILD.LATE, BUILD.CHUNK), tl.float32)  # [n, c]
         for j in tl.static_range(BUILD.CHUNKS):
-            cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
-            direction = tl.load(direction_ptr + cols, mask=cols < rows.C, other=0.0, cache_modifier=".cg")[None, :]
             if BUILD.EUCLIDEAN:
-                dots += (tiles[j] - direction) * (tiles[j] - direction)
+                dots += (tiles[j] - directions[j]) * (tiles[j] - directions[j])
             else:
-                dots += tiles[j] * direction
+                dots += tiles[j] * directions[j]
         product = tl.sum(dots, axis=1)
         if BUILD.EUCLIDEAN:
             nearest = tl.minimum(nearest, product)
