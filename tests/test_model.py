@@ -172,7 +172,7 @@ def test_what_a_multiprocessor_holds_and_how_it_issues() -> None:
 def test_a_grid_barrier_takes_a_fence_a_look_and_the_others_arrival() -> None:
     (found,) = _run(
         "import json; from benchmarks.checks.barriers import assumed\n"
-        "from benchmarks.model.multiprocessor import H100\n"
+        "from benchmarks.model.machines import H100\n"
         "print(json.dumps([assumed(H100)]))"
     )
     assert H100.arrival + (H100.fence + H100.l2) / H100.ghz / 1e3 < found < 2

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.checks.builds import record
 from benchmarks.harness import Clock, device_name
-from benchmarks.model.multiprocessor import H100, Machine
+from benchmarks.model.machines import H100, Machine
 from benchmarks.model.predict import built, cost_of
 from benchmarks.model.walk import Way, walk
 from fcn_kernels.device.gpu import counters, device_of
