@@ -110,3 +110,15 @@ def test_unit_rows_have_a_derivative_at_their_own_pick(tier: str, device: torch.
     case = random_case(2, 20, 9, 5, unit=True, gamma=-0.7, tau=0.5, noise=None).to(device)
     with forced(tier), poisoned():
         assert_as_accurate_as_eager(case, "triton")
+
+
+@tiers
+def test_rows_that_cannot_be_picked_take_no_gradient(tier: str, device: torch.device) -> None:
+    """By squared distances, too, where the way from a pick to another is not a number."""
+    x = rows(1, 6, 16)
+    x[0, 0], x[0, 1], x[0, 4, 3] = 3e38, -3e38, math.nan
+    leaf = x.to(device).requires_grad_()
+    with forced(tier), poisoned():
+        got = coreset_select(leaf, 3, metric="sqeuclidean", backend="triton")
+        (grad,) = torch.autograd.grad(got.features.sum(), leaf)
+    assert (grad[0, 4] == 0).all()

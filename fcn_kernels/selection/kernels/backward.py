@@ -509,7 +509,10 @@ def write_rows(rows, part, kept, state, grads, centre, extent, BUILD: tl.constex
             cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
             to = grads.rows + at[:, None] * rows.C + cols[None, :]
             written = (n < extent)[:, None] & (cols < rows.C)[None, :]
-            tl.store(to, gradient[j].to(grads.rows.dtype.element_ty), mask=written)
+            chunk = gradient[j]
+            if BUILD.EUCLIDEAN:  # of picks so far apart that the way between them is not a number; cosines' units are
+                chunk = tl.where(allowed[:, None], chunk, 0.0)
+            tl.store(to, chunk.to(grads.rows.dtype.element_ty), mask=written)
     if BUILD.CHOSEN and rows.quality is not None:
         tl.store(state.means + 2 * part.slots + part.slot + part.part, tl.sum(mean, axis=0))
     tl.debug_barrier()
