@@ -503,7 +503,7 @@ def write_rows(rows, part, kept, state, grads, centre, extent, BUILD: tl.constex
             mean += prob * dot
         gradient = ()
         for j in tl.static_range(BUILD.CHUNKS):
-            gradient = gradient + (tile[j] * (inverse * radial)[:, None],)
+            gradient = gradient + (tile[j] * inverse[:, None] * radial[:, None],)  # their product may be infinite
         gradient = add_picks(gradient, rows, kept, state, origin, n, inside & allowed, begin, inverse, BUILD)
         for j in tl.static_range(BUILD.CHUNKS):
             cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
