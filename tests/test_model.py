@@ -62,6 +62,11 @@ def test_instructions_are_read_with_their_control_codes() -> None:
     assert code.targets == {1: 1}
 
 
+def test_a_wait_names_copies_under_way_and_scoreboards() -> None:
+    waits = [Instruction("", "DEPBAR.LE", arguments, "", 0, 0) for arguments in ("SB0, 0x1", "SB5, 0x0, {2}", "SB0")]
+    assert [(i.groups, i.awaits) for i in waits] == [(1, ()), (0, (2,)), (0, ())]
+
+
 def test_a_branch_of_all_threads_has_its_condition_among_its_arguments() -> None:
     uniform = TEXT.replace("@!P0 BRA `(.L_x_0)", "BRA.U !UP2, `(.L_x_0)")
     assert parse(uniform).instructions[1].predicate == "@!UP2"

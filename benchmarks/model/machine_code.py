@@ -42,8 +42,15 @@ class Instruction(NamedTuple):
 
     @property
     def awaits(self) -> tuple[int, ...]:
-        """The scoreboards that have to be free before it."""
-        return tuple(board for board in range(6) if self.control >> 11 + board & 1)
+        """The scoreboards that have to be free before it; a DEPBAR names others behind what it waits for itself."""
+        named = re.search(r"\{([\d, ]+)\}", self.arguments) if self.name == "DEPBAR" else None
+        others = tuple(map(int, named[1].split(","))) if named else ()
+        return tuple(board for board in range(6) if self.control >> 11 + board & 1) + others
+
+    @property
+    def groups(self) -> int:
+        """Of asynchronous copies, how many may be under way after it, where it waits for others."""
+        return int(self.arguments.split(", ")[1], 0) if self.name == "DEPBAR" and ", " in self.arguments else 0
 
     @property
     def bytes_of_thread(self) -> int:

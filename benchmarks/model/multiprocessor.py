@@ -65,9 +65,8 @@ def operations(
             pipe, width = pipe_of[i.name]
             if pipe == "exchange":
                 width = i.bytes_of_thread // 4
-            groups = int(i.arguments.partition(", ")[2] or "0", 0) if i.name == "DEPBAR" else 0
             to = access(i, step) if pipe == "memory" else None
-            known[key] = Operation(i.name, pipe, width, i.stall, i.awaits, i.sets, to, groups, alone)
+            known[key] = Operation(i.name, pipe, width, i.stall, i.awaits, i.sets, to, i.groups, alone)
         made.append(known[key])
     return made
 
