@@ -20,7 +20,7 @@ MAX_ROWS = 2**31 - 1
 CHUNK_BYTES = 512  # of a row at a time: 16 bytes a thread, so that its sum stays within a warp
 TILE_ELEMENTS = 32  # of a tile that a thread holds
 BACKWARD_ELEMENTS = 64  # the same backward, by cosine, of rows of BACKWARD_COLUMNS; for others that spills
-BACKWARD_COLUMNS = (128, 256, 384, 512)
+BACKWARD_COLUMNS = (256, 384, 512)  # of 128 they spill up to 16 bytes, of float32 on sm_80, of others on sm_100
 ODD_ELEMENTS = 8  # the same of rows that do not lie 16 elements apart: each element has an address of its own
 HELD_ELEMENTS = 128  # the same where a set is one tile, which is loaded once; of 512 columns of 2 bytes
 HELD_REST_ELEMENTS = 64  # of other rows, which spill with more
@@ -198,9 +198,9 @@ def forward_plans(sizes: Sizes, at_once: int = FORWARD_AT_ONCE) -> tuple[Plan, .
 
 def backward_plans(sizes: Sizes, euclidean: bool = False) -> tuple[Plan, ...]:
     """As :func:`forward_plans`. Squared distances, whose rows are seen from one of them, leave fewer registers."""
-    holds = sizes.dim in BACKWARD_COLUMNS and (sizes.dim, sizes.itemsize) != (128, 4)  # which spills 8 bytes on sm_80
+    holds = sizes.dim in BACKWARD_COLUMNS and not euclidean
     room = _Room(  # a row has two weights and two sums beside it
-        max(2 * POINT, sizes.chunk * sizes.chunks), BACKWARD_ELEMENTS if holds and not euclidean else sizes.elements
+        max(2 * POINT, sizes.chunk * sizes.chunks), BACKWARD_ELEMENTS if holds else sizes.elements
     )
     short_at_once = SHORT_REST_AT_ONCE if euclidean else SHORT_AT_ONCE
     return _tiers(sizes, room, WIDE_WARPS, short_at_once) or (_whole(sizes, room, BACKWARD_AT_ONCE),)
