@@ -117,6 +117,7 @@ def check_metric(metric: Any, normalized: bool) -> None:
 
 def picks_per_set(k: Any, sets: int, device: torch.device) -> tuple[Any, Tensor | None]:
     """The most that a set may pick, and the picks of each set (B,), None if that is the same for all."""
+    # a tuple: each call would make the union
     if not isinstance(k, (Tensor, list, tuple)) or (isinstance(k, Tensor) and k.ndim == 0):
         return at_least_one("k", k), None
     if isinstance(k, Tensor):

@@ -302,7 +302,7 @@ def adds(turns):
 
 print(json.dumps([
     bytes_of("load_chunk", 3, 1, 2, 3) / (late * 2 * call.dim),
-    bytes_of("load_directions", 3, 1, 2, 3) / (4 * call.dim),
+    bytes_of("load_cols", 3, 1, 2, 3) / (4 * call.dim),
     adds(5) - adds(3),
 ]))
 """

@@ -188,7 +188,7 @@ def _access(call: Call, kernel: Kernel, first: bool) -> Callable[[Instruction, i
         where = function(i.file, i.line)
         if where == "load_chunk":
             return "dram", size * filled
-        if where in ("meet_picks", "load_directions", "load_row", "make_pick"):
+        if where in ("load_cols", "load_row", "make_pick"):
             return "l2", size * filled
         known = where in ("look_at_rows", "scores_of", "refresh_rows") and i.name == "LDG"
         return ("l1" if known and not (first and id(i) in of_collects) else "l2"), 128.0

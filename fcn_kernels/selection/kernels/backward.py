@@ -34,7 +34,9 @@ from fcn_kernels.selection.kernels.common import (
     add_noise,
     bounds_of,
     finite_or_nan,
+    load_cols,
     load_earlier,
+    load_vector,
     noise_unit,
     place_of,
     scalar,
@@ -220,15 +222,8 @@ def prepare_step(rows, part, kept, state, weights, step, mean, settle, tau, BUIL
 
 
 @triton.jit
-def load_cols(pointer, C, j: tl.constexpr, CHUNK: tl.constexpr):
-    """Columns of chunk j of a vector, [c]."""
-    cols = j * CHUNK + tl.arange(0, CHUNK)
-    return tl.load(pointer + cols, mask=cols < C, other=0.0)
-
-
-@triton.jit
 def load_for_rows(pointer, n, C, j: tl.constexpr, CHUNK: tl.constexpr):
-    """The same columns for each row of a tile [n, c]. One row of them would pass through shared memory to get to the
+    """What `load_cols` loads, for each row of a tile [n, c]. One row would pass through shared memory to get to the
     tile's threads, with two barriers; these are found in L1."""
     cols = j * CHUNK + tl.arange(0, CHUNK)
     return tl.load(pointer + tl.zeros_like(n)[:, None] + cols[None, :], mask=(cols < C)[None, :], other=0.0)
@@ -259,15 +254,6 @@ def load_tile(rows, n, allowed, origin, BUILD: tl.constexpr):
             chunk = tl.where(allowed[:, None], chunk - origin[j], 0.0)
         tile = tile + (chunk,)
     return tile
-
-
-@triton.jit
-def load_vector(pointer, C, BUILD: tl.constexpr):
-    """A vector's chunks [1, c], before a loop that needs them for each tile: there a load is two barriers."""
-    vector = ()
-    for j in tl.static_range(BUILD.CHUNKS):
-        vector = vector + (load_cols(pointer, C, j, BUILD.CHUNK)[None, :],)
-    return vector
 
 
 @triton.jit

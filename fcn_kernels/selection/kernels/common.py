@@ -14,6 +14,7 @@ from fcn_kernels.device.noise import gumbel_noise, seed_of
 from fcn_kernels.device.rows import locate
 from fcn_kernels.device.splits import WHOLE, divide
 
+ANY_CACHE = tl.constexpr("")  # a load's modifier; Triton 3.6 takes no plain string as a default
 NO_ROW = tl.constexpr(2147483647)  # above all rows, so that a minimum over rows passes it by
 
 # Rows that left the softmax under `distinct` carry this as their gap: below every gap, so that the running minimum
@@ -127,6 +128,22 @@ def picks_of(set_id, limits_ptr, K):
     if limits_ptr is not None:
         limit = tl.minimum(tl.maximum(tl.load(limits_ptr + set_id), 0), K).to(tl.int32)
     return limit
+
+
+@triton.jit
+def load_cols(pointer, C, j: tl.constexpr, CHUNK: tl.constexpr, CACHE: tl.constexpr = ANY_CACHE):
+    """Columns of chunk j of a vector, [c]."""
+    cols = j * CHUNK + tl.arange(0, CHUNK)
+    return tl.load(pointer + cols, mask=cols < C, other=0.0, cache_modifier=CACHE)
+
+
+@triton.jit
+def load_vector(pointer, C, BUILD: tl.constexpr, CACHE: tl.constexpr = ANY_CACHE):
+    """A vector's chunks [1, c], before a loop that needs them for each tile: there a load is two barriers."""
+    vector = ()
+    for j in tl.static_range(BUILD.CHUNKS):
+        vector = vector + (load_cols(pointer, C, j, BUILD.CHUNK, CACHE)[None, :],)
+    return vector
 
 
 @triton.jit

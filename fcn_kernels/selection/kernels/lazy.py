@@ -31,6 +31,7 @@ from fcn_kernels.selection.kernels.common import (
     finite_or_nan,
     is_extreme,
     load_earlier,
+    load_vector,
     noise_unit,
     picks_of,
     place_of,
@@ -147,32 +148,24 @@ def collect_rows(rows, part, state, picks, weights, step, until, floor, leader, 
 
 
 @triton.jit
-def direction_at(rows, picks, pick, step):
-    """Where the direction of a pick is, and its square."""
-    place = tl.where(pick == step - 1, picks.copy, picks.table + pick)
-    return picks.directions + place.to(tl.int64) * rows.C, picks.squares + place
+def place_of_pick(picks, pick, step):
+    """Where a pick is in the tables. What is there other SMs wrote: it is not loaded from L1."""
+    return tl.where(pick == step - 1, picks.copy, picks.table + pick)
 
 
 @triton.jit
-def load_square(square_ptr, BUILD: tl.constexpr):
-    """Of NORMALIZED rows, a pick's product with itself. Other SMs wrote it: not from L1."""
+def direction_at(rows, picks, pick, step):
+    """Where the direction of a pick is."""
+    return picks.directions + place_of_pick(picks, pick, step).to(tl.int64) * rows.C
+
+
+@triton.jit
+def load_square(picks, pick, step, BUILD: tl.constexpr):
+    """Of NORMALIZED rows, a pick's product with itself."""
     own = 1.0
     if BUILD.NORMALIZED:
-        own = tl.load(square_ptr, cache_modifier=".cg")
+        own = tl.load(picks.squares + place_of_pick(picks, pick, step), cache_modifier=".cg")
     return own
-
-
-@triton.jit
-def load_directions(rows, picks, pick, step, BUILD: tl.constexpr):
-    """A pick's direction in chunks [1, c]."""
-    direction_ptr, _square_ptr = direction_at(rows, picks, pick, step)
-    directions = ()
-    for j in tl.static_range(BUILD.CHUNKS):
-        cols = j * BUILD.CHUNK + tl.arange(0, BUILD.CHUNK)
-        directions = directions + (
-            tl.load(direction_ptr + cols, mask=cols < rows.C, other=0.0, cache_modifier=".cg")[None, :],
-        )
-    return directions
 
 
 @triton.jit
@@ -181,15 +174,15 @@ def meet_picks(rows, picks, n, inside, norm, gap, begin, until, step, BUILD: tl.
 
     Gaps fall where products with a pick's unit vector rise, rounding included: the largest product has the least gap.
     """
-    ahead = load_directions(rows, picks, begin, step, BUILD)
+    ahead = load_vector(direction_at(rows, picks, begin, step), rows.C, BUILD, ".cg")
     tiles = ()
     for j in tl.static_range(BUILD.CHUNKS):
         tiles = tiles + (load_chunk(rows, n, inside, j, BUILD),)
     nearest = tl.full((BUILD.LATE,), float("inf") if BUILD.EUCLIDEAN else float("-inf"), tl.float32)
     for pick in range(begin, until):  # @picks
         directions = ahead
-        ahead = load_directions(rows, picks, tl.minimum(pick + 1, until - 1), step, BUILD)
-        _direction_ptr, square_ptr = direction_at(rows, picks, pick, step)
+        next_ptr = direction_at(rows, picks, tl.minimum(pick + 1, until - 1), step)
+        ahead = load_vector(next_ptr, rows.C, BUILD, ".cg")
         dots = tl.zeros((BUILD.LATE, BUILD.CHUNK), tl.float32)  # [n, c]
         for j in tl.static_range(BUILD.CHUNKS):
             if BUILD.EUCLIDEAN:
@@ -200,7 +193,8 @@ def meet_picks(rows, picks, n, inside, norm, gap, begin, until, step, BUILD: tl.
         if BUILD.EUCLIDEAN:
             nearest = tl.minimum(nearest, product)
         elif BUILD.NORMALIZED:  # of such rows duplicates are 0 away
-            gap = tl.minimum(gap, fresh_gaps(n, norm, product, NO_ROW, load_square(square_ptr, BUILD), BUILD))
+            own = load_square(picks, pick, step, BUILD)
+            gap = tl.minimum(gap, fresh_gaps(n, norm, product, NO_ROW, own, BUILD))
         else:
             nearest = tl.maximum(nearest, product)
     if not BUILD.NORMALIZED:
@@ -215,10 +209,11 @@ def meet_picks_extremely(rows, picks, state, row, until, step, BUILD: tl.constex
     if is_extreme(norm):
         gap = tl.load(state.nearest + rows.first + row)
         for pick in range(tl.load(picks.met + rows.first + row), until):
-            direction_ptr, square_ptr = direction_at(rows, picks, pick, step)
+            direction_ptr = direction_at(rows, picks, pick, step)
             multiply_extreme_rows(rows, row, row + 1, state, direction_ptr, False, True, BUILD)
             product = tl.load(state.products + rows.first + row)
-            gap = tl.minimum(gap, fresh_gaps(row, norm, product, NO_ROW, load_square(square_ptr, BUILD), BUILD))
+            own = load_square(picks, pick, step, BUILD)
+            gap = tl.minimum(gap, fresh_gaps(row, norm, product, NO_ROW, own, BUILD))
         tl.debug_barrier()  # all have loaded what is stored here
         tl.store(state.nearest + rows.first + row, gap)
 
