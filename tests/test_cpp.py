@@ -55,6 +55,20 @@ def test_any_number_of_columns(dim: int) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dim", [2, 3, 8, 15, 16, 17, 33, 64, 71, 130, 512])
+def test_copies_of_the_first_pick_are_0_apart_from_it(dtype: torch.dtype, dim: int) -> None:
+    """Their norms and products come of one pass, the pick's own product of another."""
+    generator = torch.Generator().manual_seed(dim)
+    row = torch.randn(1, dim, generator=generator).mul(3).to(dtype)
+    x = torch.cat([row, torch.randn(3, dim, generator=generator).to(dtype), row.expand(4, dim)])
+    found = coreset_select(x, 1, torch.tensor([2.0, *[1.0] * 7]), backend="cpp", return_min_distances=True)
+    assert found.indices[0] == 0
+    assert not found.min_distances[[0, 4, 5, 6, 7]].any()
+    assert found.min_distances[1:4].all()
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_summed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
     case = random_case(3, 20, 21, 4, dtype=dtype)

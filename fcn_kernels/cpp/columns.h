@@ -13,6 +13,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 namespace fcn_kernels {
 
@@ -150,8 +151,8 @@ inline void for_columns(const Element* row, int64_t dim, Use use) {
     if (c < dim) use(load_part(row + c, dim - c), c, 1);
 }
 
-// This and norm_of are not inlined, so that they round alike wherever they are called: equal rows have to be equally
-// far, as ties are halved.
+// These are not inlined, so that they round alike wherever they are called: equal rows have to be equally far, as ties
+// are halved.
 template <class Element>
 [[gnu::noinline]] Acc product(const Element* row, const Acc* vector, int64_t dim) {
     Vec sums[UNROLLED] = {};
@@ -191,15 +192,9 @@ inline bool is_finite(const Row* row, int64_t dim) {
     return true;
 }
 
-// |x|, also where its square leaves the type's range, as hypot.
+// |x| of a row with such a sum of squares, also where that left the type's range, as hypot.
 template <class Element>
-[[gnu::noinline]] Acc norm_of(const Element* row, int64_t dim) {
-    Vec sums[UNROLLED] = {};
-    for_columns(row, dim, [&](Vec x, int64_t c, int u) {
-        ask_for(row, c, dim);
-        sums[u] += x * x;
-    });
-    const Acc square = sum_of(sums);
+inline Acc norm_from(Acc square, const Element* row, int64_t dim) {
     if (square > LEAST_SQUARE && square < 1 / LEAST_SQUARE) return std::sqrt(square);
     Acc largest = 0, total = 0;
     for (int64_t c = 0; c < dim; ++c) {
@@ -212,6 +207,28 @@ template <class Element>
         total += part * part;
     }
     return largest * std::sqrt(total);
+}
+
+template <class Element>
+[[gnu::noinline]] Acc norm_of(const Element* row, int64_t dim) {
+    Vec sums[UNROLLED] = {};
+    for_columns(row, dim, [&](Vec x, int64_t c, int u) {
+        ask_for(row, c, dim);
+        sums[u] += x * x;
+    });
+    return norm_from(sum_of(sums), row, dim);
+}
+
+// The two, to the bit, in one pass: of rows that come from memory the product takes no time of its own.
+template <class Element>
+[[gnu::noinline]] std::pair<Acc, Acc> norm_and_product(const Element* row, const Acc* vector, int64_t dim) {
+    Vec squares[UNROLLED] = {}, products[UNROLLED] = {};
+    for_columns(row, dim, [&](Vec x, int64_t c, int u) {
+        ask_for(row, c, dim);
+        squares[u] += x * x;
+        products[u] += x * load_work(vector + c);
+    });
+    return {norm_from(sum_of(squares), row, dim), sum_of(products)};
 }
 
 // A row times 2^-exponent, in two steps, as the power itself may leave the type's range.

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <tuple>
 #include <vector>
 
 #include "buckets.h"
@@ -252,13 +253,20 @@ class Selection {
         fit_weights();
         const int64_t taken = call.distinct && count ? picks[0] : -1;
         std::pmr::vector<int64_t> usable(set.blocks(), set.memory);
-        const bool more = !keep && wanted > 1;
+        const bool more = !keep && wanted > 1, at_once = count && !call.euclidean;
         if (more) noise.advance(1);
         second = best_of_blocks([&](int64_t begin, int64_t end) {
             Best best;
             int64_t& found = usable[begin / set.block_rows()];
             for (int64_t i = begin; i < end; ++i) {
-                if (!barred[i]) barred[i] = !std::isnormal(norm[i] = measured(i));
+                Acc along = 0;
+                if (!barred[i]) {
+                    if (at_once)
+                        std::tie(norm[i], along) = norm_and_product(set.row(i), direction(0), call.dim);
+                    else
+                        norm[i] = measured(i);
+                    barred[i] = !std::isnormal(norm[i]);
+                }
                 if (points) points.set(i, barred[i] ? nullptr : set.row(i));
                 least[i] = -1;
                 weight[i] = 0;
@@ -268,7 +276,10 @@ class Selection {
                 least[i] = before(i);
                 met[i] = 0;
                 if (nearest) nearest[i] = -1;
-                if (count && !points) meet(i, 0);
+                if (at_once)
+                    meet(i, 0, gap(along, i, 0));
+                else if (count && !points)
+                    meet(i, 0);
             }
             if (count && points) meet_points(begin, end, 0);
             for (int64_t i = begin; more && i < end; ++i)
@@ -278,20 +289,28 @@ class Selection {
         return call.ranks ? int64_t(pooled[0]) : std::accumulate(usable.begin(), usable.end(), int64_t(0));
     }
 
-    Acc cosine(const Row* row, Acc length, int64_t pick) const {
-        const Acc along = product(row, &directions[pick * padded(call.dim)], call.dim);
+    Acc* direction(int64_t pick) { return &directions[pick * padded(call.dim)]; }
+
+    // Of a row that is so long and has such a product with the pick's direction.
+    Acc cosine(Acc along, Acc length, int64_t pick) const {
         return call.normalized ? along : along / length / pick_norms[pick];
     }
 
-    Acc gap(int64_t i, int64_t pick) const {
-        if (call.euclidean) return squared_distance(set.row(i), &directions[pick * padded(call.dim)], call.dim);
-        const Acc towards = cosine(set.row(i), norm[i], pick);
+    Acc gap(Acc along, int64_t i, int64_t pick) const {
+        const Acc towards = cosine(along, norm[i], pick);
         // a pick and its duplicates are at 0, whatever their cosine rounds to
         return towards == own_cosines[pick] ? 0 : std::max<Acc>(1 - towards, 0);
     }
 
     void meet(int64_t i, int64_t pick) {
-        const Acc fresh = gap(i, pick), distance = fresh * weight[i];
+        const Acc* const of_pick = direction(pick);
+        meet(i, pick,
+             call.euclidean ? squared_distance(set.row(i), of_pick, call.dim)
+                            : gap(product(set.row(i), of_pick, call.dim), i, pick));
+    }
+
+    void meet(int64_t i, int64_t pick, Acc fresh) {
+        const Acc distance = fresh * weight[i];
         if (keep && pick < call.k - 1) out.gaps[pick * call.all_rows + set.at + i] = fresh;
         if (nearest && distance < least[i]) nearest[i] = pick;
         if (!(least[i] <= distance)) least[i] = distance;  // also if it is NaN
@@ -315,7 +334,7 @@ class Selection {
             rows = higher ? Lanes{} + Lane(i) : rows;
             return old;
         };
-        const Acc* const point = &directions[pick * padded(call.dim)];
+        const Acc* const point = direction(pick);
         if (!gaps && !nearest)
             points.meet(begin, end, point, update);
         else
@@ -416,7 +435,7 @@ class Selection {
 
     Best farthest_of_buckets(int64_t step) {
         if (!buckets) buckets.reset(new Buckets(points, set.n, barred, least, weight));
-        const Acc* const point = &directions[(step - 1) * padded(call.dim)];
+        const Acc* const point = direction(step - 1);
         if (nearest)
             buckets->meet(point, [&](int64_t i) { nearest[i] = step - 1; });
         else
@@ -438,12 +457,12 @@ class Selection {
         }
         picks[step] = pick.here;
         std::memcpy(copy, pick.features, call.dim * sizeof(Row));
-        if (call.euclidean) return copy_row(pick.features, &directions[step * padded(call.dim)], call.dim, 0);
+        if (call.euclidean) return copy_row(pick.features, direction(step), call.dim, 0);
         const Acc length = pick.here < 0 ? norm_of(pick.features, call.dim) : norm[pick.here];
         int exponent = 0;
         if (!call.normalized) pick_norms[step] = std::frexp(length, &exponent);
-        copy_row(pick.features, &directions[step * padded(call.dim)], call.dim, exponent);
-        own_cosines[step] = cosine(pick.features, length, step);
+        copy_row(pick.features, direction(step), call.dim, exponent);
+        own_cosines[step] = cosine(product(pick.features, direction(step), call.dim), length, step);
     }
 
     // softmax(noisy logits / tau) of a step, whose pick has the greatest; without its denominator where that is a sum
