@@ -51,7 +51,7 @@ def select(problem: Problem, backend: str) -> tuple[Any, ...]:
     # Skip the dispatcher's autograd layer where nothing needs to intercept the call; it costs 1/6 of a tiny call.
     if graded:
         return _apply(backend, *problem)  # type: ignore[no-any-return]
-    return _forward(*problem, False, backend)
+    return _forward(problem, False, backend)
 
 
 def state_of(out: tuple[Any, ...]) -> Sequence[Tensor]:
@@ -59,23 +59,21 @@ def state_of(out: tuple[Any, ...]) -> Sequence[Tensor]:
     return out[4:6] if isinstance(out[4], Tensor) else out[4]
 
 
-def _forward(*args: Any) -> tuple[Any, ...]:
+def _forward(p: Problem, keep: bool, backend: str) -> tuple[Any, ...]:
     """The forward operator below autograd. Where nobody listens it is spared the dispatcher, a quarter of a tiny
     call."""
-    *fields, keep, backend = args
-    if is_plain_call() and are_plain(fields[:_TENSORS]):
-        p = Problem(*fields)
+    if is_plain_call() and are_plain(p[:_TENSORS]):  # type: ignore[arg-type]
         return _backend(backend, p).forward(p, keep)  # type: ignore[no-any-return]
     with _below_autograd():
-        return _run(*args)  # type: ignore[no-any-return]
+        return _run(*p, keep, backend)  # type: ignore[no-any-return]
 
 
-def _backward(*args: Any) -> tuple[Tensor, ...]:
+def _backward(p: Problem, grad: Tensor, saved: Saved, backend: str) -> tuple[Tensor, ...]:
     """As :func:`_forward`."""
-    if is_plain_call() and are_plain((*args[:_TENSORS], *args[_FIELDS:-1])):
-        return _select_backward(*args)
+    if is_plain_call() and are_plain((*p[:_TENSORS], grad, *saved)):  # type: ignore[arg-type]
+        return _backend(backend, p).backward(p, grad, saved)  # type: ignore[no-any-return]
     with _below_autograd():
-        return _run_backward(*args)  # type: ignore[no-any-return]
+        return _run_backward(*p, grad, *saved, backend)  # type: ignore[no-any-return]
 
 
 def asks_for_gradient(features: Tensor, quality: Tensor | None, gamma: Tensor) -> bool:
@@ -100,9 +98,14 @@ def _select(*args: Any) -> Selected:
 
 
 def _select_backward(*args: Any) -> Gradients:
-    p = Problem(*args[:_FIELDS])
+    p, grad, saved, backend = _backward_call(args)
+    return _backend(backend, p).backward(p, grad, saved)  # type: ignore[no-any-return]
+
+
+def _backward_call(args: tuple[Any, ...]) -> tuple[Problem, Tensor, Saved, str]:
+    """Of an operator's arguments."""
     grad, *saved, backend = args[_FIELDS:]
-    return _backend(backend, p).backward(p, grad, Saved(*saved))  # type: ignore[no-any-return]
+    return Problem(*args[:_FIELDS]), grad, Saved(*saved), backend
 
 
 _library.impl("select", _select, "CompositeExplicitAutograd")
@@ -117,8 +120,7 @@ def _select_fake(*args: Any) -> Selected:
 
 @torch.library.register_fake("fcn_kernels::select_backward", lib=_library)
 def _select_backward_fake(*args: Any) -> Gradients:
-    p = Problem(*args[:_FIELDS])
-    saved = Saved(*args[_FIELDS + 1 : -1])
+    p, _, saved, _ = _backward_call(args)
     new = saved.norms.new_empty
     return Gradients(p.features.new_empty(p.features.shape), new(p.quality_shape), new(()))
 
@@ -149,7 +151,7 @@ class _Select(torch.autograd.Function):
 
     @staticmethod
     def forward(backend: str, *fields: Any) -> tuple[Tensor, ...]:
-        out = Selected(*_forward(*fields, True, backend))
+        out = Selected(*_forward(Problem(*fields), True, backend))
         return (*out[:4], *out.state, *out.kept)
 
     @staticmethod
@@ -169,9 +171,10 @@ class _Select(torch.autograd.Function):
         constants, backend = ctx.constants
         tensors = ctx.saved_tensors
         p, saved = Problem(*tensors[:_TENSORS], *constants), Saved(*tensors[_TENSORS:])
-        # with create_graph, the function that refuses a second derivative has its say
-        run = _SelectBackward.apply if torch.is_grad_enabled() else _backward
-        found = Gradients(*run(*p, grad, *saved, backend))
+        if torch.is_grad_enabled():  # create_graph: the function that refuses a second derivative has its say
+            found = Gradients(*_SelectBackward.apply(*p, grad, *saved, backend))
+        else:
+            found = Gradients(*_backward(p, grad, saved, backend))
         _, *wanted = ctx.needs_input_grad
         dquality = found.quality.to(p.quality) if wanted[1] and p.quality is not None else None
         grads = (found.features if wanted[0] else None, dquality, found.gamma.to(p.gamma) if wanted[2] else None)
@@ -232,7 +235,9 @@ _apply = super(torch.autograd.Function, _Select).apply
 class _SelectBackward(torch.autograd.Function):
     """The backward operator, which has no derivative."""
 
-    forward = staticmethod(_backward)
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _backward(*_backward_call(args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -252,11 +257,12 @@ class _SelectBackward(torch.autograd.Function):
 
 
 def _select_autograd(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
-    *fields, _keep, backend = args
-    if asks_for_gradient(*fields[:3]):
-        out = _Select.apply(backend, *fields)
-        return *out[:4], list(out[4 : 4 + 2 * Problem(*fields).return_state]), []
-    return _forward(*args)
+    *fields, keep, backend = args
+    p = Problem(*fields)
+    if asks_for_gradient(*p[:3]):
+        out = _Select.apply(backend, *p)
+        return *out[:4], list(out[4 : 4 + 2 * p.return_state]), []
+    return _forward(p, keep, backend)
 
 
 _library.impl("select", _select_autograd, "Autograd")
