@@ -58,6 +58,7 @@ def _gpu(results: Results) -> Iterator[Target]:
 def _cpu(results: Results) -> Iterator[Target]:
     """float32, C = 512, K = 3."""
     yield from _ratios(results, ((64, 20), (1, 8000)), {EAGER: 4.0}, "float32")
+    yield from _ratios(results, ((64, 20),), {COMPILED: 2.5}, "float32", (BOTH,))
     kept = [results.one("memory", rows=4000, implementation=name) for name in (FUSED, EAGER)]
     ratio = None if kept[0] is None or kept[1] is None else kept[1].kept_bytes / kept[0].kept_bytes
     yield _at_least("bytes kept for backward at N = 4,000, times fewer than the listing", ratio, 40.0, "{:.0f}x")
@@ -110,11 +111,15 @@ def _in_bank(results: Results, rows: int, k: int, work: str, name: str) -> tuple
 
 
 def _ratios(
-    results: Results, shapes: tuple[tuple[int, int], ...], wanted: dict[str, float], dtype: str
+    results: Results,
+    shapes: tuple[tuple[int, int], ...],
+    wanted: dict[str, float],
+    dtype: str,
+    works: tuple[str, ...] = WORKS,
 ) -> Iterator[Target]:
     for other, least in wanted.items():
         for sets, n in shapes:
-            for work in WORKS:
+            for work in works:
                 shape = {"sets": sets, "rows": n, "k": 3, "dim": 512, "dtype": dtype, "work": work}
                 pair = [results.one("selection", implementation=name, **shape) for name in (FUSED, other)]
                 ratio = None if pair[0] is None or pair[1] is None else pair[1].median_s / pair[0].median_s
