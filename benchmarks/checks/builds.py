@@ -3,8 +3,8 @@
     python -m benchmarks.checks.builds            # a Markdown table
     python -m benchmarks.checks.builds --json     # the same for programs
 
-A launcher runs with its kernel replaced by a recorder, so that what is built has the signature, the constants, the
-divisibilities and the warps of a real launch. No GPU is needed: ptxas and cuobjdump come with Triton.
+A launcher runs with its kernel replaced by a recorder, which asks Triton's runtime what it would compile for these
+arguments. No GPU is needed: ptxas and cuobjdump come with Triton.
 """
 
 import argparse
@@ -57,7 +57,6 @@ NEIGHBORS_KERNELS = (
     "gather_bank",
 )
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_cooperative_grid")
-POINTERS: dict[Any, str] = {}
 
 
 class Spec(NamedTuple):
@@ -68,7 +67,8 @@ class Spec(NamedTuple):
     kernel: str
     signature: dict[str, str]
     constants: dict[str, Any]
-    divisible: list[str]
+    attributes: dict[str, Any]
+    """What the compiler is told of an argument: that it is a multiple of 16."""
     options: dict[str, int]
 
 
@@ -95,65 +95,49 @@ class Build(NamedTuple):
 
 
 class Recorder:
-    """Stands in for a kernel: keeps the arguments of each launch instead of launching."""
+    """Stands in for a kernel: keeps what Triton's runtime would compile for each launch instead of launching."""
 
-    def __init__(self, kernel: Any, module: str, label: str) -> None:
-        self.kernel, self.module, self.label = kernel, module, label
-        self.specs: list[Spec] = []
+    def __init__(self, kernel: Any, label: str, target: str) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import make_backend
+        from triton.runtime.jit import create_function_from_signature
+
+        self.kernel, self.label, self.specs = kernel, label, list[Spec]()
+        self.target = GPUTarget(*TARGETS[target])
+        self.backend = make_backend(self.target)
+        self.bind = create_function_from_signature(kernel.signature, kernel.params, self.backend)
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return self.record
 
     def record(self, *args: Any, **kwargs: Any) -> None:
-        """Specialise as Triton's runtime does: None and 1 are constants, multiples of 16 are known to be."""
-        import torch
-
-        params = self.kernel.params
-        values = {p.name: a for p, a in zip(params, args, strict=False)}
-        options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
-        values.update(kwargs)
-        signature: dict[str, str] = {}
-        constants: dict[str, Any] = {}
-        divisible = []
-        for p in params:
-            value = values[p.name]
-            if p.is_constexpr or value is None:
-                kind = "constexpr"
-            elif isinstance(value, torch.Tensor):
-                kind = "*" + POINTERS[value.dtype]
-                divisible.append(p.name)
-            elif isinstance(value, float):
-                kind = "fp32"
-            elif value == 1 and not p.do_not_specialize:
-                kind = "constexpr"
-            else:
-                kind = p.annotation_type or ("i32" if abs(value) < 2**31 else "i64")
-                if value % 16 == 0 and not p.do_not_specialize:
-                    divisible.append(p.name)
-            signature[p.name] = kind
-            if kind == "constexpr":
-                constants[p.name] = value
-        name = self.kernel.fn.__name__
-        self.specs.append(Spec(self.label, self.module, name, signature, constants, divisible, options))
+        """As JITFunction.run, up to where that compiles."""
+        if self.target.backend == "hip":
+            kwargs.pop("maxnreg", None)  # where PyTorch is AMD's, the launchers do not ask for it
+        bound, specialization, options = self.bind(*args, **kwargs, debug=False, instrumentation_mode="")
+        _, signature, constants, attributes = self.kernel._pack_args(
+            self.backend, kwargs, bound, specialization, options
+        )
+        names = list(signature)
+        self.specs.append(
+            Spec(
+                label=self.label,
+                module=self.kernel.fn.__module__,
+                kernel=self.kernel.fn.__name__,
+                signature=signature,
+                constants={names[i]: value for (i,), value in constants.items()},
+                attributes={names[i]: value for (i,), value in attributes.items() if value},
+                options={name: kwargs[name] for name in OPTIONS if name in kwargs},
+            )
+        )
 
 
-def record(label: str, module: Any, kernels: tuple[str, ...], launch: Callable[[], object]) -> list[Spec]:
-    """The launches of ``kernels`` that ``launch()`` makes through ``module``."""
-    import torch
-
-    POINTERS.update(
-        {
-            torch.float32: "fp32",
-            torch.bfloat16: "bf16",
-            torch.float16: "fp16",
-            torch.int64: "i64",
-            torch.int32: "i32",
-            torch.bool: "i1",
-            torch.uint8: "u8",
-        }
-    )
+def record(
+    label: str, module: Any, kernels: tuple[str, ...], launch: Callable[[], object], target: str
+) -> list[Spec]:
+    """The launches of ``kernels`` that ``launch()`` makes through ``module``, for a target."""
     originals = {name: getattr(module, name) for name in kernels}
-    recorders = {name: Recorder(k, k.fn.__module__, label) for name, k in originals.items()}
+    recorders = {name: Recorder(k, label, target) for name, k in originals.items()}
     try:
         for name, recorder in recorders.items():
             setattr(module, name, recorder)
@@ -181,7 +165,7 @@ def compiled(spec: Spec, target: str) -> Any:
         fn=kernel,
         signature=spec.signature,
         constexprs={(order.index(n),): v for n, v in spec.constants.items()},
-        attrs={(order.index(n),): [["tt.divisibility", 16]] for n in spec.divisible},
+        attrs={(order.index(n),): v for n, v in spec.attributes.items()},
     )
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.always_compile = True
@@ -291,9 +275,9 @@ def selection_specs(target: str) -> Iterator[Spec]:
         kind = str(dtype).removeprefix("torch.")
         label = f"{kind} {name} ({sets}, {'packed' if packed else rows}, {dim}) K={k}"
         if launch.is_lazy(problem, keep=name != "many picks"):
-            made = record(label, launch, ("select_forward", "select_lazily"), lambda: launch.forward(problem, False))
+            made = record(label, launch, ("select_forward", "select_lazily"), lambda: launch.forward(problem, False), target)
             return [made[0], made[-1]]  # of the launches before the last, which are all alike, one
-        return record(label, launch, ("select_forward", "select_backward"), both)
+        return record(label, launch, ("select_forward", "select_backward"), both, target)
 
     with as_if_on(PROCESSORS[target], cooperative=target.startswith("sm")):
         for dtype in (bf16, fp32):
@@ -342,7 +326,7 @@ def selection_specs(target: str) -> Iterator[Spec]:
         yield from specs("one set, launches", 1, 8000, 512, bf16)
 
 
-def attention_specs() -> Iterator[Spec]:
+def attention_specs(target: str) -> Iterator[Spec]:
     """Set attention for the head's 24 queries, in training and inference, of large sets and of small ones, and for the
     most queries that it is planned for."""
     import torch
@@ -373,10 +357,10 @@ def attention_specs() -> Iterator[Spec]:
 
             kind = str(dtype).removeprefix("torch.")
             label = f"{kind} attention (4, {rows}, 512) H={queries} dropout {dropout}"
-            yield from record(label, launch, ATTENTION_KERNELS, both)
+            yield from record(label, launch, ATTENTION_KERNELS, both, target)
 
 
-def clustering_specs() -> Iterator[Spec]:
+def clustering_specs(target: str) -> Iterator[Spec]:
     """cluster_sums with the values as keys, with keys and scales, and with more centers than a block of them."""
     import torch
 
@@ -406,10 +390,10 @@ def clustering_specs() -> Iterator[Spec]:
 
             kind = str(dtype).removeprefix("torch.")
             label = f"{kind} sums (4, 1000, 512) M={every}{' keys' if keyed else ''}"
-            yield from record(label, launch_sums, ("share_forward", "add_pieces", "share_backward"), both)
+            yield from record(label, launch_sums, ("share_forward", "add_pieces", "share_backward"), both, target)
 
 
-def chunks_specs() -> Iterator[Spec]:
+def chunks_specs(target: str) -> Iterator[Spec]:
     """Cluster and Aggregate's own sizes: a block, with and without norms and dropped blocks, forward and backward; and
     one head of all channels."""
     import torch
@@ -456,9 +440,9 @@ def chunks_specs() -> Iterator[Spec]:
         made: list[Spec] = []
 
         def blocks(label: str = label, made: list[Spec] = made, both: Callable[[], None] = both) -> None:
-            made += record(label, launch_chunks, CHUNK_KERNELS, both)
+            made += record(label, launch_chunks, CHUNK_KERNELS, both, target)
 
-        shares = record(label, launch_sums, ("share_forward", "add_pieces", "share_backward"), blocks)
+        shares = record(label, launch_sums, ("share_forward", "add_pieces", "share_backward"), blocks, target)
         yield from {str(spec): spec for spec in (*made, *shares)}.values()  # a layer's launch comes several times
 
 
@@ -486,7 +470,7 @@ def neighbors_specs(target: str) -> Iterator[Spec]:
                             found = Statistics.empty(problem)._replace(indices=torch.zeros(70, problem.k).long())
                             launch.backward(problem, arriving, found, (True, True))
 
-                    specs = record(label, launch, NEIGHBORS_KERNELS, both)
+                    specs = record(label, launch, NEIGHBORS_KERNELS, both, target)
                     if k == 300:  # only what holds all that a filter stored is another kernel
                         specs = [spec for spec in specs if spec.kernel == "select_best"]
                     yield from {str(spec): spec for spec in specs}.values()
@@ -496,9 +480,9 @@ def launches_of(target: str) -> list[Spec]:
     """All launches on a target; of those that differ in nothing that is built, one."""
     specs = (
         *selection_specs(target),
-        *attention_specs(),
-        *clustering_specs(),
-        *chunks_specs(),
+        *attention_specs(target),
+        *clustering_specs(target),
+        *chunks_specs(target),
         *neighbors_specs(target),
     )
     return list({str(spec): spec for spec in specs}.values())

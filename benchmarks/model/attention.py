@@ -112,7 +112,7 @@ def kernels_of(call: Call, work: str, machine: Machine) -> tuple[list[Kernel], i
         counted = CountedLaunches()
 
         def launched() -> None:
-            specs.extend(record(call.name, launch, ATTENTION_KERNELS, go))
+            specs.extend(record(call.name, launch, ATTENTION_KERNELS, go, machine.target))
 
         with counted:
             moved = counted_bytes(launched)

@@ -85,7 +85,7 @@ def launches_of(call: Call, machine: Machine) -> tuple[Plan, list[Spec]]:
     with as_if_on(machine.processors):
         (plan,) = launch._forward_plans(p, False)
         names = ("select_forward", "select_lazily")
-        specs = record(call.name, launch, names, lambda: launch.forward(p, False))
+        specs = record(call.name, launch, names, lambda: launch.forward(p, False), machine.target)
     if call.sets != 1 or specs[-1].kernel != "select_lazily":
         raise ValueError(f"expected one set of which rows are left out, got {call}")
     return plan, specs[-2:]

@@ -102,7 +102,7 @@ def kernels_of(call: Call, work: str, machine: Machine) -> list[Kernel]:
     launch.LAZY_PICKS = call.k + 1  # of many picks, too, the kernel that reads all rows: `lazy.py` has the other
     try:
         with as_if_on(machine.processors):
-            specs, plans = _launches(call, work)
+            specs, plans = _launches(call, work, machine.target)
     finally:
         launch.LAZY_PICKS = original
     return [
@@ -139,12 +139,12 @@ def problem_of(call: Call, work: str) -> Problem:
     )
 
 
-def _launches(call: Call, work: str) -> tuple[list[Spec], tuple[Plan, ...]]:
+def _launches(call: Call, work: str, target: str) -> tuple[list[Spec], tuple[Plan, ...]]:
     empty, p = functools.partial(torch.empty, device="meta"), problem_of(call, work)
     forward_plans, backward_plans = launch.plans(p)
     if work != BACKWARD:
         go: Callable[[], object] = functools.partial(launch.forward, p, work == SAMPLE)
-        return record(call.name, launch, ("select_forward",), go), forward_plans
+        return record(call.name, launch, ("select_forward",), go, target), forward_plans
     saved = Saved(
         indices=empty(call.sets, call.k, dtype=torch.int64),
         counts=empty(call.sets, dtype=torch.int64),
@@ -153,7 +153,7 @@ def _launches(call: Call, work: str) -> tuple[list[Spec], tuple[Plan, ...]]:
         norms=empty(call.all_rows),
     )
     go = functools.partial(launch.backward, p, empty(call.sets, call.k, call.dim, dtype=torch.bfloat16), saved)
-    return record(call.name, launch, ("select_backward",), go), backward_plans
+    return record(call.name, launch, ("select_backward",), go, target), backward_plans
 
 
 def _fits(call: Call, plan: Plan, machine: Machine) -> bool:
