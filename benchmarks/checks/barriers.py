@@ -46,7 +46,9 @@ def launch(barrier: Tensor, parts: int, times: int) -> None:
 def assumed(machine: Machine) -> float:
     """Microseconds a barrier by the model: counted instructions, assumed latencies and an assumed arrival."""
     barrier = torch.empty(1, dtype=torch.int32)
-    (spec,) = record("barriers", sys.modules[__name__], ("meet_often",), lambda: launch(barrier, 2, FEW), machine.target)
+    (spec,) = record(
+        "barriers", sys.modules[__name__], ("meet_often",), lambda: launch(barrier, 2, FEW), machine.target
+    )
     code, _, _ = built(spec, machine)
 
     def cycles(times: int) -> float:

@@ -132,9 +132,7 @@ class Recorder:
         )
 
 
-def record(
-    label: str, module: Any, kernels: tuple[str, ...], launch: Callable[[], object], target: str
-) -> list[Spec]:
+def record(label: str, module: Any, kernels: tuple[str, ...], launch: Callable[[], object], target: str) -> list[Spec]:
     """The launches of ``kernels`` that ``launch()`` makes through ``module``, for a target."""
     originals = {name: getattr(module, name) for name in kernels}
     recorders = {name: Recorder(k, label, target) for name, k in originals.items()}
@@ -274,8 +272,10 @@ def selection_specs(target: str) -> Iterator[Spec]:
 
         kind = str(dtype).removeprefix("torch.")
         label = f"{kind} {name} ({sets}, {'packed' if packed else rows}, {dim}) K={k}"
-        if launch.is_lazy(problem, keep=name != "many picks"):
-            made = record(label, launch, ("select_forward", "select_lazily"), lambda: launch.forward(problem, False), target)
+        if launch.is_lazy(problem, keep="many picks" not in name):
+            made = record(
+                label, launch, ("select_forward", "select_lazily"), lambda: launch.forward(problem, False), target
+            )
             return [made[0], made[-1]]  # of the launches before the last, which are all alike, one
         return record(label, launch, ("select_forward", "select_backward"), both, target)
 
@@ -307,9 +307,9 @@ def selection_specs(target: str) -> Iterator[Spec]:
         )
         for dtype, dim in ((bf16, 1536), (bf16, 512), (fp32, 512), (fp32, 4096), (bf16, 100)):
             yield from specs("many picks", 1, 400_000, dim, dtype, k=64, seed=None)
-        yield from specs("many picks", 1, 400_000, 512, bf16, k=64, distinct=True)
-        yield from specs("many picks", 1, 400_000, 512, bf16, k=64, metric="sqeuclidean", seed=None)
-        yield from specs("many picks", 1, 400_000, 512, bf16, k=64, normalized=True, seed=None)
+        yield from specs("many picks, sampled, distinct", 1, 400_000, 512, bf16, k=64, distinct=True)
+        yield from specs("many picks, squared", 1, 400_000, 512, bf16, k=64, metric="sqeuclidean", seed=None)
+        yield from specs("many picks, unit rows", 1, 400_000, 512, bf16, k=64, normalized=True, seed=None)
         squared = {"metric": "sqeuclidean", "seed": None}
         for dtype, dim in ((fp32, 3), (fp32, 4), (bf16, 8), (fp32, 64), (bf16, 512), (fp32, 1536)):
             yield from specs("squared sets", 256, 1024, dim, dtype, k=64, **squared)

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcn_kernels import coreset_select
-from fcn_kernels.heads.facecoresetnet import CoresetAggregator
+from fcn_kernels import ClusterAggregate, CoresetAggregator, cluster_sums, context_statistics, coreset_select
 
 LENGTHS = (3, 700, 0, 1, 64)
 """Of packed sets: some stay on the chip, one is streamed, one is empty."""
@@ -57,6 +56,56 @@ def aggregated(device: str, dtype: torch.dtype, lengths: tuple[int, ...]) -> Val
     return {"picks": out.coreset.indices, "descriptor": out.descriptor.detach(), "features": unit.grad}
 
 
+def picked(device: str, dtype: torch.dtype, metric: str) -> Values:
+    """Many picks of a set that is split, without a gradient: of a smaller one than would leave rows out by itself."""
+    rows = torch.randn(1, 3000, 64, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    try:
+        from fcn_kernels.selection.kernels import launch
+    except ImportError:
+        return {"picks": coreset_select(rows, 80, metric=metric).indices}
+    least, launch.LAZY_BYTES = launch.LAZY_BYTES, 0
+    try:
+        return {"picks": coreset_select(rows, 80, metric=metric).indices}
+    finally:
+        launch.LAZY_BYTES = least
+
+
+def summed(device: str, dtype: torch.dtype, centers: int, keyed: bool) -> Values:
+    """Forward and backward of a cluster's sums, of values by keys of their own or by themselves."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2, 130, 32, generator=generator).to(device, dtype).requires_grad_()
+    keys = torch.randn(2, 130, 16, generator=generator).to(device).requires_grad_() if keyed else None
+    weight = torch.randn(centers, 16 if keyed else 32, generator=generator).to(device).requires_grad_()
+    found = cluster_sums(values, weight, keys=keys)
+    gradients = torch.autograd.grad(found.sums.cumsum(-1).sum(), (values, weight))
+    return {"sums": found.sums.detach(), **dict(zip(("values", "weight"), gradients, strict=True))}
+
+
+def clustered(device: str, dtype: torch.dtype) -> Values:
+    """Forward and backward of Cluster and Aggregate, on chunks that a program has to itself and on longer ones."""
+    torch.manual_seed(0)
+    head = ClusterAggregate(32, depth=1, style_dim=8, norm_dim=8, num_heads=2, style_channels=0).eval().to(device)
+    rows, styles = (torch.randn(2, 150, width).to(device, dtype) for width in (32, 8))
+    out = head(rows.requires_grad_(), styles, lengths=torch.tensor([150, 20], device=device), chunk=100)
+    parameters = [head.blocks[0].qkv.weight, head.centers]
+    gradients = torch.autograd.grad(out.descriptor.cumsum(-1).sum(), (rows, *parameters))
+    return {"descriptor": out.descriptor.detach(), **dict(zip(("features", "qkv", "centers"), gradients, strict=True))}
+
+
+def compared_in_context(device: str, dtype: torch.dtype, k: int | None) -> Values:
+    """Forward and backward of what is known of each row's nearest in a bank, identities apart."""
+    generator = torch.Generator().manual_seed(0)
+    x, bank = (torch.randn(n, 40, generator=generator).to(device, dtype).requires_grad_() for n in (70, 900))
+    ids, bank_ids = (torch.arange(n, device=device) % 7 for n in (70, 900))
+    least = None if k else -1.0
+    found = context_statistics(x, bank, k, min_cosine=least, ids=ids, bank_ids=bank_ids)
+    values = {"mean": found.mean.detach(), "std": found.std.detach()}
+    if k is None:  # of all there is no gradient
+        return values
+    gradients = torch.autograd.grad((found.mean + found.std).sum(), (x, bank))
+    return values | dict(zip(("rows", "bank"), gradients, strict=True))
+
+
 def cases() -> Iterator[tuple[Callable[..., Values], torch.dtype, tuple[Any, ...], dict[str, Any]]]:
     """What is compared: a step, and its arguments after the device."""
     yield aggregated, torch.float32, (LENGTHS,), {}
@@ -65,6 +114,13 @@ def cases() -> Iterator[tuple[Callable[..., Values], torch.dtype, tuple[Any, ...
             for shape in SHAPES:
                 yield selected, dtype, (shape, ()), options
             yield selected, dtype, ((sum(LENGTHS), 64), LENGTHS), options
+        for metric in ("cosine", "sqeuclidean"):
+            yield picked, dtype, (metric,), {}
+        for centers, keyed in ((4, True), (4, False), (70, True)):
+            yield summed, dtype, (centers, keyed), {}
+        yield clustered, dtype, (), {}
+        for k in (5, 300, None):
+            yield compared_in_context, dtype, (k,), {}
 
 
 def compare(step: Callable[..., Values], dtype: torch.dtype, args: tuple[Any, ...], options: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ def rms_norm(from_ptr, to_ptr, BLOCK: tl.constexpr):
 def share_of_bandwidth(kernel: str, machine: Machine) -> float:
     """What one of them reaches of the memory's bandwidth, were the multiprocessor the only limit: programs in waves."""
     pointers = {"from_ptr": "*bf16", "to_ptr": "*bf16"}
-    signature, multiples = {**pointers, "BLOCK": "constexpr"}, dict.fromkeys(pointers, [["tt.divisibility", 16]])
+    signature, multiples = {**pointers, "BLOCK": "constexpr"}, {key: [["tt.divisibility", 16]] for key in pointers}
     spec = Spec(kernel, __name__, kernel, signature, {"BLOCK": COLUMNS}, multiples, {"num_warps": WARPS})
     made = compiled(spec, machine.target)
     code = disassemble(made.asm["cubin"])
