@@ -631,13 +631,11 @@ def forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, 
             phase = grid_barrier(part.barrier + rows.set_id, part.part, part.parts, phase)
         if BUILD.SPLIT != WHOLE:
             partial, pickable = merge_partials(shared, part, step, tau, BUILD)
-            if BUILD.EARLY and BUILD.KEEP:
-                if (step == 1) & (part.part == 0):
-                    lane = tl.arange(0, BUILD.BLOCK_P)
-                    each = tl.load(
-                        shared.openings + part.slot + lane, mask=lane < part.parts, other=0.0, cache_modifier=".cg"
-                    )
-                    tl.store(out.softmax + rows.set_id.to(tl.int64) * K * 3 + 1, tl.sum(each, axis=0))
+            if BUILD.EARLY and BUILD.KEEP and (step == 1) & (part.part == 0):
+                lane = tl.arange(0, BUILD.BLOCK_P)
+                at = shared.openings + part.slot + lane
+                each = tl.load(at, mask=lane < part.parts, other=0.0, cache_modifier=".cg")
+                tl.store(out.softmax + rows.set_id.to(tl.int64) * K * 3 + 1, tl.sum(each, axis=0))
         given = step < K
         if step == 0:
             if START:
@@ -664,13 +662,10 @@ def forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, 
             tl.debug_barrier()  # all have read what these loops write
             tl.store(state.directions + slot.to(tl.int64) * rows.C + cols, direction, mask=cols < rows.C)
             tl.debug_barrier()
-            if BUILD.EARLY:
-                if step == 0:
-                    pickable = open_rows(
-                        rows, part, held, out, state, shared, weights, partial.score, given, tau, START, BUILD
-                    )
-                else:
-                    see_rows(rows, part, held, state, False, True, BUILD)
+            if BUILD.EARLY and step == 0:
+                pickable = open_rows(
+                    rows, part, held, out, state, shared, weights, partial.score, given, tau, START, BUILD
+                )
             else:
                 see_rows(rows, part, held, state, False, True, BUILD)
             # -- distances and scores, a row to a thread
