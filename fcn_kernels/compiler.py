@@ -29,7 +29,6 @@ _FLAGS = (
     "-std=c++20",
     "-O3",
     "-fno-math-errno",
-    "-fopenmp",
     "-pthread",
     "-shared",
     "-fPIC",
@@ -52,10 +51,10 @@ class NoCompilerError(CompilerError):
 def load(source: Path, *definitions: str) -> ctypes.CDLL:
     """The library that ``source`` makes with ``-D`` definitions: compiled, or taken from an earlier process.
 
-    The compiler is ``$CXX``, or c++, g++ or clang++. Libraries are kept in ``fcn_kernels`` under ``$XDG_CACHE_HOME``
-    or ``~/.cache``, under a name that changes with the sources beside it, the shared headers, the compiler, the CPU and
-    PyTorch's threads. One that is damaged is made again. Where nothing can be kept, or the folder is not ours alone to
-    write, each process compiles for itself.
+    The compiler is ``$CXX``, or g++, c++ or clang++ (whose code has one thread). Libraries are kept in ``fcn_kernels``
+    under ``$XDG_CACHE_HOME`` or ``~/.cache``, under a name that changes with the sources beside it, the shared headers,
+    the compiler, the CPU and PyTorch's threads. One that is damaged is made again. Where nothing can be kept, or the
+    folder is not ours alone to write, each process compiles for itself.
 
     Raises:
         CompilerError: no library can be made or loaded.
@@ -69,11 +68,12 @@ def load(source: Path, *definitions: str) -> ctypes.CDLL:
 
 
 def _load(source: Path, definitions: tuple[str, ...]) -> ctypes.CDLL:
-    compiler, threads, (cpu, march) = _compiler(), _threads(), _cpu()
+    compiler, (cpu, march) = _compiler(), _cpu()
     version = _run([*compiler, "--version"])
+    threads = _threads(version)
     files = (*sorted(source.parent.glob("*.[ch]*")), *sorted(_SHARED.glob("*.h")))
     sources = [path.read_bytes() for path in files]
-    made_of = (sources, definitions, compiler, version, _FLAGS, march, [t.name for t in threads], cpu)
+    made_of = (sources, definitions, compiler, version, _FLAGS, march, [Path(t).name for t in threads], cpu)
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:20]
     folder = _folder()
     kept = None if folder is None else folder / f"{source.stem}-{key}.so"
@@ -206,16 +206,23 @@ def _compiler() -> tuple[str, ...]:
     named = os.environ.get("CXX")
     if named:
         return tuple(named.split())
-    for name in ("c++", "g++", "clang++"):
+    for name in ("g++", "c++", "clang++"):
         if shutil.which(name):
             return (name,)
-    raise NoCompilerError("there is no C++ compiler: no $CXX, c++, g++ or clang++")
+    raise NoCompilerError("there is no C++ compiler: no $CXX, g++, c++ or clang++")
 
 
-def _threads() -> list[Path]:
-    """PyTorch's own OpenMP library, where its wheel carries one: two of them would be two teams of threads."""
+def _threads(version: str) -> list[str]:
+    """OpenMP by a compiler of this version, with PyTorch's own library, where its wheel carries one: two of them would
+    be two teams of threads.
+
+    Regions by clang and its kin run on a library of their own while PyTorch's, which is GCC's, answers what is asked in
+    them, as it was loaded before: all threads are told that they are the first. So what these compile has one thread.
+    """
+    if "Free Software Foundation" not in version:
+        return ["-Wno-unknown-pragmas"]
     folder = Path(torch.__file__).parent / "lib"
-    return sorted(folder.glob("libgomp*.so*"))[:1]
+    return ["-fopenmp", *map(str, sorted(folder.glob("libgomp*.so*"))[:1])]
 
 
 def _cpu() -> tuple[str, tuple[str, ...]]:

@@ -246,5 +246,14 @@ def test_nothing_is_kept_where_a_gradient_is_asked_or_in_training(monkeypatch):
 @pytest.mark.parametrize("processor", ["x86-64", "haswell"])
 def test_compiles_for_processors_that_are_not_here(processor):
     """Vectors of 16 and 32 bytes."""
-    flags = [*compiler._FLAGS, f"-march={processor}", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-DROW=float"]
+    flags = [
+        *compiler._FLAGS,
+        "-fopenmp",
+        f"-march={processor}",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsyntax-only",
+        "-DROW=float",
+    ]
     subprocess.run([*compiler._compiler(), *flags, str(launch._SOURCE)], check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -264,12 +265,18 @@ def test_values_that_a_compiled_call_does_not_check_stay_inside(changes: dict[st
 # --- compiling --------------------------------------------------------------------------------------------------------
 
 
+def forget(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """From here on as in a process that has compiled nothing, on a machine where nothing was compiled."""
+    patch.setenv("XDG_CACHE_HOME", str(folder))
+    for module, name in ((compiler, "load"), (cpp, "unavailable")):
+        patch.setattr(module, name, functools.cache(getattr(module, name).__wrapped__))
+    patch.setattr(cpp, "_function", calls.functions(cpp._SOURCE, {"forward": 0, "backward": 4}))
+
+
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """As in a process that has compiled nothing, on a machine where nothing was compiled."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for module, name in ((compiler, "load"), (cpp, "unavailable"), (cpp, "_function")):
-        monkeypatch.setattr(module, name, functools.cache(getattr(module, name).__wrapped__))
+    """In a process that has compiled nothing."""
+    forget(monkeypatch, tmp_path)
     return monkeypatch
 
 
@@ -331,8 +338,53 @@ def test_compiles_once_for_a_machine(fresh: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 @needs_compiler
+@pytest.mark.parametrize("found", ["none", "clang++"])
+def test_without_gcc_s_openmp_the_same_bits(
+    found: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, threads: Any
+) -> None:
+    """Clang's would be another than PyTorch's, of which its threads would ask for their numbers."""
+    if found != "none" and not shutil.which(found):
+        pytest.skip(f"no {found}")
+    case = spoil(random_case(1, 1500, 64, 5, noise=None, sample=True), share=0.1)
+    threads(2)
+    with_openmp = sampled(case)
+    forget(monkeypatch, tmp_path)
+    if found == "none":
+        monkeypatch.setattr(compiler, "_threads", lambda _, of=compiler._threads: of("clang version 14.0.6"))
+        for _ in range(3):
+            assert sampled(case).same_bits(with_openmp)
+    else:
+        monkeypatch.setenv("CXX", found)  # which rounds otherwise
+        first = sampled(case)
+        assert torch.equal(first.coreset.indices, with_openmp.coreset.indices)
+        for _ in range(100):
+            assert sampled(case).same_bits(first)
+
+
+def test_only_gcc_has_openmp() -> None:
+    others = (
+        "Debian clang version 14.0.6",
+        "Intel(R) oneAPI DPC++/C++ Compiler 2023.1.0",
+        "Apple clang version 15.0.0",
+    )
+    for version in others:
+        assert not any("omp" in flag or "openmp" in flag for flag in compiler._threads(version))
+    gcc = "g++ (Debian 12.2.0-14) 12.2.0\nCopyright (C) 2022 Free Software Foundation, Inc.\n"
+    assert compiler._threads(gcc)[0] == "-fopenmp"
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", DTYPES)
 def test_compiles_without_a_warning(name: str, tmp_path: Path) -> None:
     defined = [f"-D{d}" for d in calls.ROWS[DTYPES[name]]]
-    command = [*compiler._compiler(), *compiler._FLAGS, "-march=native", "-Wall", "-Wextra", "-Werror", *defined]
+    command = [
+        *compiler._compiler(),
+        *compiler._FLAGS,
+        "-fopenmp",
+        "-march=native",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        *defined,
+    ]
     subprocess.run([*command, str(cpp._SOURCE), "-o", str(tmp_path / "library.so")], check=True)

@@ -389,7 +389,7 @@ def test_compiles_for_processors_that_are_not_here(processor: str) -> None:
 
 
 def _compile(dtype: torch.dtype, processor: str) -> None:
-    flags = [*compiler._FLAGS, f"-march={processor}", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    flags = [*compiler._FLAGS, "-fopenmp", f"-march={processor}", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
     defined = [f"-D{d}" for d in calls.ROWS[dtype]]
     subprocess.run([*compiler._compiler(), *flags, *defined, str(launch._SOURCE)], check=True)
 

@@ -11,6 +11,13 @@
 #include <thread>
 #include <vector>
 
+#ifdef _OPENMP
+#include <omp.h>
+#else
+inline int omp_get_thread_num() { return 0; }
+inline int omp_get_num_threads() { return 1; }
+#endif
+
 #define EXPORTED extern "C" [[gnu::visibility("default")]]
 
 namespace fcn_kernels {

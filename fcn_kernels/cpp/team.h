@@ -9,7 +9,6 @@
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
-#include <omp.h>
 
 #include <algorithm>
 #include <atomic>
