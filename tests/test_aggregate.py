@@ -477,6 +477,14 @@ def test_parquet_lists_that_are_ragged_or_missing_are_refused_by_row_and_templat
     assert refusal(33, None) == f"{path}: row 33 of template {ids[33]}: 'features' is null"
     assert "row 33" in refusal(33, [None] * DIM)
     assert "the norm of its features is nan" in refusal(33, [None] * DIM)
+    whole = np.rint(columns["features"] * 100).astype("int64").tolist()
+    for row in (3, 33):  # in the first batch, and in a later one
+        lists = [[None, *values[1:]] if place == row else values for place, values in enumerate(whole)]
+        pq.write_table(pa.table({"features": lists, "template_ids": ids}), path, row_group_size=10)
+        assert refused(tmp_path, [str(path)], "--skip-bad-rows") == (
+            f"{path}: row {row} of template {ids[row]}: a value in 'features' is null, "
+            "expected one in every place of integers"
+        )
     holes = pa.array([None if row == 7 else int(i) for row, i in enumerate(ids)])
     pq.write_table(pa.table({"features": columns["features"].tolist(), "template_ids": holes}), path)
     assert refused(tmp_path, [str(path)]) == f"{path}: row 7: 'template_ids' is null"

@@ -97,13 +97,15 @@ def test_torchrun_itself() -> None:
     same("merged.npz", "whole.npz")
 
 
-def test_a_shard_may_be_empty() -> None:
+@pytest.mark.parametrize("kind", ["npz", "npy", "pt", "safetensors", "parquet"])
+def test_a_shard_may_be_empty(kind: str) -> None:
     np.savez("one.npz", features=np.ones((3, 4), "float32"), template_ids=np.array([7, 7, 7]))
-    for i in range(2):
-        assert main(["aggregate", "one.npz", "--out", f"part{i}.npz", "--shard", f"{i}/2"]) == 0
-    assert sorted(len(load(f"part{i}.npz")["template_ids"]) for i in range(2)) == [0, 1]
-    assert main(["merge", "part0.npz", "part1.npz", "--out", "merged.npz"]) == 0
-    assert load("merged.npz")["template_ids"].tolist() == [7]
+    parts = [f"part{i}.{kind}" for i in range(2)]
+    for i, part in enumerate(parts):
+        assert main(["aggregate", "one.npz", "--out", part, "--shard", f"{i}/2"]) == 0
+    for order in (parts, parts[::-1]):
+        assert main(["merge", *order, "--out", "merged.npz", "--overwrite"]) == 0
+        assert load("merged.npz")["template_ids"].tolist() == [7]
 
 
 @pytest.mark.parametrize(

@@ -325,14 +325,14 @@ def _load_parquet(files: Sequence[Any], name: str, scratch: Scratch) -> Any:
             _refuse_nulls(column, 0, name)
         values = column.to_numpy()
         return np.array(values.tolist()) if values.dtype.hasobject else values
-    shape = 0, 0
+    shape = 0, kind.list_size if types.is_fixed_size_list(kind) else 0
     with scratch.file() as unpacked:
         for file in files:
             for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=[name]):
                 rows = _dense(batch.column(0), *shape, name)
                 unpacked.write(np.ascontiguousarray(rows))
                 shape = shape[0] + rows.shape[0], rows.shape[1]
-        return unpacked.mapped(rows.dtype, shape) if all(shape) else np.empty(shape)
+        return unpacked.mapped(rows.dtype, shape) if all(shape) else np.empty(shape, kind.value_type.to_pandas_dtype())
 
 
 def stack(columns: Columns, pattern: str, scratch: Scratch) -> Any:
@@ -364,7 +364,11 @@ def _dense(lists: Any, first: int, width: int, name: str) -> Any:
     ragged = (lengths != width).nonzero()[0]
     if len(ragged):
         raise RowError(first + int(ragged[0]), f"{lengths[ragged[0]]} values in {name!r}, {width} in the rows before")
-    return lists.flatten().to_numpy(zero_copy_only=False).reshape(len(lists), width)
+    values = lists.flatten()
+    if values.null_count and not require("pyarrow", EXTRA).types.is_floating(values.type):
+        at = int(require("numpy", EXTRA).asarray(values.is_null()).argmax())
+        raise RowError(first + at // width, f"a value in {name!r} is null, expected one in every place of integers")
+    return values.to_numpy(zero_copy_only=False).reshape(len(lists), width)
 
 
 def _refuse_nulls(column: Any, first: int, name: str) -> None:
