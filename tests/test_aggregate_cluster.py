@@ -90,8 +90,20 @@ def test_text_ids_and_heads_without_styles(tmp_path: Path) -> None:
     aggregate.run_checked(arguments(*save(tmp_path, "npz", given), *common, "--state-out", state))
     assert load(out)["template_ids"].tolist() == sorted(set(given["template_ids"].tolist()))
     given["template_ids"] = columns()["template_ids"]
-    with pytest.raises(InputError, match="template ids as in the states"):
+    with pytest.raises(InputError, match="expected ids of one kind, got strings in the states and integers in"):
         aggregate.run_checked(arguments(*save(tmp_path, "npz", given), *common, "--state-in", state))
+
+
+def test_unsigned_ids_join_signed_ones(tmp_path: Path) -> None:
+    """NumPy makes float64 of both together, in which these ids are one."""
+    torch.save(head().state_dict(), tmp_path / "head.pt")
+    given, state = columns(), tmp_path / "state.npz"
+    given["template_ids"] += 2**60
+    before = run(tmp_path, given, "--num-heads", 4, "--state-out", state)["template_ids"]
+    given["template_ids"] = given["template_ids"].astype("uint64") + 100
+    after = run(tmp_path, given, "--num-heads", 4, "--state-in", state)["template_ids"]
+    assert after.dtype == "int64"
+    assert after.tolist() == [*before.tolist(), *(before + 100).tolist()]
 
 
 def test_bad_rows_are_named_or_left_out(tmp_path: Path) -> None:

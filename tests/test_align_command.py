@@ -116,6 +116,15 @@ def test_own_identities_are_left_out(kind: Any) -> None:
     assert not torch.equal(expected.mean, context_statistics(rows(one), rows(bank), 50).mean)
 
 
+def test_identities_above_int64_are_no_negative_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    one, bank = made()
+    one["person"] = (-1 - one["person"]).astype("uint64")
+    bank["person"] = -1 - bank["person"]
+    save(one=one, bank=bank)
+    assert align("one.npz", "--bank", "bank.npz", "--out", "out.npz", "--id-key", "person") == 2
+    assert "got -1 or less in bank.npz, more in one.npz" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors", ".parquet", ".npy"])
 def test_formats(suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bank of each, rows in several blocks, an output of each."""

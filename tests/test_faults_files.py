@@ -47,10 +47,11 @@ def rejected(folder: Path, inputs: list[str], *options: object) -> str:
     [
         lambda ids: ids.astype(">i4"),
         lambda ids: ids.astype(np.float32),
+        lambda ids: ids.astype(np.float16),
         lambda ids: ids.astype("S"),
         lambda ids: ids.astype(str).astype(object),
     ],
-    ids=["big-endian", "whole floats", "bytes", "object strings"],
+    ids=["big-endian", "whole floats", "whole halves", "bytes", "object strings"],
 )
 @pytest.mark.parametrize("kind", ["npz", "npz-compressed", "npy"])
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
@@ -65,8 +66,11 @@ def test_ids_of_other_types_name_the_same_templates(tmp_path: Path, ids: Any, ki
     np.testing.assert_array_equal(got["descriptors"], want["descriptors"])
 
 
-@pytest.mark.parametrize("values", [[0.5], [np.nan], [2.0**60], [np.inf]])
-def test_ids_that_are_no_integers_are_refused(tmp_path: Path, values: list[float]) -> None:
+@pytest.mark.parametrize(
+    "values", [[0.5], [np.nan], [2.0**60], [np.inf], np.array([2.0**24], "float32"), np.array([2.0**11], "float16")]
+)
+def test_ids_that_are_no_integers_are_refused(tmp_path: Path, values: Any) -> None:
+    """Nor are such that stand for several, as 2^24 + 1 has become 2^24 in float32."""
     columns = make()
     columns["template_ids"] = np.resize(values, ROWS)
     assert "expected integers or strings in 'template_ids'" in rejected(tmp_path, save(tmp_path, "npz", columns))

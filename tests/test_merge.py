@@ -108,12 +108,26 @@ def test_a_shard_may_be_empty(kind: str) -> None:
         assert load("merged.npz")["template_ids"].tolist() == [7]
 
 
+def test_ids_of_signed_and_unsigned_dtypes_stay_what_they_are() -> None:
+    np.savez("a.npz", template_ids=np.array([2**60 + 1, 7], "uint64"), norms=[1.0, 2.0])
+    np.savez("b.npz", template_ids=np.array([2**60 + 3, 5], "int64"), norms=[3.0, 4.0])
+    assert main(["merge", "a.npz", "b.npz", "--out", "o.npz"]) == 0
+    found = load("o.npz")
+    assert found["template_ids"].dtype == "int64"
+    assert found["template_ids"].tolist() == [5, 7, 2**60 + 1, 2**60 + 3]
+    assert found["norms"].tolist() == [4.0, 2.0, 1.0, 3.0]
+    np.savez("c.npz", template_ids=np.array([2**63 + 1], "uint64"), norms=[5.0])
+    assert main(["merge", "c.npz", "b.npz", "--out", "o.npz", "--overwrite"]) == 0
+    assert load("o.npz")["template_ids"].tolist() == [5, 2**60 + 3, 2**63 + 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["merge", "large.npz", "negative.npz", "--out", "o.npz"], "-1 or less in negative.npz, more in large.npz"),
         (["merge", "a.npz", "a2.npz", "--out", "o.npz"], "template 2 is in a.npz and a2.npz"),
         (["merge", "a.npz", "wide.npz", "--out", "o.npz"], "wide.npz: expected the columns of a.npz"),
-        (["merge", "a.npz", "text.npz", "--out", "o.npz"], "expected template ids of one kind"),
+        (["merge", "a.npz", "text.npz", "--out", "o.npz"], "expected ids of one kind, got strings in text.npz and integers in a.npz"),
         (["merge", "short.npz", "--out", "o.npz"], "short.npz: expected 2 rows, as in 'template_ids', in 'norms'"),
         (["merge", "a.npz", "none.npz", "--out", "o.npz"], "none.npz"),
         (["merge", "a.npz", "--out", "a.npz", "--overwrite"], "is read from"),
@@ -126,6 +140,8 @@ def test_parts_that_do_not_fit_are_told(arguments: list[str], said: str, capsys:
     np.savez("wide.npz", template_ids=[4], norms=[[1.0, 2.0]])
     np.savez("text.npz", template_ids=["x"], norms=[1.0])
     np.savez("short.npz", template_ids=[1, 2], norms=[1.0])
+    np.savez("large.npz", template_ids=np.array([2**63], "uint64"), norms=[1.0])
+    np.savez("negative.npz", template_ids=[-1], norms=[1.0])
     assert main(arguments) == 2
     assert said in capsys.readouterr().err
     assert not Path("o.npz").exists()

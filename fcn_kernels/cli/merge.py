@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fcn_kernels.cli.arguments import EXIT_STATUS, add_max_unpacked, run_to_status
 from fcn_kernels.extras import require
-from fcn_kernels.files.embeddings import column, ids_column
+from fcn_kernels.files.embeddings import alike, column, ids_column
 from fcn_kernels.files.formats import EXTRA, InputError, Scratch, format_of, reading
 from fcn_kernels.files.output import check_columns_output, check_ids, write_columns
 
@@ -74,18 +74,16 @@ def merged(parts: dict[str, dict[str, Array]]) -> dict[str, Array]:
     np = require("numpy", EXTRA)
     (first, columns), *_ = parts.items()
     shapes = {name: values.shape[1:] for name, values in columns.items()}
-    kinds = {part[IDS].dtype.kind == "U" for part in parts.values() if len(part[IDS])}
     for source, part in parts.items():
         if (others := {name: values.shape[1:] for name, values in part.items()}) != shapes:
             raise InputError(f"{source}: expected the columns of {first}, {shapes}, got {others}")
-    if len(kinds) > 1:
-        raise InputError(f"{first}: expected template ids of one kind in all parts, integers or strings")
-    full = [part for part in parts.values() if len(part[IDS])] or [columns]
-    ids = np.concatenate([part[IDS] for part in full])
+    full = {source: part for source, part in parts.items() if len(part[IDS])} or {first: columns}
+    ids = np.concatenate(alike(*((source, part[IDS]) for source, part in full.items())))
     order = ids.argsort(kind="stable")
     twice = (ids[order][1:] == ids[order][:-1]).nonzero()[0]
     if len(twice):
         one = ids[order][int(twice[0])]
         where = " and ".join(source for source, part in parts.items() if (part[IDS] == one).any())
         raise InputError(f"template {one} is in {where}: expected each template in one part")
-    return {name: np.concatenate([part[name] for part in full])[order] for name in shapes}
+    columns_of = {name: np.concatenate([part[name] for part in full.values()]) for name in shapes if name != IDS}
+    return {IDS: ids[order], **{name: values[order] for name, values in columns_of.items()}}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fcn_kernels.checks import DTYPES
 from fcn_kernels.extras import require
-from fcn_kernels.files.embeddings import Keys, ids_column, one_a_row, read
+from fcn_kernels.files.embeddings import Keys, alike, ids_column, one_a_row, read
 from fcn_kernels.files.formats import EXTRA, Columns, InputError, Scratch, format_of, load_npy, reading, suffix_of
 from fcn_kernels.neighbors.context import Context, context_statistics
 from fcn_kernels.sets import accumulator, row_norms, usable
@@ -170,10 +170,8 @@ def contexts(
 def _numbered(ids: Array, bank_ids: Array, source: str, bank_source: str) -> tuple[Tensor, Tensor]:
     """Both as int64, equal where they are."""
     np = require("numpy", EXTRA)
-    kinds = {array.dtype.kind == "U" for array in (ids, bank_ids)}
-    if len(kinds) > 1:
-        raise InputError(f"expected ids of one kind, got {ids.dtype} in {source} and {bank_ids.dtype} in {bank_source}")
-    if kinds == {True}:
+    ids, bank_ids = alike((source, ids), (bank_source, bank_ids))
+    if ids.dtype.kind == "U":
         _, inverse = np.unique(np.concatenate([ids, bank_ids]), return_inverse=True)
         ids, bank_ids = inverse[: len(ids)], inverse[len(ids) :]
     return torch.from_numpy(ids.astype("int64")), torch.from_numpy(bank_ids.astype("int64"))

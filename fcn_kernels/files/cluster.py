@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fcn_kernels.extras import require
 from fcn_kernels.files.aggregate import Batch, Shard, Templates, check_finite, per_template
-from fcn_kernels.files.embeddings import Embeddings, column, ids_column
+from fcn_kernels.files.embeddings import Embeddings, alike, column, ids_column
 from fcn_kernels.files.formats import EXTRA, InputError, Scratch, format_of, reading
 from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
 from fcn_kernels.heads.cluster_state import ClusterState
@@ -74,10 +74,9 @@ def cluster_templates(
     templates = Templates.of(embeddings, options.shard)
     ids, known = templates.ids, None
     if before is not None:
-        if before.ids.dtype.kind != ids.dtype.kind and "U" in (before.ids.dtype.kind, ids.dtype.kind):
-            raise InputError(f"{embeddings.source}: expected template ids as in the states, integers or strings")
-        before = before.of(options.shard)
-        ids = np.union1d(before.ids, ids)
+        known_ids, own = alike(("the states", before.ids), (embeddings.source, ids))
+        before, templates = before._replace(ids=known_ids).of(options.shard), templates._replace(ids=own)
+        ids = np.union1d(before.ids, own)
     if before is not None or keep:
         known = _empty(head, len(ids))
     if before is not None and known is not None:

@@ -197,16 +197,37 @@ def one_a_row(columns: Columns, name: str, source: str, empty: bool = False) -> 
 
 def ids_column(columns: Columns, name: str, source: str, empty: bool = False) -> Array:
     """Integers or strings (T,); ``empty``: there may be none."""
-    ids = one_a_row(columns, name, source, empty)
+    np, ids = require("numpy", EXTRA), one_a_row(columns, name, source, empty)
     if ids.dtype.kind == "f":  # as pandas leaves integers that once had a gap among them
-        with require("numpy", EXTRA).errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):
             whole = ids.astype("int64")
-        if (whole != ids).any() or (abs(ids) >= 2.0**53).any():
+        # from there on, several integers are one float
+        if (whole != ids).any() or (abs(ids) >= 2.0 ** (np.finfo(ids.dtype).nmant + 1)).any():
             raise InputError(f"{source}: expected integers or strings in {name!r}, got {ids.dtype} with other values")
         ids = whole
     if ids.dtype.kind not in "iuU":
         raise InputError(f"{source}: expected integers or strings in {name!r}, got {ids.dtype}")
     return ids
+
+
+def alike(*named: tuple[str, Array]) -> list[Array]:
+    """Ids (T,) of several files, each with its file's name, in one dtype: what is equal stays so, and nothing else is.
+
+    Raises:
+        InputError: there are integers and strings; or negative integers and such as int64 cannot hold.
+    """
+    np = require("numpy", EXTRA)
+    of_kind = {ids.dtype.kind == "U": source for source, ids in named}
+    if len(of_kind) > 1:
+        raise InputError(f"expected ids of one kind, got strings in {of_kind[True]} and integers in {of_kind[False]}")
+    common = np.result_type(*(ids.dtype for _, ids in named))
+    if common.kind == "f":  # NumPy's for int64 with uint64, where several integers are one float
+        negative = [source for source, ids in named if len(ids) and ids.min() < 0]
+        large = [source for source, ids in named if len(ids) and ids.max() > np.iinfo("int64").max]
+        if negative and large:
+            raise InputError(f"expected ids of int64 or of uint64, got -1 or less in {negative[0]}, more in {large[0]}")
+        common = np.dtype("uint64" if large else "int64")
+    return [ids.astype(common, copy=False) for _, ids in named]
 
 
 def _quality(columns: Columns, name: str, source: str) -> Tensor:
