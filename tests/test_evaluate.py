@@ -78,7 +78,7 @@ def test_pairs_of_ijbs_file_as_brute_force_has_them(capsys: pytest.CaptureFixtur
     assert Path("o.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("form", ["names", "csv", "tabs", "text ids", "crlf"])
+@pytest.mark.parametrize("form", ["names", "csv", "tabs", "text ids", "commas in ids", "crlf"])
 def test_other_forms_of_pairs_give_the_same(form: str) -> None:
     rows, ids, subject = made()
     lines, _ = all_pairs(ids, subject)
@@ -86,10 +86,11 @@ def test_other_forms_of_pairs_give_the_same(form: str) -> None:
     Path("plain.txt").write_text("\n".join(lines))
     assert evaluate("d.npz", "--pairs", "plain.txt", "--out", "plain.json") == 0
     end, separator = ("\r\n", " ") if form == "crlf" else ("\n", "\t" if form == "tabs" else ",")
-    if form == "text ids":
-        np.savez("d.npz", descriptors=rows, template_ids=np.array([f"person {i}" for i in ids]))
-        lines = [",".join([*(f'"person {i}"' for i in line.split()[:2]), line.split()[2]]) for line in lines]
-    lines = [line.replace(" ", separator) if form != "text ids" else line for line in lines]
+    if "ids" in form:
+        name = "person, " if form == "commas in ids" else "person "
+        np.savez("d.npz", descriptors=rows, template_ids=np.array([f"{name}{i}" for i in ids]))
+        lines = [",".join([*(f'"{name}{i}"' for i in line.split()[:2]), line.split()[2]]) for line in lines]
+    lines = [line.replace(" ", separator) if "ids" not in form else line for line in lines]
     if form == "names":
         lines = ["first,second,same", *lines]
     Path("other.csv").write_bytes(end.join(lines).encode())
@@ -172,8 +173,19 @@ def test_a_closed_gallery_has_ranks_and_no_tpir(capsys: pytest.CaptureFixture[st
     Path("g.csv").write_text("T,S\n" + "".join(f"{ids[i]},{subject[i]}\n" for i in range(60)))
     assert evaluate("d.npz", "--gallery", "g.csv", "--probes", "g.csv", "--out", "o.json") == 0
     got = json.loads(Path("o.json").read_text())["d.npz"]["1:N"]["g.csv"]
-    assert got == {"probes_in_gallery": 60, "within_rank": {"1": 1.0, "5": 1.0, "10": 1.0}}
+    within = {"1": 1.0, "5": 1.0, "10": 1.0}
+    assert got == {"probes_in_gallery": 60, "probes_not_in_gallery": 0, "within_rank": within}
     assert capsys.readouterr().out.splitlines()[-1].split()[1:] == ["1.0000"] * 3 + ["-"] * 3
+
+
+def test_probes_of_whom_none_is_in_the_gallery_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    rows, ids, _ = made()
+    np.savez("d.npz", descriptors=rows, template_ids=ids)
+    Path("g.csv").write_text("T,S\n" + "".join(f"{i},a\n" for i in ids[:30]))
+    Path("q.csv").write_text("T,S\n" + "".join(f"{i},b\n" for i in ids[30:]))
+    assert evaluate("d.npz", "--gallery", "g.csv", "--probes", "q.csv", "--out", "o.json") == 0
+    assert "g.csv: 0 probes in it, 30 not" in capsys.readouterr().out
+    assert json.loads(Path("o.json").read_text())["d.npz"]["1:N"]["g.csv"]["probes_not_in_gallery"] == 30
 
 
 @pytest.mark.parametrize("form", ["npy", "npy, big-endian", "npz"])
@@ -240,6 +252,7 @@ GOOD_SUBJECTS = "T,S\n1,a\n4,b\n"
         ({"p": "1 4 1\n1 4\n"}, "--pairs p", "Expected 3 columns, got 2: 1 4"),
         ({"p": "1 4 1\nx 4 1\n"}, "--pairs p", "invalid value 'x'"),
         ({"p": "1 4 1\n1 7 2\n"}, "--pairs p", "invalid value '2'"),
+        ({"p": "1,4,1\n1,7,\n"}, "--pairs p", "p: entry 2: expected 1 or 0, got nothing"),
         ({"p": ""}, "--pairs p", "p: expected lines of two template ids and 1 or 0, got ''"),
         ({"p": "a,b,same\n"}, "--pairs p", "p: "),
         ({"p": "1 4 1\n"}, "--pairs p", "expected pairs of both kinds, got 1 with same = 1, 0 with 0"),
@@ -248,6 +261,7 @@ GOOD_SUBJECTS = "T,S\n1,a\n4,b\n"
         ({"g": GOOD_SUBJECTS}, "--gallery g", "--gallery and --probes come together"),
         ({"g": "1,a\n4,b\n"}, "--gallery g --probes g", "g: expected a line of names first, got template 1"),
         ({"g": "T,S\n1,a\n1,b\n"}, "--gallery g --probes g", "g: template 1 is of two subjects, a and b"),
+        ({"g": "T,S\n1,a\n4,\n"}, "--gallery g --probes g", "g: entry 2: expected a subject of template 4"),
         ({"g": "T,S\n"}, "--gallery g --probes g", "g: "),
         ({"g": "T\n1\n"}, "--gallery g --probes g", "g: expected lines that begin with a template id and a subject id"),
         ({"m": "a.jpg 1 1\n"}, "--media m --pairs p", "d.npz: expected a column 'features'"),

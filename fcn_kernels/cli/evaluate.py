@@ -269,8 +269,7 @@ def tables_of(results: Mapping[str, Results]) -> list[str]:
             assert result.pairs is not None
             lines += [_line(name, wide, [*result.pairs.tar_at(), result.pairs.eer()])]
     for gallery, one in first.searches.items():
-        unmated = one.roc.negatives if one.roc else 0
-        lines += [f"1:N, {gallery}: {len(one.ranks):,} probes in it, {unmated:,} not: rank within, TPIR at FPIR"]
+        lines += [f"1:N, {gallery}: {len(one.ranks):,} probes in it, {one.strangers:,} not: rank within, TPIR at FPIR"]
         lines += [_line("", wide, [*map(str, RANKS), *(f"{fpir:.0e}" for fpir in FPIRS)])]
         lines += [_line(name, wide, _search_numbers(result.searches[gallery])) for name, result in results.items()]
     if len(first.searches) > 1:
@@ -310,11 +309,11 @@ def numbers(results: Mapping[str, Results]) -> dict[str, Any]:
         for gallery, found in result.searches.items():
             made.setdefault("1:N", {})[gallery] = {
                 "probes_in_gallery": len(found.ranks),
+                "probes_not_in_gallery": found.strangers,
                 "within_rank": by(RANKS, [found.within(rank) for rank in RANKS]),
             }
             if found.roc:
                 made["1:N"][gallery] |= {
-                    "probes_not_in_gallery": found.roc.negatives,
                     "tpir_at_fpir": by(FPIRS, found.roc.tar_at(FPIRS)),
                     "threshold_at_fpir": by(FPIRS, found.roc.threshold_at(FPIRS)),
                 }

@@ -23,6 +23,8 @@ class Search(NamedTuple):
 
     ranks: Array
     """(M,) of the probes whose subject is in the gallery: 1 + other subjects that score as high as their own."""
+    strangers: int
+    """Probes whose subject is not in the gallery."""
     roc: Roc | None
     """FPIR and TPIR: a probe whose subject is not there is a false positive where its best score is accepted, one whose
     subject is there a true positive where its own is and has rank 1. None if either kind of probe is missing."""
@@ -55,4 +57,4 @@ def search(gallery: Tensor, names: Array, probes: Tensor, probe_names: Array) ->
         ranks.append((mated >= genuine[-1][:, None]).sum(1))
     rank, score, best = (np.concatenate(parts) for parts in (ranks, genuine, impostor))
     curve = roc_of(score[rank == 1], best, missed=int((rank > 1).sum())) if len(rank) and len(best) else None
-    return Search(rank, curve)
+    return Search(rank, len(best), curve)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from csv import reader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,7 +56,10 @@ def pairs(path: Path, ids: Array, source: str) -> Iterator[Pairs]:
     done = 0
     for batch in _blocks(path, [known.type, known.type, label], skip=int(named)):
         first, second = (_places(path, column, known, source, done) for column in batch.columns[:2])
-        yield Pairs(first, second, batch.column(2).to_numpy(zero_copy_only=False))
+        same = batch.column(2)
+        if same.null_count:
+            raise InputError(f"{path}: entry {done + _first_null(same) + 1}: expected 1 or 0, got nothing")
+        yield Pairs(first, second, same.to_numpy(zero_copy_only=False))
         done += len(first)
     if not done:
         raise InputError(f"{path}: expected pairs, got none")
@@ -84,6 +88,9 @@ def subjects(path: Path, ids: Array, source: str) -> Subjects:
     for batch in _blocks(path, kinds, skip=1, keep=2):
         places.append(_places(path, batch.column(0), known, source, done))
         names += batch.column(1).to_pylist()
+        if "" in names[done:]:
+            at = names.index("", done)
+            raise InputError(f"{path}: entry {at + 1}: expected a subject of template {batch.column(0)[at - done]}")
         done += len(places[-1])
     if not names:
         raise InputError(f"{path}: expected templates, got none")
@@ -125,9 +132,13 @@ def _places(path: Path, column: Any, known: Any, source: str, done: int) -> Arra
     """Where the ids of a column are among the known ones."""
     found = require("pyarrow.compute", EXTRA).index_in(column, value_set=known)
     if found.null_count:
-        at = found.is_null().to_numpy(zero_copy_only=False).argmax()
+        at = _first_null(found)
         raise InputError(f"{path}: entry {done + at + 1}: template {column[at]} is not in {source}")
     return found.to_numpy()  # type: ignore[no-any-return]
+
+
+def _first_null(column: Any) -> int:
+    return int(column.is_null().to_numpy(zero_copy_only=False).argmax())
 
 
 def _separator(line: str) -> str:
@@ -137,7 +148,7 @@ def _separator(line: str) -> str:
 def _first_line(path: Path) -> list[str]:
     with reading(path), path.open(encoding="utf-8") as file:
         line = file.readline().strip()
-    return [field.strip('"') for field in line.split(_separator(line))]
+        return next(reader([line], delimiter=_separator(line)), [""])
 
 
 def _is_integer(text: str) -> bool:
