@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fcn_kernels import coreset_select
 from fcn_kernels.__main__ import main
+from fcn_kernels.cli import select
 from fcn_kernels.files.embeddings import Keys, read_rows
 from fcn_kernels.files.formats import Scratch, format_of
 from fcn_kernels.selection.mapped import MappedRows
@@ -249,13 +250,15 @@ def test_the_command_says_that_fewer_rows_came_than_were_asked_for(
         (["--labelled", "bad.npy"], "bad.npy: row 1: is not finite, or zero"),
         (["--features", "x"], "expected floating-point rows, got torch.int64"),
         (["--features", "y"], "expected a column 'y'"),
+        (["--features", "z"], "rows.npz: expected at least one row, got none"),
     ],
 )
 def test_bad_input_is_told(
     options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    np.savez("rows.npz", features=clustered(500, 12, seed=6).numpy(), x=np.ones((9, 2), dtype=int))
+    features = clustered(500, 12, seed=6).numpy()
+    np.savez("rows.npz", features=features, x=np.ones((9, 2), dtype=int), z=np.ones((0, 12), "float32"))
     np.save("narrow.npy", np.ones((4, 5), "float32"))
     np.save("bad.npy", np.array([[1.0] * 12, [0.0] * 12], "float32"))
     assert run("rows.npz", "--k", 3, "--out", "out.npz", *options) == 2
@@ -292,3 +295,23 @@ def test_a_killed_run_goes_on_to_the_same_picks(tmp_path: Path, capsys: pytest.C
     with np.load(out) as killed, np.load(whole) as other:
         assert killed["picks"].tolist() == other["picks"].tolist()
         assert killed["distances"].tolist() == other["distances"].tolist()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_run_goes_on_where_some_rows_have_no_quality(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quality = np.linspace(1, 2, 100)
+    quality[3:5] = value, np.inf  # which are never picked
+    np.savez(tmp_path / "rows.npz", features=clustered(100, 8, seed=3).numpy(), quality=quality)
+    arguments = (tmp_path / "rows.npz", "--k", 5, "--out", tmp_path / "out.npz")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for where, said in (("read_rows", "there was nothing to keep yet"), ("write_columns", "--resume goes on from")):
+        with monkeypatch.context() as during:
+            during.setattr(select, where, interrupt)
+            assert run(*arguments) == 130
+        assert said in capsys.readouterr().err
+    assert run(*arguments, "--resume") == 0

@@ -17,13 +17,13 @@ from fcn_kernels.files.formats import InputError
 EXIT_STATUS = "Exit status: 0 done, 1 could not write or compute, 2 bad usage or input, 130 or more interrupted."
 
 
-def run_to_status(command: str, work: Callable[[], str], interrupted: str) -> int:
+def run_to_status(command: str, work: Callable[[], str], interrupted: str | Callable[[], str]) -> int:
     """Run a command's work and print its summary, or what was wrong; returns the status of ``EXIT_STATUS``.
 
     Args:
         command: its name, for messages.
         work: what it does; returns the summary.
-        interrupted: what to say of its output after Ctrl-C.
+        interrupted: what to say of its output after Ctrl-C, or what finds that out.
     """
     try:
         with _unwinding_on_signals():
@@ -39,7 +39,7 @@ def run_to_status(command: str, work: Callable[[], str], interrupted: str) -> in
             raise
         message, status = f"not enough memory: {str(error) or 'an allocation failed'}".splitlines()[0], 1
     except KeyboardInterrupt:
-        message, status = f"interrupted; {interrupted}", 130
+        message, status = f"interrupted; {interrupted() if callable(interrupted) else interrupted}", 130
     print(f"python -m fcn_kernels {command}: {message}", file=sys.stderr)
     return status
 

@@ -18,7 +18,7 @@ from fcn_kernels.extras import require
 from fcn_kernels.files.embeddings import Keys, read_rows
 from fcn_kernels.files.formats import EXTRA, InputError, Scratch, reading
 from fcn_kernels.files.output import check_columns_output, write_columns
-from fcn_kernels.files.resume import check_state, load_state, save_state, state_path
+from fcn_kernels.files.resume import check_state, load_state, save_state, state_path, what_was_kept
 from fcn_kernels.selection.out_of_core import Known, Picker
 from fcn_kernels.sets import accumulator
 
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, pick, write; returns the exit status that the help promises."""
-    return run_to_status("select", partial(run_checked, args), f"--resume goes on from {state_path(args.out)}")
+    return run_to_status("select", partial(run_checked, args), partial(what_was_kept, args.out))
 
 
 def run_checked(args: argparse.Namespace) -> str:
@@ -80,6 +80,8 @@ def run_checked(args: argparse.Namespace) -> str:
     anchors = None if args.labelled is None else _anchors(args, keys, scratch, rows)
     if not rows.is_floating_point():
         raise InputError(f"{args.input}: expected floating-point rows, got {rows.dtype}")
+    if not len(rows):
+        raise InputError(f"{args.input}: expected at least one row, got none")
     if args.start is not None and not 0 <= args.start < len(rows):
         raise InputError(f"--start {args.start}: expected a row of {args.input}, 0 to {len(rows) - 1}")
     fixed = {
@@ -91,7 +93,8 @@ def run_checked(args: argparse.Namespace) -> str:
         "metric": args.metric,
         "gamma": args.gamma,
         "start": args.start,
-        "quality": None if quality is None else float(quality.sum()),
+        # numbers alone: NaN would differ from itself
+        "quality": None if quality is None else float(quality.nan_to_num(0.0, 0.0, 0.0).sum()),
     }
     known = _saved(args, fixed) if args.resume else None
     picker, read = _pick(args, rows, quality, anchors, known, fixed)

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from fcn_kernels.files.aggregate import mean_of_coreset
 from fcn_kernels.files.embeddings import Embeddings, Keys, read
 from fcn_kernels.files.formats import InputError, Scratch
 from fcn_kernels.files.output import check_output, replacing
-from fcn_kernels.files.resume import check_state, load_state, save_state, state_path
+from fcn_kernels.files.resume import check_state, load_state, save_state, state_path, what_was_kept
 from fcn_kernels.heads.adaface import AdaFace
 from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
 from fcn_kernels.heads.facecoresetnet import CoresetAggregator
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
             summary = run_checked(args)
             return summary if _first() else ""
 
-    return run_to_status("train", work, f"--resume goes on from the last validation, {state_path(args.out)}")
+    return run_to_status("train", work, partial(what_was_kept, args.out))
 
 
 def run_checked(args: argparse.Namespace) -> str:

@@ -18,6 +18,13 @@ def state_path(out: Path) -> Path:
     return out.with_name(out.name + ".state")
 
 
+def what_was_kept(out: Path) -> str:
+    """Of a run that was interrupted, for the person who did it."""
+    if state_path(out).exists():
+        return f"--resume goes on from {state_path(out)}"
+    return "there was nothing to keep yet"
+
+
 def check_state(out: Path, read_from: Iterable[Path], may_replace: bool) -> None:
     """Raise InputError, before the work, if a state could not be written, or one is there and may not be replaced."""
     check_output(state_path(out), read_from, overwrite=True)
