@@ -219,6 +219,75 @@ def test_what_it_refuses(
     assert not list(tmp_path.iterdir())
 
 
+QUICK = ["--steps", "2", "--every", "1", "--validation-sets", "12", "--batch", "2", "--longest", "3", "--far", "0.1"]
+
+
+def embeddings(path: Path, **columns: Any) -> Path:
+    """A small file: 4 identities with 6 rows each, unless columns say otherwise."""
+    rng = np.random.default_rng(0)
+    made = {"features": rng.standard_normal((24, 8)).astype("float32"), "digit": np.arange(24) % 4}
+    np.savez(path, **(made | {"quality": np.linspace(1, 2, 24)} | columns))
+    return path
+
+
+def test_a_picture_that_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, picture = embeddings(tmp_path / "in.npz"), tmp_path / "anna.png"
+    picture.write_bytes(b"of Anna")
+    assert train(source, tmp_path / "anna.pt", *QUICK) == 2
+    assert f"{picture}: is there already; --overwrite replaces it" in capsys.readouterr().err
+    assert picture.read_bytes() == b"of Anna"
+    (tmp_path / "folder.png").mkdir()
+    assert train(source, tmp_path / "folder.pt", *QUICK, "--overwrite") == 2
+    assert "folder.png: is a folder" in capsys.readouterr().err
+    assert not (tmp_path / "folder.pt").exists()
+    assert train(source, tmp_path / "anna.pt", *QUICK, "--overwrite") == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("hold_out", ["identities", "rows"])
+def test_identities_of_one_row_are_too_few(hold_out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for many in (0, 1):  # with two rows or more
+        digit = np.arange(24)
+        digit[: 3 * many] = 0
+        source = embeddings(tmp_path / "in.npz", digit=digit)
+        assert train(source, tmp_path / "head.pt", *QUICK, "--hold-out", hold_out) == 2
+        assert f"of which {many} have as many rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "values"), [("division in identities", np.arange(24) // 6), ("sum of the qualities", np.ones(24))]
+)
+def test_a_run_does_not_go_on_with_other_columns(
+    changed: str, values: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = embeddings(tmp_path / "in.npz"), tmp_path / "head.pt"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr("fcn_kernels.cli.train.replacing", interrupt)
+        assert train(source, out, *QUICK) == 130
+    embeddings(source, **{"digit" if "identities" in changed else "quality": values})
+    assert train(source, out, *QUICK, "--resume") == 2
+    assert f"is of a run with another {changed}" in capsys.readouterr().err
+
+
+def test_any_seed_that_pytorch_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = embeddings(tmp_path / "in.npz")
+    for seed in ("-1", str(2**64 - 1)):
+        assert train(source, tmp_path / "head.pt", *QUICK, "--overwrite", "--seed", seed) == 0
+    for option, value, said in (
+        ("--seed", str(2**64), "expected a whole number from -2^63 to 2^64 - 1"),
+        ("--seed", "1.5", "expected a whole number from -2^63 to 2^64 - 1"),
+        ("--rate", "nan", "expected a finite number"),
+        ("--rate", "0", "expected a number above 0"),
+    ):
+        with pytest.raises(SystemExit):
+            train(source, tmp_path / "head.pt", *QUICK, option, value)
+        assert f"argument {option}: {said}, got {value}" in capsys.readouterr().err
+
+
 def test_a_bad_row_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     features = np.ones((12, 8), dtype=np.float32)
     features[5] = 0

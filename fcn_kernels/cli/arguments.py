@@ -90,11 +90,22 @@ def chance(text: str) -> float:
     return value
 
 
+def seed(text: str) -> int:
+    """What PyTorch's generators take."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -(2**64)
+    if not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"expected a whole number from -2^63 to 2^64 - 1, got {text}")
+    return value
+
+
 def add_max_unpacked(parser: argparse.ArgumentParser) -> None:
     """Declare the limit that :class:`fcn_kernels.files.formats.Scratch` has, in bytes."""
     parser.add_argument(
         "--max-unpacked",
-        type=lambda text: round(positive(text) * 2**30),
+        type=lambda text: round(min(positive(text) * 2**30, sys.maxsize)),
         default=64 << 30,
         metavar="GIB",
         help="most that a packed column may become on disk (default: 64)",

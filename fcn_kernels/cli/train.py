@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +23,9 @@ from fcn_kernels.cli.arguments import (
     chance,
     check_device,
     finite,
+    positive,
     run_to_status,
+    seed,
 )
 from fcn_kernels.demos import repeatable
 from fcn_kernels.extras import require
@@ -82,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("input", type=Path, nargs="+", metavar="INPUT", help="a file of embeddings, as `aggregate` reads it")
     add("--ids", metavar="KEY", required=True, help="name of the column of identities")
     add("--out", type=Path, required=True, metavar="OUT", help="state dict of the trained head, .pt")
-    add("--overwrite", action="store_true", help="replace OUT if it is there")
+    add("--overwrite", action="store_true", help="replace OUT and its picture if they are there")
     add("--resume", action="store_true", help="go on from OUT.state")
     add("--features", metavar="KEY", default=Keys().features, help="name of that column (default: %(default)s)")
     add("--quality", metavar="KEY", help="name of that column (default: quality if there is one, else the norms)")
@@ -103,10 +106,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--far", type=float, default=1e-2, help="false accept rate of the TAR (default: %(default)s)")
     add("--steps", type=at_least_one, default=1000, help="at most (default: %(default)s)")
     add("--batch", type=at_least_one, default=32, help="sets a step (default: %(default)s)")
-    add("--rate", type=float, default=1e-3, help="highest learning rate (default: %(default)s)")
+    add("--rate", type=positive, default=1e-3, help="highest learning rate (default: %(default)s)")
     add("--every", type=at_least_one, default=50, help="steps between validations (default: %(default)s)")
     add("--patience", type=at_least_one, default=6, help="validations without a better TAR (default: %(default)s)")
-    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--seed", type=seed, default=0, help="default: %(default)s")
     add("--device", default="cpu", help="default: %(default)s; under torchrun, cuda is the process's own")
     add_max_unpacked(parser)
 
@@ -136,7 +139,9 @@ def run_checked(args: argparse.Namespace) -> str:
     )
     fixed = {name: getattr(args, name) for name in FIXED} | {
         "rows": list(unit.shape),
-        "sum": unit.double().sum().item(),
+        "sum of the rows": unit.double().sum().item(),
+        "sum of the qualities": quality.double().sum().item(),
+        "division in identities": zlib.crc32(identity.numpy().tobytes()),
     }
     state = load_state(args.out, fixed) if args.resume else None
 
@@ -154,7 +159,7 @@ def run_checked(args: argparse.Namespace) -> str:
     if _first():
         with replacing(args.out, args.overwrite) as file:
             torch.save(state["best"], file)
-        draw_curves(args.out.with_suffix(".png"), state, untrained, args.far)
+        draw_curves(args.out.with_suffix(".png"), state, untrained, args.far, args.overwrite)
         state_path(args.out).unlink(missing_ok=True)
     return _summary(args, state, untrained, f"{len(identity.unique())} identities, {held_out}")
 
@@ -225,7 +230,7 @@ def split(unit: Tensor, quality: Tensor, identity: Tensor, args: argparse.Namesp
     counts = torch.bincount(identity)
     usable = (counts >= (2 if args.hold_out == "identities" else 3)).nonzero()[:, 0]
     many = len(usable) if args.hold_out == "rows" else max(2, round(args.share * len(usable)))
-    if many < 2 or (args.hold_out == "identities" and len(counts) - many < 2):
+    if not 2 <= many <= len(usable) or (args.hold_out == "identities" and len(counts) - many < 2):
         raise InputError(
             f"expected identities enough to hold some out, with 2 rows or more each (3 with --hold-out rows), and at "
             f"least 2 to learn from, got {len(counts)}, of which {len(usable)} have as many rows"
@@ -253,7 +258,7 @@ def split(unit: Tensor, quality: Tensor, identity: Tensor, args: argparse.Namesp
     return rows, trial, f"{int((sides >= 0).sum())} rows of {many} identities held out"
 
 
-def draw_curves(path: Path, state: dict[str, Any], untrained: float, far: float) -> None:
+def draw_curves(path: Path, state: dict[str, Any], untrained: float, far: float, overwrite: bool) -> None:
     """Loss, TAR and gamma over the steps, as a picture."""
     page = require("matplotlib.figure", EXTRA).Figure(figsize=(9, 2.8), dpi=130, facecolor="white")
     page.set_layout_engine("constrained")
@@ -268,7 +273,7 @@ def draw_curves(path: Path, state: dict[str, Any], untrained: float, far: float)
     for axes in exponent:
         axes.plot(steps, state["gammas"], color="#225ea8", marker=".")
         axes.set(title="gamma", xlabel="step")
-    with replacing(path, overwrite=True) as file:
+    with replacing(path, overwrite) as file:
         page.savefig(file, format="png")
 
 
@@ -300,7 +305,8 @@ def _check_paths(args: argparse.Namespace) -> None:
         require(package, EXTRA)
     if out.suffix != ".pt":
         raise InputError(f"{out}: expected a file that ends in .pt")
-    check_output(out, args.input, args.overwrite)
+    for path in (out, out.with_suffix(".png")):
+        check_output(path, args.input, args.overwrite)
     check_device(args.device)
     check_state(out, args.input, args.resume or args.overwrite)
 

@@ -165,7 +165,7 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _seed(seed: int, step: int, stream: int) -> int:
-    return (seed * 1_000_003 + step) * 4099 + stream
+    return ((seed * 1_000_003 + step) * 4099 + stream) % 2**64
 
 
 def _mean_over_processes(value: Tensor, world: int) -> float:
