@@ -1,6 +1,7 @@
 """``python -m fcn_kernels``: what a call would run on here, and the jobs that show the package at work."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -23,12 +24,26 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
+    if sys.stderr is None:  # closed: progress bars write there, and its number would go to the next file opened
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     _interrupt.restore()
     try:
-        return _run(argv)
+        return _printed(_run(argv))
     except KeyboardInterrupt:  # during imports: a command that has begun says itself what became of its output
         print("python -m fcn_kernels: interrupted", file=sys.stderr)
         return 130
+
+
+def _printed(status: int) -> int:
+    """The status, or that of a failure to write if what is printed cannot be had out."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = None  # Python would try again, and end with a status of its own
+        print(f"python -m fcn_kernels: {error}", file=sys.stderr)
+        return status or 1
+    return status
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -42,9 +57,9 @@ def _run(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     try:
         return int(import_module(COMMANDS[args.command][0]).run(args))
-    except (ImportError, ValueError) as error:  # a missing extra, or input that cannot be used
+    except (ImportError, ValueError, OSError) as error:  # a missing extra, input that cannot be used; or a full disk
         print(f"python -m fcn_kernels {args.command}: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, OSError) else 2
 
 
 if __name__ == "__main__":

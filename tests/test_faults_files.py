@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shlex
 import stat
 import subprocess
 import sys
@@ -310,6 +312,7 @@ def test_any_damage_ends_in_a_sentence(kind: str, place: float, byte: int, cut: 
         (["--batch-rows", "1e20"], 0, ""),
         (["--device", "meta"], 2, "--device meta: "),
         (["--dtype", "float16", "--skip-bad-rows"], 0, ""),
+        (["--max-unpacked", "1e300"], 0, ""),
     ],
 )
 def test_options_at_the_ends_of_sense(
@@ -467,3 +470,65 @@ def test_ctrl_c_while_pytorch_is_imported_is_a_sentence(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 130
     assert done.stderr == "python -m fcn_kernels: interrupted\n"
+
+
+# The process
+
+
+def run_process(folder: Path, *arguments: object, shell: str = "") -> subprocess.CompletedProcess[str]:
+    """A command of the package in a process of its own, whose streams the shell may close or lead elsewhere."""
+    command = shlex.join([sys.executable, "-m", "fcn_kernels", *map(str, arguments)])
+    environment = os.environ | {"PYTHONPATH": str(Path(formats.__file__).parents[2])}
+    return subprocess.run(
+        f"{command} {shell}", shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell that closes streams")
+def test_a_closed_stderr_changes_nothing_but_what_is_seen(tmp_path: Path) -> None:
+    (source,) = save(tmp_path, "npz", make())
+    assert run_process(tmp_path, "aggregate", source, "--out", "o.npz", shell="2>&-").returncode == 0
+    compare(load(tmp_path / "o.npz"), result(tmp_path, make()), 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_cannot_be_printed_is_said_in_a_sentence(
+    tmp_path: Path, unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    done = run_process(tmp_path, "info", shell="> /dev/full")
+    assert re.fullmatch(r"python -m fcn_kernels( info)?: \[Errno 28\] No space left on device\n", done.stderr)
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "--device", "nowhere"], "python -m fcn_kernels info: --device nowhere: "),
+        (["demo", "--device", "nowhere"], "python -m fcn_kernels demo: --device nowhere: "),
+        (["demo", "--out", "."], "python -m fcn_kernels demo: --out: expected a file, got the folder ."),
+        (["train-demo", "--device", "nowhere"], "python -m fcn_kernels train-demo: --device nowhere: "),
+        (["train-demo", "--out", "file"], "python -m fcn_kernels train-demo: --out: expected a folder, got the file"),
+    ],
+)
+def test_other_commands_refuse_in_a_sentence_too(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("arguments", [["info", "--rows", "0"], ["info", "--k", "x"], ["demo", "--steps", "0"]])
+def test_sizes_that_are_none_are_usage_errors(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2

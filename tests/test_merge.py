@@ -85,6 +85,18 @@ def test_under_torchrun_a_process_takes_and_names_its_own(monkeypatch: pytest.Mo
     assert all(Shard(rank, 2).has(one) for rank in range(2) for one in ids[rank].tolist())
 
 
+@pytest.mark.parametrize("rank", [None, "2", "x"])
+def test_ranks_that_are_none_are_refused(
+    rank: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as launchers leave it to every process of a job
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert main(["aggregate", "in.npz", "--out", "parts.npz"]) == 2
+    assert f"RANK/WORLD_SIZE: expected I/N with 0 <= I < N, got {rank or ''}/2" in capsys.readouterr().err
+    assert main(["aggregate", "in.npz", "--out", "parts.npz", "--shard", "0/1"]) == 0
+
+
 def test_torchrun_itself() -> None:
     """Two processes at once, whose outputs merge to what one writes."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -163,15 +163,18 @@ def run_checked(args: argparse.Namespace) -> str:
 
 def _own_share(args: argparse.Namespace) -> None:
     """Under torchrun, the process's shard, outputs and GPU."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.shard is not None or world < 2:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if args.shard is not None or world in ("0", "1"):
         return
-    args.shard = Shard(int(os.environ["RANK"]), world)
+    try:
+        args.shard = shard(f"{os.environ.get('RANK', '')}/{world}")
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"the environment's RANK/WORLD_SIZE: {error}; --shard takes their place") from error
     for name in ("out", "state_out"):
         path: Path | None = getattr(args, name)
         if path is not None:
             setattr(args, name, path.with_name(f"{path.stem}.{args.shard.number}-of-{world}{path.suffix}"))
-    if args.device == "cuda":
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
 
 

@@ -8,6 +8,7 @@ import torch
 
 from fcn_kernels._version import __version__
 from fcn_kernels.backends import HAS_TRITON, resolve_backend, runs_on
+from fcn_kernels.cli.arguments import at_least_one
 from fcn_kernels.selection.cpp import launch as cpp
 from fcn_kernels.selection.problem import Problem
 
@@ -16,10 +17,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sizes of the call."""
-    parser.add_argument("--sets", "-B", type=int, default=20, help="sets in the batch (20)")
-    parser.add_argument("--rows", "-N", type=int, default=20, help="rows a set (20)")
-    parser.add_argument("--dim", "-C", type=int, default=512, help="columns (512)")
-    parser.add_argument("--k", "-K", type=int, default=3, help="picks a set (3)")
+    parser.add_argument("--sets", "-B", type=at_least_one, default=20, help="sets in the batch (20)")
+    parser.add_argument("--rows", "-N", type=at_least_one, default=20, help="rows a set (20)")
+    parser.add_argument("--dim", "-C", type=at_least_one, default=512, help="columns (512)")
+    parser.add_argument("--k", "-K", type=at_least_one, default=3, help="picks a set (3)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--packed", action="store_true", help="sets packed with cu_seqlens")
     parser.add_argument("--device", help='"cuda" or "cpu"; by default cuda where there is one')
@@ -28,9 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
-    for name in ("sets", "rows", "dim", "k"):
-        if getattr(args, name) < 1:
-            raise SystemExit(f"expected --{name} of at least 1, got {getattr(args, name)}")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: {error}") from error
     print(f"fcn_kernels {__version__}")
     print(f"python      {platform.python_version()} on {platform.platform()}")
     print(f"torch       {torch.__version__}")
@@ -41,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"cuda:{i}      {p.name}, {p.multi_processor_count} SMs, {p.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.is_available():
         print("cuda        none")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     print()
     print(f"coreset_select(features {_shape(args)} {args.dtype} on {device}, k={args.k}{', packed' * args.packed})")
     for line in describe(args, device):

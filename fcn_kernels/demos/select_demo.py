@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fcn_kernels.cli.arguments import at_least_one, check_device, seed
 from fcn_kernels.demos import digits, plots, repeatable
 from fcn_kernels.demos.sets import SIZE, Score, make_sets, outranked, pick_all, score
 from fcn_kernels.extras import require
@@ -22,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
     add("--out", type=Path, default=Path("coresets.png"), help="picture to write (default: %(default)s)")
-    add("--seed", type=int, default=0, help="the same seed gives the same figures (default: %(default)s)")
+    add("--seed", type=seed, default=0, help="the same seed gives the same figures (default: %(default)s)")
     add("--k", type=int, default=5, help="picks per set (default: %(default)s)")
     add("--gammas", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0], help="(default: 0 1 2 4)")
     add("--sets", type=int, default=200, help=f"sets; {SETS_DRAWN} are drawn (default: %(default)s)")
-    add("--steps", type=int, default=1000, help="steps of training (default: %(default)s)")
+    add("--steps", type=at_least_one, default=1000, help="steps of training (default: %(default)s)")
     add("--device", default="cpu", help="where network and selection run (default: %(default)s)")
 
 
@@ -37,6 +38,9 @@ def run(args: argparse.Namespace) -> int:
     if args.sets < 1:
         raise ValueError(f"--sets: expected at least 1, got {args.sets}")
     plots.check_output(args.out)
+    if args.out.is_dir():
+        raise ValueError(f"--out: expected a file, got the folder {args.out}")
+    check_device(args.device)
     with repeatable(args.seed):
         demonstrate(args)
     return 0

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fcn_kernels.cli.arguments import check_device, seed
 from fcn_kernels.demos import aligned, digits, plots, repeatable
 from fcn_kernels.demos.poolings import CLUSTERS, OURS, Pooling, poolings, split_norm
 from fcn_kernels.demos.templates import Templates, make_templates
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
     add("--out", type=Path, default=Path("train-demo"), help="folder for the pictures (default: %(default)s)")
-    add("--seed", type=int, default=0, help="the same seed gives the same figures (default: %(default)s)")
+    add("--seed", type=seed, default=0, help="the same seed gives the same figures (default: %(default)s)")
     add("--k", type=int, default=3, help="size of a coreset (default: %(default)s)")
     add("--gamma", type=float, default=0.01, help="gamma before training (default: %(default)s)")
     add("--steps", type=int, default=800, help="training steps for each way of pooling (default: %(default)s)")
@@ -84,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
         got = f"{args.steps} and {args.templates}"
         raise ValueError(f"expected --steps of at least 10 and --templates of at least {digits.CLASSES}, got {got}")
     plots.check_output(args.out)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {args.out}")
+    check_device(args.device)
     args.out.mkdir(exist_ok=True)
     with repeatable(args.seed):
         demonstrate(args)
@@ -122,7 +126,7 @@ def demonstrate(args: argparse.Namespace) -> None:
 
 def align(args: argparse.Namespace) -> None:
     """Compare raw and aligned scores of images of digits that a network has not learned."""
-    trials = [aligned.trial(args.seed + number) for number in range(args.seeds)]
+    trials = [aligned.trial((args.seed + number) % 2**64) for number in range(args.seeds)]
     digits_left = digits.CLASSES - aligned.LEARNED
     print(f"\nAligned scores of two images, of {digits_left} digits that no network learned; seeds: {args.seeds}")
     print(aligned.table(trials) + "\n")
