@@ -120,6 +120,8 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "scores": (TypeError, "floating-point Tensor, got torch.int64", {"scores": torch.arange(3)}),
     "rank": (ValueError, r"shape \(P,\) or \(Q, G\)", {"scores": torch.zeros(1, 3, 3)}),
     "first": (ValueError, r"first to be a context of shape \(4,\)", {"scores": torch.zeros(4)}),
+    "no context": (TypeError, "first to be a Context, got NoneType", {"first": None}),
+    "other tuple": (TypeError, "second to be a Context, got tuple", {"second": (torch.zeros(3), torch.ones(3))}),
     "second": (ValueError, r"second to be a context of shape \(2,\)", {"scores": torch.zeros(3, 2)}),
 }
 
@@ -131,6 +133,14 @@ def test_bad_calls_say_what_was_expected(name: str) -> None:
     call = {"scores": torch.zeros(3), "first": context, "second": context} | options
     with pytest.raises(error, match=message):
         align_scores(**call)
+
+
+def test_bad_rows_to_search_by_say_what_was_expected() -> None:
+    context = Context(torch.zeros(3), torch.ones(3), torch.full((3,), 9), None)
+    with pytest.raises(TypeError, match="expected x to be a Tensor, got NoneType"):
+        search_rows(None, context)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected context to be a Context, got Tensor"):
+        search_rows(torch.zeros(3, 2), torch.zeros(3))  # type: ignore[arg-type]
 
 
 # --- with a bank -----------------------------------------------------------------------------------------------------
@@ -148,6 +158,26 @@ def test_the_module_is_the_functions(method: str) -> None:
     torch.testing.assert_close(align.matrix(a, b, a_ids, b_ids).diagonal(), expected)
     assert not torch.allclose(align(a, b), expected)  # their own identities are in the bank
     assert align(a, a)[0] > align(a, b).min()
+
+
+@pytest.mark.parametrize("method", ["mean", "mean-std"])
+def test_autocast_leaves_scores_exact(method: str) -> None:
+    align = DiscrepancyAlignment(draw(40, 8, dtype=torch.float32), k=6, method=method)
+    q, g = draw(5, 8, seed=1, dtype=torch.float32), draw(7, 8, seed=2, dtype=torch.float32)
+    plain = align.matrix(q, g), align(q, g[:5])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(align.matrix(q, g), plain[0])
+        assert torch.equal(align(q, g[:5]), plain[1])
+
+
+def test_rows_of_two_dtypes_are_scored_in_the_finer() -> None:
+    align = DiscrepancyAlignment(draw(40, 8), k=6)
+    q, g = draw(5, 8, seed=1), draw(5, 8, seed=2, dtype=torch.float32)
+    for one, other in ((q, g), (g, q)):
+        found = align.matrix(one, other)
+        assert found.dtype == F64
+        torch.testing.assert_close(found, align.matrix(one.double(), other.double()))
+        torch.testing.assert_close(found.diagonal(), align(one, other))
 
 
 @pytest.mark.parametrize("method", ["mean", "mean-std"])
@@ -212,6 +242,16 @@ BAD_MODULES: dict[str, tuple[type[Exception], str, Any]] = {
         ValueError,
         "expected no ids",
         lambda: DiscrepancyAlignment(estimator=ContextNet(2)).context(draw(3, 2), torch.arange(3)),
+    ),
+    "one row": (
+        ValueError,
+        r"rows \(Q, C\) and \(G, C\), got \(2,\) and \(3, 2\)",
+        lambda: DiscrepancyAlignment(draw(9, 2)).matrix(draw(2), draw(3, 2)),
+    ),
+    "one row to learn": (
+        ValueError,
+        r"rows \(N, C\), got \(2,\)",
+        lambda: DiscrepancyAlignment(draw(9, 2)).distil(draw(2)),
     ),
     "pairs": (
         ValueError,

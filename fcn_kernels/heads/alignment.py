@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from fcn_kernels import checks
-from fcn_kernels.backends import check_backend
+from fcn_kernels.backends import check_backend, without_autocast
 from fcn_kernels.neighbors.context import Context, context_statistics
 from fcn_kernels.neighbors.scores import align_scores, check_method, unit_rows
 
@@ -248,8 +248,17 @@ class DiscrepancyAlignment(nn.Module):
         return align_scores(cosines, self.context(a, a_ids), self.context(b, b_ids), **self.method)
 
     def matrix(self, q: Tensor, g: Tensor, q_ids: Tensor | None = None, g_ids: Tensor | None = None) -> Tensor:
-        """Aligned scores (Q, G) of rows (Q, C) against rows (G, C), with gradients."""
-        cosines = unit_rows(q) @ unit_rows(g).T
+        """Aligned scores (Q, G) of rows (Q, C) against rows (G, C), with gradients.
+
+        Raises:
+            ValueError: the rows have other shapes.
+        """
+        if q.ndim != 2 or g.ndim != 2 or q.shape[1] != g.shape[1]:
+            raise ValueError(f"expected rows (Q, C) and (G, C), got {tuple(q.shape)} and {tuple(g.shape)}")
+        one, other = unit_rows(q), unit_rows(g)
+        dtype = torch.promote_types(one.dtype, other.dtype)
+        with without_autocast(q.device.type):
+            cosines = one.to(dtype) @ other.to(dtype).T
         return align_scores(cosines, self.context(q, q_ids), self.context(g, g_ids), **self.method)
 
     def distil(self, x: Tensor, ids: Tensor | None = None, *, hidden: int = 128, **fit: Any) -> DiscrepancyAlignment:
@@ -258,7 +267,12 @@ class DiscrepancyAlignment(nn.Module):
         Args:
             x: rows of people other than those to be compared. ids: (N,) theirs, to leave out their own in the bank.
             hidden: width of the network. fit: options of :meth:`ContextNet.fit`.
+
+        Raises:
+            TypeError, ValueError: as :meth:`context` and :meth:`ContextNet.fit`.
         """
+        if x.ndim != 2:
+            raise ValueError(f"expected rows (N, C), got {tuple(x.shape)}")
         with torch.no_grad():
             context = self.context(x, ids)
         net = ContextNet(x.shape[1], hidden).to(x.device)

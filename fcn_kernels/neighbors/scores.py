@@ -78,6 +78,7 @@ def align_scores(
         raise ValueError(f"expected scores of shape (P,) or (Q, G), got {tuple(scores.shape)}")
     wanted = (scores.shape[:1], scores.shape[1:]) if scores.ndim == 2 else (scores.shape, scores.shape)
     for name, context, shape in zip(("first", "second"), (first, second), wanted, strict=True):
+        _check_context(name, context)
         if context.mean.shape != shape:
             raise ValueError(
                 f"expected {name} to be a context of shape {tuple(shape)} for scores {tuple(scores.shape)}, "
@@ -133,7 +134,10 @@ def search_rows(
     check_method(method, strength, "both", eps)
     if side not in ("query", "gallery"):
         raise ValueError(f'expected side "query" or "gallery", got {side!r}')
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected x to be a Tensor, got {type(x).__name__}")
     checks.check_tensor("x", x, x, tuple(x.shape), checks.DTYPES)
+    _check_context("context", context)
     if x.ndim not in (1, 2) or context.mean.shape != x.shape[:-1]:
         got = f"{tuple(x.shape)} and {tuple(context.mean.shape)}"
         raise ValueError(f"expected x of shape (N, C) or (C,) with the context of as many rows, got {got}")
@@ -144,6 +148,11 @@ def search_rows(
         return torch.cat([unit, last], -1)
     halves = (scale * unit, unit) if side == "query" else (unit, scale * unit)
     return torch.cat([*halves, last], -1)
+
+
+def _check_context(name: str, context: Any) -> None:
+    if not isinstance(context, Context):
+        raise TypeError(f"expected {name} to be a Context, got {type(context).__name__}")
 
 
 def affine(context: Context, method: str, strength: float = 1.0, eps: float = 1e-6) -> Affine:
