@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from caface import Golden
@@ -410,8 +411,11 @@ def test_states_are_moved_picked_saved_and_checked():
     for sets in (slice(1, 3), torch.tensor([2, 0]), torch.tensor([True, False, False, True])):
         assert same_state(state[sets], run(head.update, x[sets], styles[sets]))
     assert same_state(state[-1], state[3:])
-    with pytest.raises(IndexError):
-        state[4]
+    for number in (np.int64(2), np.array([0, 4, 1]).argmax(), torch.tensor(2)):
+        assert same_state(state[number], state[int(number) : int(number) + 1])
+    for number in (4, np.int64(-5), torch.tensor(4)):
+        with pytest.raises(IndexError):
+            state[number]
     assert state.to("meta").sums.device.type == "meta"
     file = io.BytesIO()
     torch.save(state, file)
@@ -434,10 +438,23 @@ def test_states_are_moved_picked_saved_and_checked():
     training = make_head().train().update(x, styles)
     with pytest.raises(ValueError, match="without a graph"):
         head.update(x, styles, None, training)
-    with pytest.raises(ValueError, match="same shapes, dtypes"):
+    with pytest.raises(ValueError, match=r"state of 4 sets in torch.float64, as eval\(\) makes it .*torch.float32"):
         head.update(x, styles, None, training.detach())
     with pytest.raises(TypeError, match="to be a ClusterState"):
         head.finish(tuple(vars(state).values()))
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    head, (x, styles) = make_head().train(), rows(4, 9)
+    theirs = make_head().eval().update(x, styles).detach()
+    before = copy.deepcopy(head.state_dict())
+    for message, state in (
+        (r"state of 4 sets in torch.float32, as train\(\) makes it of these rows, got 4 sets in torch.float64", theirs),
+        ("state of 4 sets in .*, got 2 sets", ClusterState(**{n: t[:2] for n, t in vars(theirs).items()})),
+    ):
+        with pytest.raises(ValueError, match=message):
+            head.update(x, styles, None, state)
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
 
 
 def test_bad_calls_say_what_was_expected():

@@ -87,6 +87,15 @@ def test_bad_calls_say_what_was_expected():
         r"shape \(B, 2, n, C\)": lambda: cluster_losses(head, x[:, 0], None, x[:, 0, 0]),
         "step to divide the n = 6": lambda: cluster_losses(head, x, None, x[:, 0, 0], step=4),
         r"class_centers of shape \(3, 12\)": lambda: cluster_losses(head, x, None, x[0, 0, 0]),
+        # longer than the features', these would be given to rows that are not theirs
+        r"styles of shape \(3, 2, 6\) and more, got \(3, 2, 7, 8\)": lambda: cluster_losses(
+            head, x, torch.randn(3, 2, 7, 8, dtype=F64), x[:, 0, 0]
+        ),
+        r"quality of shape \(3, 2, 6\) and more, got \(3, 6\)": lambda: cluster_losses(
+            head, x, torch.randn(3, 2, 6, 8, dtype=F64), x[:, 0, 0], x[:, 0, :, 0]
+        ),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+    with pytest.raises(TypeError, match=r"step to be an integer of at least 1, got 2\.0"):
+        cluster_losses(head, x, torch.randn(3, 2, 6, 8, dtype=F64), x[:, 0, 0], step=2.0)

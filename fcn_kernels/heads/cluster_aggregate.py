@@ -264,7 +264,7 @@ class ClusterAggregate(nn.Module):
         """
         if state is not None:
             self._check_state(state)
-        rows, out = self._cluster(features, styles, quality, chunk, lengths, mask, cu_seqlens, strict)
+        rows, out = self._cluster(features, styles, quality, chunk, lengths, mask, cu_seqlens, strict, state)
         added = self._state(rows.cut, out, rounded=not self.training)
         if not self.training:
             added = added.detach()
@@ -295,6 +295,15 @@ class ClusterAggregate(nn.Module):
         if not self.training and any(t.requires_grad for t in (state.sums, state.styles, state.masses)):
             raise ValueError("expected a state without a graph in eval(), got one of train(): detach it")
 
+    def _check_joins(self, state: ClusterState, sets: int) -> None:
+        """Raise ValueError unless a state can be added to those of so many sets."""
+        dtype = accumulator(self.centers.dtype) if self.training else torch.float64
+        theirs = state.counts.shape[0]  # a symbol, where len would fix it
+        if theirs != sets or state.masses.dtype != dtype:
+            mode = "train()" if self.training else "eval()"
+            got = f"{theirs} sets in {state.masses.dtype}"
+            raise ValueError(f"expected a state of {sets} sets in {dtype}, as {mode} makes it of these rows, got {got}")
+
     def _cluster(
         self,
         features: Tensor,
@@ -305,11 +314,14 @@ class ClusterAggregate(nn.Module):
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         strict: bool,
+        state: ClusterState | None = None,
     ) -> tuple[_Rows, Clustered]:
-        """Everything of the rows: checks, and what comes of their chunks."""
+        """Everything of the rows: checks, also of a state that they join, and what comes of their chunks."""
         checks.check_flags(strict=strict)
         layout = row_layout("features", features, mask, lengths, cu_seqlens)
         self.check_rows(features, styles, quality, layout.shape)
+        if state is not None:
+            self._check_joins(state, layout.sets.lengths.shape[0])
         if chunk is not None:
             checks.at_least_one("chunk", chunk)
         with without_autocast(features.device.type):

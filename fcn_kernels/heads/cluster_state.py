@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -86,7 +88,8 @@ class ClusterState:
 
     def __getitem__(self, sets: int | slice | Tensor) -> ClusterState:
         """The sets of a slice, of indices or of a mask; of an integer, one set, which stays a batch of one."""
-        if isinstance(sets, int):
+        if isinstance(sets, numbers.Integral) or (isinstance(sets, Tensor) and sets.ndim == 0):
+            sets = operator.index(sets)
             if not -len(self) <= sets < len(self):
                 raise IndexError(f"expected a set in [0, {len(self)}), got {sets}")
             sets = slice(sets, sets + 1 or None)

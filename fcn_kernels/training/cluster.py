@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fcn_kernels import checks
 from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
 from fcn_kernels.heads.cluster_state import ClusterState
 
@@ -71,10 +72,16 @@ def cluster_losses(
         >>> losses = cluster_losses(head, x, styles, centers)
         >>> (losses.center + losses.memory).backward()
     """
+    if not isinstance(features, Tensor):
+        raise TypeError(f"expected features to be a Tensor, got {type(features).__name__}")
     if features.ndim != 4 or features.shape[1] != 2:
         raise ValueError(f"expected features of shape (B, 2, n, C), got {tuple(features.shape)}")
     identities, _, n, dim = features.shape
-    if step < 1 or n < 1 or n % step:
+    # rows are taken by their places: those of other groups would pass for these
+    for name, given in (("styles", styles), ("quality", quality)):
+        if given is not None and tuple(given.shape[:3]) != (identities, 2, n):
+            raise ValueError(f"expected {name} of shape {(identities, 2, n)} and more, got {tuple(given.shape)}")
+    if checks.at_least_one("step", step) > n or n % step:
         raise ValueError(f"expected step to divide the n = {n} images of a group, got {step}")
     if tuple(class_centers.shape) != (identities, dim):
         raise ValueError(f"expected class_centers of shape {(identities, dim)}, got {tuple(class_centers.shape)}")
