@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,22 @@ def test_other_forms_of_pairs_give_the_same(form: str) -> None:
     Path("other.csv").write_bytes(end.join(lines).encode())
     assert evaluate("d.npz", "--pairs", "other.csv", "--out", "other.json") == 0
     assert Path("other.json").read_text() == Path("plain.json").read_text()
+
+
+def test_packed_input_may_lie_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, ids, subject = made()
+    np.savez_compressed("d.npz", descriptors=rows, template_ids=ids)
+    Path("p.txt").write_text("\n".join(all_pairs(ids, subject)[0]))
+    here, real = Path().absolute(), tempfile.TemporaryFile
+
+    def refused(dir: Path) -> Any:
+        if dir == here:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(dir=dir)
+
+    monkeypatch.setattr("os.access", lambda *_: False)
+    monkeypatch.setattr("fcn_kernels.files.formats.TemporaryFile", refused)
+    assert evaluate("d.npz", "--pairs", "p.txt") == 0
 
 
 def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,15 @@ def test_results_that_are_there_are_kept(capsys: pytest.CaptureFixture[str]) -> 
     assert run("a.png", "--overwrite") == 0
 
 
+def test_the_sheet_of_an_earlier_run_is_no_photo() -> None:
+    save("anna/a.png", (200, 0, 0))
+    save("out/ben.png", (0, 200, 0))
+    for _ in range(2):
+        assert run(".", "--overwrite") == 0
+        with np.load("out/embeddings.npz") as rows:
+            assert rows["template_ids"].tolist() == ["anna", "out"]
+
+
 def test_photos_are_turned_and_brought_to_eight_bits() -> None:
     image = images.new("RGB", (4, 2), (10, 20, 30))
     exif = image.getexif()

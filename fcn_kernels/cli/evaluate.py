@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -63,8 +65,9 @@ scores 0 with any other, and is counted.
   the same by what `align` wrote of the one INPUT: contexts of its templates, which --method makes scores of; or, from
   `align --pairs PAIRS`, the scores of PAIRS themselves.
 
-In memory are INPUT and, at most, 8 bytes a pair. OUT has the same numbers, with the thresholds, and OUT with the
-suffix .png shows the curves; both appear whole, or not at all.
+In memory are INPUT and, at most, 8 bytes a pair; what is packed is unpacked into an unnamed file in OUT's folder,
+without OUT in INPUT's, or where the system keeps temporary files if nothing can be written there. OUT has the same
+numbers, with the thresholds, and OUT with the suffix .png shows the curves; both appear whole, or not at all.
 
 {EXIT_STATUS}
 """
@@ -214,7 +217,9 @@ def _images(path: Path, args: argparse.Namespace) -> tuple[Array, Tensor]:
 
 
 def _scratch(path: Path, args: argparse.Namespace) -> Scratch:
-    return Scratch((args.out or path).absolute().parent, args.max_unpacked)
+    folder = (args.out or path).absolute().parent
+    # data sets often lie where nothing can be written
+    return Scratch(folder if os.access(folder, os.W_OK) else Path(gettempdir()), args.max_unpacked)
 
 
 def verify(templates: Templates, path: Path) -> tuple[Roc, int]:

@@ -212,7 +212,7 @@ def _look_at(work: Work, path: Path, args: argparse.Namespace, bar: Any) -> None
     before = len(work.rows)
     try:
         if path.is_dir():
-            folders = folders_of_photos(path)
+            folders = folders_of_photos(path, args.out / "sheet.png")
             if not folders:
                 raise InputError(f"{path}: has no photos, expected files that end in .jpg, .png, .tiff or the like")
             for folder, photos in folders.items():

@@ -31,11 +31,15 @@ def is_photo(path: Path) -> bool:
     return path.suffix.lower() in PHOTOS
 
 
-def folders_of_photos(folder: Path) -> dict[Path, list[Path]]:
-    """The folder and those below it which have photos, each with its photos, in the order of their names."""
+def folders_of_photos(folder: Path, sheet: Path) -> dict[Path, list[Path]]:
+    """The folder and those below it which have photos, each with its photos, in the order of their names.
+
+    Args:
+        sheet: a picture that is no photo, as an earlier run may have left it there.
+    """
     found: dict[Path, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
-        if is_photo(path) and path.is_file() and not path.name.startswith("."):
+        if is_photo(path) and path.is_file() and not path.name.startswith(".") and path.resolve() != sheet.resolve():
             found.setdefault(path.parent, []).append(path)
     return found
 
