@@ -159,6 +159,14 @@ def test_parts_that_do_not_fit_are_told(arguments: list[str], said: str, capsys:
     assert not Path("o.npz").exists()
 
 
+def test_lists_of_strings_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """They were written down as addresses, which ended the process when they were read again."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"template_ids": [1, 2], "names": [["Ada"], ["Bo"]]}), "a.parquet")
+    assert main(["merge", "a.parquet", "--out", "o.npz"]) == 2
+    assert "a.parquet: expected lists of numbers in 'names', got list<" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["2/2", "-1/2", "x/3", "1", "0/0"])
 def test_shards_that_are_none_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

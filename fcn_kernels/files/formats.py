@@ -325,6 +325,10 @@ def _load_parquet(files: Sequence[Any], name: str, scratch: Scratch) -> Any:
             _refuse_nulls(column, 0, name)
         values = column.to_numpy()
         return np.array(values.tolist()) if values.dtype.hasobject else values
+    one = kind.value_type
+    if not (types.is_floating(one) or types.is_integer(one) or types.is_boolean(one)):
+        # of others NumPy has objects, which are addresses in memory
+        raise InputError(f"expected lists of numbers in {name!r}, got {kind}")
     shape = 0, kind.list_size if types.is_fixed_size_list(kind) else 0
     with scratch.file() as unpacked:
         for file in files:
@@ -332,7 +336,7 @@ def _load_parquet(files: Sequence[Any], name: str, scratch: Scratch) -> Any:
                 rows = _dense(batch.column(0), *shape, name)
                 unpacked.write(np.ascontiguousarray(rows))
                 shape = shape[0] + rows.shape[0], rows.shape[1]
-        return unpacked.mapped(rows.dtype, shape) if all(shape) else np.empty(shape, kind.value_type.to_pandas_dtype())
+        return unpacked.mapped(rows.dtype, shape) if all(shape) else np.empty(shape, one.to_pandas_dtype())
 
 
 def stack(columns: Columns, pattern: str, scratch: Scratch) -> Any:
