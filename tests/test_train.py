@@ -157,6 +157,29 @@ def test_two_processes_train_one_head(digits: tuple[Path, torch.Tensor, torch.Te
     assert build_head(load_checkpoint(out)).dim == 64
 
 
+def test_a_batch_that_processes_cannot_share_evenly_has_its_own_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one step, in which nothing but the sets is drawn: one row each, without dropout and margin."""
+    source = embeddings(tmp_path / "in.npz")
+    options = [*SHORT, *QUICK, "--steps", "1", "--longest", "1", "--dropout", "0", "--loss", "cosine"]
+    command = ["train", str(source), "--ids", "digit", *options, "--out"]
+    assert main([*command, str(tmp_path / "one.pt"), "--batch", "3"]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def two(batch: int) -> subprocess.CompletedProcess[str]:
+        run = [*torchrun, "-m", "fcn_kernels", *command, str(tmp_path / f"two-{batch}.pt"), "--batch", str(batch)]
+        return subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True)
+
+    losses = [
+        float(number)
+        for said in (capsys.readouterr().out, two(3).stdout)
+        for number in re.findall(r"of 1 steps: ([\d.]+)", said)
+    ]
+    assert losses == [pytest.approx(losses[0], abs=2e-4)] * 2
+    assert "--batch 1: expected a set at least for each of 2 processes" in two(1).stderr
+
+
 def test_the_shares_of_the_processes_are_the_batch() -> None:
     torch.manual_seed(0)
     rows = group(F.normalize(torch.randn(30, 8), dim=1), torch.rand(30) + 1, torch.arange(30) % 3, 3)

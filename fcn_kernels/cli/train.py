@@ -129,6 +129,8 @@ def run(args: argparse.Namespace) -> int:
 def run_checked(args: argparse.Namespace) -> str:
     """What :func:`run` does, with errors raised; returns a summary."""
     _check_paths(args)
+    if dist.is_initialized() and args.batch < dist.get_world_size():
+        raise InputError(f"--batch {args.batch}: expected a set at least for each of {dist.get_world_size()} processes")
     unit, quality, identity = labeled_rows(args)
     rows, trial, held_out = split(unit, quality, identity, args)
     training = make_training(args, rows)

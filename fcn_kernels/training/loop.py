@@ -113,7 +113,8 @@ def train(
         for entry in optimizer.param_groups:
             entry["lr"] = entry["top"] * _schedule(step, plan.steps)
         training.train()
-        loss = module(sets.to(device))
+        # processes are averaged, where shares may differ by a set
+        loss = module(sets.to(device)) * (len(sets.labels) * world / plan.batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(training.parameters(), 1.0)
