@@ -83,6 +83,8 @@ def test_from_anchors_the_farthest_comes_first() -> None:
     found = picked(Picker(x, torch.ones(200), anchors=anchors), 6)
     unit = torch.nn.functional.normalize(torch.cat([anchors, x]), dim=1)
     distance = (1 - unit[5:] @ unit[:5].T).amin(1)
+    begun = picked(Picker(x, torch.ones(200), anchors=anchors, start=7), 1)
+    assert begun.distances.tolist() == [pytest.approx(float(distance[7]), abs=1e-12)]
     for pick, reached in zip(found.picks.tolist(), found.distances.tolist(), strict=True):
         distance[[3, 11, 12]] = -1  # cannot be picked
         assert pick == int(distance.argmax())

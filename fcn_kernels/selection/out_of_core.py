@@ -34,7 +34,7 @@ class Known(NamedTuple):
     gap: Tensor  # (T,), the least distance, without its weight, to the anchors and to the picks that the row has met
     met: Tensor  # (T,) int32, how many picks that are
     picks: Tensor  # (P,) int64
-    distances: Tensor  # (P,), of each pick to the picks before it; inf for the first
+    distances: Tensor  # (P,), of each pick to the anchors and the picks before it; inf for the first without anchors
 
 
 class _Pick(NamedTuple):
@@ -229,13 +229,18 @@ class Picker:
 
     def _first(self) -> tuple[int, float] | None:
         if self.start is not None:
-            return (self.start, math.inf) if bool(self.open[self.start]) else None
+            return (self.start, self._from_anchors(self.start)) if bool(self.open[self.start]) else None
         if self.has_anchors:
             return self._farthest()
         if not self.open.any():
             return None
         score = torch.where(self.open, self.quality, -math.inf)
         return int((score == score.amax()).nonzero()[0]), math.inf
+
+    def _from_anchors(self, row: int) -> float:
+        """The distance of a row to the anchors, infinite if there are none, before the first pick."""
+        distance = self.known.gap[row] * self.weight[row]
+        return float(reported(distance[None, None], self._shift)) if self.has_anchors else math.inf
 
     def _farthest(self) -> tuple[int, float] | None:
         """The row of the largest distance to the picks, the lowest on ties, and that distance."""
