@@ -142,6 +142,7 @@ def test_ids_of_signed_and_unsigned_dtypes_stay_what_they_are() -> None:
         (["merge", "a.npz", "text.npz", "--out", "o.npz"], "got strings in text.npz and integers in a.npz"),
         (["merge", "short.npz", "--out", "o.npz"], "short.npz: expected 2 rows, as in 'template_ids', in 'norms'"),
         (["merge", "a.npz", "none.npz", "--out", "o.npz"], "none.npz"),
+        (["merge", "days.npz", "--out", "o.pt"], "days.npz: expected numbers or strings, got datetime64[D] in 'norms'"),
         (["merge", "a.npz", "--out", "a.npz", "--overwrite"], "is read from"),
         (["merge", "text.npz", "--out", "o.safetensors"], "cannot hold template ids that are strings"),
     ],
@@ -152,6 +153,7 @@ def test_parts_that_do_not_fit_are_told(arguments: list[str], said: str, capsys:
     np.savez("wide.npz", template_ids=[4], norms=[[1.0, 2.0]])
     np.savez("text.npz", template_ids=["x"], norms=[1.0])
     np.savez("short.npz", template_ids=[1, 2], norms=[1.0])
+    np.savez("days.npz", template_ids=[1], norms=np.array(["2020-01-01"], "datetime64[D]"))
     np.savez("large.npz", template_ids=np.array([2**63], "uint64"), norms=[1.0])
     np.savez("negative.npz", template_ids=[-1], norms=[1.0])
     assert main(arguments) == 2

@@ -59,6 +59,9 @@ def _columns(path: Path, scratch: Scratch) -> dict[str, Array]:
     ids = ids_column(columns, IDS, source, empty=True)
     with reading(source):
         found = {name: np.asarray(column(columns, name, source)) for name in columns if name != IDS}
+    others = [f"{values.dtype} in {name!r}" for name, values in found.items() if values.dtype.kind not in "biufU"]
+    if others:
+        raise InputError(f"{source}: expected numbers or strings, got {', '.join(others)}")
     short = [name for name, values in found.items() if len(values) != len(ids)]
     if short:
         raise InputError(f"{source}: expected {len(ids)} rows, as in {IDS!r}, in {', '.join(map(repr, short))}")
