@@ -224,6 +224,9 @@ def test_evaluate_compares_raw_and_aligned(capsys: pytest.CaptureFixture[str]) -
         first = (own == table.amax(1)[mated]).float().mean()
         within = found[name]["1:N"]["gallery.csv"]["within_rank"]["1"]
         assert within == pytest.approx(float(first), abs=1e-6)
+    assert "BANK is INPUT" not in said
+    assert main(["evaluate", "one.npz", "--pairs", "pairs.csv", "--bank", "one.npz"]) == 0
+    assert "BANK is INPUT, where each row is its own nearest neighbor" in capsys.readouterr().out
     assert main(["evaluate", "one.npz", "--pairs", "pairs.csv", "--k", "60"]) == 2
     assert "expected --bank with them" in capsys.readouterr().err
 

@@ -131,10 +131,7 @@ def _input(args: argparse.Namespace, scratch: Scratch) -> tuple[Embeddings, Arra
 
 
 def _warn(args: argparse.Namespace, bank: Bank, k: int | None) -> None:
-    messages = warnings_of(bank, k)
-    if not args.id_key and args.bank.samefile(args.input):
-        messages.append("BANK is INPUT, where each row is its own nearest neighbor: --id-key leaves it out")
-    for message in messages:
+    for message in warnings_of(bank, k, None if args.id_key else args.input):
         print(f"python -m fcn_kernels align: warning: {message}", file=sys.stderr)
 
 

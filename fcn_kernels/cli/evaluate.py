@@ -157,7 +157,7 @@ def run_checked(args: argparse.Namespace) -> str:
             results[f"{path}, aligned"] = compare(_aligned(templates, args), args)
         if args.bank:
             bank = read_bank(args.bank, Keys(args.bank_features), False, _scratch(path, args))
-            notes += warnings_of(bank, neighbors_of(args))
+            notes += warnings_of(bank, neighbors_of(args), path)
             context = contexts(
                 templates.unit, bank, source=templates.source, k=neighbors_of(args), min_cosine=args.min_cosine
             )

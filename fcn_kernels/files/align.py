@@ -124,8 +124,12 @@ def read_bank(path: Path, keys: Keys, with_ids: bool, scratch: Scratch) -> Bank:
     return Bank(rows, ids, len(rows) - good, str(path))
 
 
-def warnings_of(bank: Bank, k: int | None) -> list[str]:
-    """What makes alignment by this bank doubtful, in sentences."""
+def warnings_of(bank: Bank, k: int | None, compared: Path | None) -> list[str]:
+    """What makes alignment by this bank doubtful, in sentences.
+
+    Args:
+        bank, k: as in :func:`contexts`. compared: the file of the rows, None if their own identities are left out.
+    """
     people = len(bank.rows) - bank.left_out if bank.ids is None else len(require("numpy", EXTRA).unique(bank.ids))
     found = []
     if people < LEAST_IDENTITIES:
@@ -135,6 +139,8 @@ def warnings_of(bank: Bank, k: int | None) -> list[str]:
         found.append(f"--k {k}: with fewer than {LEAST_K} neighbors it mostly does harm")
     if bank.left_out:
         found.append(f"{bank.source}: {bank.left_out} rows are not finite or are zero, and are left out")
+    if compared is not None and compared.samefile(bank.source):
+        found.append("BANK is INPUT, where each row is its own nearest neighbor: `align --id-key` leaves it out")
     return found
 
 
