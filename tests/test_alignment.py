@@ -324,6 +324,8 @@ def test_the_sampler_draws_from_few_rows(people: int, each: int) -> None:
     twin = HypersphereSampler(*(torch.zeros_like(t) for t in sampler.buffers()))
     twin.load_state_dict(sampler.state_dict())
     assert torch.equal(twin(100, torch.Generator().manual_seed(1)), drawn)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(twin(100, torch.Generator().manual_seed(1)), drawn)
     align = DiscrepancyAlignment.from_generator(sampler, 200)
     assert align.bank.shape == (200, 24)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fcn_kernels import checks
+from fcn_kernels.backends import without_autocast
 from fcn_kernels.neighbors.scores import unit_rows
 
 
@@ -78,7 +79,8 @@ class HypersphereSampler(nn.Module):
         n = checks.at_least_one("n", n)
         shape, like = (n, len(self.mean)), {"device": self.mean.device, "dtype": self.mean.dtype}
         person, picture = (torch.randn(shape, generator=generator, **like) for _ in range(2))  # type: ignore[call-overload]
-        return unit_rows(self.mean + person @ self.between.T + picture @ self.within.T)
+        with without_autocast(self.mean.device.type):
+            return unit_rows(self.mean + person @ self.between.T + picture @ self.within.T)
 
 
 def _shrunk(rows: Tensor, freedom: int) -> Tensor:
