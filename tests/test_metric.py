@@ -119,6 +119,13 @@ def test_rows_that_cannot_be_picked_have_no_distance(metric: str, select: Select
     assert (got.nearest[~bad] >= 0).all()
 
 
+def test_a_negative_quality_is_no_distance_below_0(select: Select) -> None:
+    rows, quality = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([[1.0, -1, 1, 1]])
+    got = state(select, rows, 2, quality, 1.0, anchors=rows[0, :1])
+    assert got.min_distances[0, 1] == 0
+    assert got.nearest[0, 1] == -1
+
+
 def test_squared_distances_far_from_the_origin(where: str, select: Select) -> None:
     """float32 picks are those of float64: distances are made of differences, duplicates are 0 apart, zeros are rows."""
     generator = torch.Generator().manual_seed(0)

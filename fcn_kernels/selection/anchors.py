@@ -34,7 +34,8 @@ def anchor_distances(p: Problem, anchors: Tensor, offsets: Tensor | None) -> Ten
                 quality = row_norms(x) if p.quality is None else p.quality[at]
                 gaps = squared_distances(x, chosen) if p.euclidean else cosine_gaps(x, chosen, norms, p.normalized)
                 out[at] = p.distance_scale * power(quality, gamma) * gaps
-    return out.nan_to_num_(math.inf, math.inf)  # rows that are not finite cannot be picked
+    # rows that are not finite, or of a quality below 0, cannot be picked; -inf would say that they were
+    return out.nan_to_num_(math.inf, math.inf).clamp_(min=0)
 
 
 def _pairs(p: Problem, anchors: Tensor, offsets: Tensor | None) -> list[tuple[int, int, int, int]]:
