@@ -12,10 +12,10 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def one_by_one(function: Any, count: int, dims: Any, args: Any) -> Any:
+def one_by_one(function: Callable[..., Any], count: int, dims: Any, args: Any) -> Any:
     """Under vmap: outputs of a function for each of ``count`` calls, stacked, and where."""
     each = [
-        function.apply(*(a if d is None else a.select(d, i).contiguous() for a, d in zip(args, dims, strict=True)))
+        function(*(a if d is None else a.select(d, i).contiguous() for a, d in zip(args, dims, strict=True)))
         for i in range(count)
     ]
     return tuple(torch.stack(found) for found in zip(*each, strict=True)), (0,) * len(each[0])
@@ -38,7 +38,7 @@ def transformable(
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-            return one_by_one(Transformable, info.batch_size, in_dims, args)
+            return one_by_one(Transformable.apply, info.batch_size, in_dims, args)
 
         setup_context = staticmethod(save)
         backward = staticmethod(differentiate)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -36,6 +36,14 @@ def inputs() -> dict[str, Tensor]:
         "start": torch.randint(N, (V, B), generator=generator),
         "lengths": torch.randint(1, N + 1, (V, B), generator=generator),
     }
+
+
+@pytest.fixture
+def without_fallback() -> Iterator[None]:
+    """PyTorch's own loop, which warns of itself, is an error."""
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    yield
+    torch._C._functorch._set_vmap_fallback_enabled(True)
 
 
 def call(backend: str, names: tuple[str, ...], fixed: dict[str, Any]) -> Callable[..., Any]:
@@ -99,6 +107,16 @@ def test_gradients_through_vmap_and_under_it(shared: bool, backend: str) -> None
             assert torch.allclose(a, b[i], atol=1e-6)
     total = every[2].sum() if shared else every[2]
     assert torch.allclose(through[2], total, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"], indirect=True)
+def test_anchors_of_all_calls_and_of_each(backend: str, without_fallback: None) -> None:
+    rows = inputs()["features"]
+    for anchors, dim in ((rows[0, 0, :2], None), (rows[:, 0, :2], 0), (rows[:, :, :2], 0)):
+        found = vmap(lambda x, a: coreset_select(x, K, anchors=a, backend=backend), (0, dim))(rows, anchors)
+        for i in range(V):
+            wanted = coreset_select(rows[i], K, anchors=anchors if dim is None else anchors[i], backend=backend)
+            assert all(torch.equal(f[i], w) for f, w in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"], indirect=True)

@@ -37,6 +37,7 @@ _library.define(
 )
 _library.define(f"anchor_distances({schema(Problem)}, Tensor anchors, Tensor? offsets) -> Tensor")
 _run, _run_backward = torch.ops.fcn_kernels.select.default, torch.ops.fcn_kernels.select_backward.default
+_run_anchors = torch.ops.fcn_kernels.anchor_distances.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -136,13 +137,19 @@ def _anchor_distances(*args: Any) -> Tensor:
     return anchor_distances(Problem(*fields), anchors, offsets)
 
 
+def _anchor_distances_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    (distances,), (dim,) = one_by_one(lambda *each: (_run_anchors(*each),), info.batch_size, in_dims, args)
+    return distances, dim
+
+
 _library.impl("anchor_distances", _anchor_distances, "CompositeExplicitAutograd")
 _library.impl("anchor_distances", torch.library.fallthrough_kernel, "Autograd")
+torch.library.register_vmap("fcn_kernels::anchor_distances", _anchor_distances_vmap, lib=_library)
 
 
 def least_distances(problem: Problem, anchors: Tensor, offsets: Tensor | None) -> Tensor:
     """Run the operator that makes distances to anchors, (R,)."""
-    return torch.ops.fcn_kernels.anchor_distances.default(*problem, anchors, offsets)  # type: ignore[no-any-return]
+    return _run_anchors(*problem, anchors, offsets)  # type: ignore[no-any-return]
 
 
 class _Select(torch.autograd.Function):
@@ -192,7 +199,7 @@ class _Select(torch.autograd.Function):
         """A dimension more is sets more: one call takes them all, where they share gamma, tau and seed."""
         folded = _folded(info.batch_size, Problem(*in_dims[1:]), Problem(*args[1:]))
         if folded is None:
-            return one_by_one(_Select, info.batch_size, in_dims, args)
+            return one_by_one(_Select.apply, info.batch_size, in_dims, args)
         out = _Select.apply(args[0], *folded)
         # (R,); (K, R); or sets first
         along = [0] * 4 + [1 if found.ndim == 2 else 0 for found in out[4:]]
@@ -253,7 +260,7 @@ class _SelectBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         """jacrev asks for the gradients of many outputs of one call."""
-        return one_by_one(_SelectBackward, info.batch_size, in_dims, args)
+        return one_by_one(_SelectBackward.apply, info.batch_size, in_dims, args)
 
 
 def _select_autograd(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
