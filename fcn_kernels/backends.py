@@ -79,6 +79,16 @@ def is_plain_call() -> bool:
     )
 
 
+def is_recorded() -> bool:
+    """Whether operations are followed without their values: by a compiler, by make_fx, or on fake tensors."""
+    if torch.compiler.is_compiling():
+        return True
+    modes = torch._C._TorchDispatchModeKey
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)
+    )
+
+
 def is_under_vmap() -> bool:
     """Whether torch.func.vmap runs the call, so that a tensor may stand for many."""
     if not torch._C._are_functorch_transforms_active():
@@ -88,9 +98,10 @@ def is_under_vmap() -> bool:
 
 
 def are_plain(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether none is of a subclass, or without memory, that an operator would have to be told of."""
+    """Whether none is of a subclass, or without memory, or memory of numbers whose sign is to be changed (what the
+    imaginary part of a conjugate is), that an operator would have to be told of."""
     for t in tensors:  # noqa: SIM110 - `all` of a generator takes three times as long
-        if t is not None and (type(t) not in _PLAIN or t.is_meta):
+        if t is not None and (type(t) not in _PLAIN or t.is_meta or t.is_neg()):
             return False
     return True
 

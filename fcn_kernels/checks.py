@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from fcn_kernels.backends import is_plain_call, is_under_vmap
+from fcn_kernels.backends import is_plain_call, is_recorded, is_under_vmap
 from fcn_kernels.sets import accumulator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -16,7 +16,7 @@ INTEGERS = (torch.int32, torch.int64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REAL = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
 MOST_PICKS = 2**31 - 1
-ONES = {dtype: torch.ones((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
+ONES = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 LIMITS = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
 """The least normal and the largest number of the dtypes in which rows are summed."""
 
@@ -24,7 +24,7 @@ LIMITS = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in 
 def may_look(tensor: Tensor, strict: bool = False) -> bool:
     """Whether the values of a tensor may be looked at: they are on the host, one tensor's, and no compiler records the
     call."""
-    return strict or (tensor.is_cpu and not torch.compiler.is_compiling() and not is_under_vmap())
+    return strict or (tensor.is_cpu and not is_recorded() and not is_under_vmap())
 
 
 def check_features(features: Any, cu_seqlens: Any) -> None:
@@ -227,7 +227,9 @@ def exponent(gamma: Any, features: Tensor) -> Tensor:
 
 def _scalar(value: Any, dtype: torch.dtype) -> Tensor:
     # torch.tensor, which is faster, would be compiled anew for each value of an annealed tau, as would torch.full
-    return torch.ones((), dtype=dtype) * value if torch.compiler.is_compiling() else torch.tensor(value, dtype=dtype)
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=dtype, device="cpu").mul(value)
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def _check_scalar(name: str, value: Tensor, features: Tensor) -> None:

@@ -21,7 +21,8 @@ def philox(seed: int, row: Tensor, block: int, sets: Tensor, stream: int = 0) ->
     # Counter words 0 and 2, which are multiplied, and 1 and 3. There is no unsigned 32-bit arithmetic; int64 products
     # wrap to the right bits, so what is multiplied has to be cut to 32, and the rest at the end. The first two rounds
     # are of a row or a set alone.
-    c0, c1, c2, c3 = torch.atleast_2d(row), torch.tensor(block), sets[:, None], torch.tensor(stream)
+    c0, c2 = torch.atleast_2d(row), sets[:, None]
+    c1, c3 = torch.tensor((block, stream), device="cpu")  # single numbers, which go with any device's
     for r in range(_ROUNDS):
         keys = (seed + r * _KEY_STEPS[0]) & _MASK, ((seed >> 32) + r * _KEY_STEPS[1]) & _MASK
         p0, p2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]

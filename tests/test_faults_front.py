@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fcn_kernels import Coreset, CoresetSelect, coreset_select
+from fcn_kernels.selection.cpp import launch as cpp
 
 X = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0))
 Q = torch.rand(2, 12, generator=torch.Generator().manual_seed(1)) + 0.1
@@ -180,6 +183,82 @@ def test_a_saved_coreset_loads_with_weights_only() -> None:
     loaded = torch.load(file, weights_only=True)
     assert type(loaded) is Coreset
     same(loaded, coreset)
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+BACKENDS = ["torch", *([] if cpp.unavailable(torch.float32) else ["cpp"]), "triton"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_of_negated_numbers(backend: str) -> None:
+    """What the imaginary part of a conjugate is: a mark says that signs are to be changed."""
+
+    def negated(values: Tensor) -> Tensor:
+        found: Tensor = torch._neg_view(-values)  # type: ignore[attr-defined]
+        assert found.is_neg()
+        return found
+
+    def step(view: Any) -> tuple[Any, ...]:
+        x, q = X.clone().requires_grad_(), Q.clone().requires_grad_()
+        options = {"tau": view(torch.tensor(0.7)), "start": view(torch.tensor([3, 4])), "min_distances": view(Q)}
+        found = coreset_select(view(x), 3, view(q), view(torch.tensor(0.5)), backend=backend, **options)
+        return *found, *torch.autograd.grad(found.features, (x, q), view(torch.ones_like(found.features)))
+
+    for mine, theirs in zip(step(negated), step(torch.clone), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_device_is_not_where_rows_are(backend: str) -> None:
+    offsets, anchors = torch.tensor([0, 5, 12]), X[0, :2].clone()
+
+    def calls() -> list[Tensor]:
+        x = X.clone().requires_grad_()
+        torch.manual_seed(0)
+        trained = coreset_select(x, 3, Q, 0.5, tau=0.7, sample=True, backend=backend)
+        euclidean = {"metric": "sqeuclidean", "anchors": anchors, "return_nearest": True}
+        started = coreset_select(X, [3, 2], Q, 0.5, start=1, distinct=True, backend=backend, **euclidean)
+        packed = coreset_select(X[0], 3, cu_seqlens=offsets, strict=True, backend=backend)
+        return [*trained, *started, *packed, *torch.autograd.grad(trained.features.square().sum(), x)]
+
+    wanted = calls()
+    with torch.device("meta"):
+        found = calls()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def options_of_values() -> dict[str, Any]:
+    """Those whose values are looked at."""
+    return {
+        "gamma": torch.tensor(0.5),
+        "tau": torch.tensor(0.7),
+        "start": torch.tensor([1, 2]),
+        "lengths": torch.tensor([3, 9]),
+        "min_distances": torch.ones(2, 12),
+        "noise": torch.zeros(3, 2, 12),
+    }
+
+
+def test_fake_tensors_have_no_values_to_look_at() -> None:
+    with FakeTensorMode():
+        fake, x = options_of_values(), torch.randn(2, 12, 5)
+        mask = torch.ones(2, 12, dtype=torch.int64)
+        packed = torch.tensor([0, 5, 12])
+        found = coreset_select(x, 3, torch.rand(2, 12), **fake)
+        assert coreset_select(x, 3, mask=mask).indices.shape == (2, 3)
+        assert coreset_select(x[0], 3, cu_seqlens=packed, start=1).indices.shape == (2, 3)
+    assert [tuple(t.shape) for t in found] == [(2, 3, 5), (2, 3), (2,), (2, 3)]
+
+
+@pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
+def test_make_fx_records_a_call(tracing: str) -> None:
+    def run(x: Tensor, q: Tensor, given: dict[str, Any]) -> Coreset:
+        return coreset_select(x, 3, q, **given)
+
+    recorded = make_fx(run, tracing_mode=tracing)(X, Q, options_of_values())
+    other = options_of_values() | {"start": torch.tensor([2, 0]), "lengths": torch.tensor([12, 1])}
+    same(recorded(-X, Q, other), run(-X, Q, other))
 
 
 # --- numbers that change under compilers --------------------------------------------------------------------------

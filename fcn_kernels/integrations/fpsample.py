@@ -52,7 +52,7 @@ def fps_sampling(pc: Points, n_samples: int, start_idx: int | Sequence[int] | No
     first = [int(row) for row in np.atleast_1d(start_idx)]
     if len(set(first)) != len(first) or len(first) > n_samples or not all(0 <= row < len(pc) for row in first):
         raise ValueError(f"expected up to {n_samples} different start_idx in [0, {len(pc)}), got {start_idx}")
-    known = torch.full((len(pc),), torch.inf)
+    known = points.new_full((len(pc),), torch.inf)
     known[first] = -torch.inf  # chosen, and out of what can be picked
     more = n_samples - len(first)
     found = farthest_points(points, [more], anchors=points[first], min_distances=known, distinct=True)

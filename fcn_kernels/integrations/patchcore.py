@@ -57,7 +57,7 @@ class GreedyCoresetSampler:
     def run(self, features: Features) -> Features:
         """The picked rows of ``(N, D)``, in the order in which they were picked."""
         with torch.no_grad():
-            rows = self._reduce_features(torch.as_tensor(features).to(self.device))
+            rows = self._reduce_features(torch.as_tensor(features, device=self.device))
             picks = self._compute_greedy_coreset_indices(rows)
         if isinstance(features, Tensor):
             return features[picks.to(features.device)]

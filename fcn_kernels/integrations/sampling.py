@@ -24,7 +24,10 @@ def complete(coreset: Coreset | CoresetState, k: int | Tensor) -> Tensor:
     """
     if (short := coreset.counts < k).any():
         where = f" of set {int(short.nonzero()[0])}" if short.ndim else ""
-        wanted, got = (int(torch.as_tensor(number).expand_as(short)[short][0]) for number in (k, coreset.counts))
+        wanted, got = (
+            int(torch.as_tensor(number, device=short.device).expand_as(short)[short][0])
+            for number in (k, coreset.counts)
+        )
         raise ValueError(f"expected {wanted} rows{where} to be picked, got {got}: others, or the start, are not finite")
     return coreset.indices
 

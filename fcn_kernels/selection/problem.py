@@ -19,8 +19,8 @@ class Problem(NamedTuple):
 
     features: Tensor  # (B, N, C) padded, or (T, C) packed
     quality: Tensor | None = None  # (R,) or (B, N), float32 or float64; None: the rows' norms
-    gamma: Tensor = torch.tensor(0.0)  # 0-d, on the features' device or the CPU
-    tau: Tensor = torch.tensor(1.0)  # 0-d, on the features' device or the CPU
+    gamma: Tensor = torch.tensor(0.0, device="cpu")  # 0-d, on the features' device or the CPU
+    tau: Tensor = torch.tensor(1.0, device="cpu")  # 0-d, on the features' device or the CPU
     noise: Tensor | None = None  # (K, R), Gumbel samples
     seed: Tensor | None = None  # 0-d int64, on the features' device or the CPU; noise is drawn from it
     start: Tensor | None = None  # (B,) int64, the first pick

@@ -238,7 +238,7 @@ def row_products(rows: Tensor, vectors: Tensor) -> Tensor:
     """rows (G, n, C) . vectors (G, C) -> (G, n), each row by itself."""
     if not rows.is_cpu or not rows.numel():
         return (rows * vectors[:, None]).sum(-1)
-    number = torch.arange(len(rows) * rows.shape[1])
+    number = torch.arange(len(rows) * rows.shape[1], device="cpu")
     return pair_products(rows.flatten(0, 1), vectors, number, number // rows.shape[1]).view(rows.shape[:2])
 
 

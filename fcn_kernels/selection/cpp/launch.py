@@ -74,8 +74,8 @@ class _Others:
         self.ranks, world = ranks, dist.get_world_size(ranks.group)
         self.error: BaseException | None = None
         size = 2 * accumulator(p.features.dtype).itemsize + 8 + p.dim * p.features.itemsize
-        self.ballot = torch.zeros(size, dtype=torch.uint8)
-        self.ballots = torch.zeros(world, size, dtype=torch.uint8)
+        self.ballot = torch.zeros(size, dtype=torch.uint8, device="cpu")
+        self.ballots = torch.zeros(world, size, dtype=torch.uint8, device="cpu")
         pool, agree = (kind(function) for (_, kind), function in zip(
             self.Struct._fields_[5:], (self._guarded(self._pool), self._guarded(self._agree)), strict=True
         ))  # fmt: skip
@@ -94,7 +94,7 @@ class _Others:
         return call
 
     def _pool(self, rows: "ctypes._Pointer[ctypes.c_double]") -> None:
-        ours = torch.tensor([*rows[:3], 0.0], dtype=torch.float64)[:, None]
+        ours = torch.tensor([*rows[:3], 0.0], dtype=torch.float64, device="cpu")[:, None]
         for i, value in enumerate(torch.cat(self.ranks.pool(Pool(*ours)))[:3].tolist()):
             rows[i] = value
 
