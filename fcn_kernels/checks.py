@@ -33,6 +33,7 @@ def check_features(features: Any, cu_seqlens: Any) -> None:
         raise TypeError(f"expected features to be a Tensor, got {type(features).__name__}")
     if features.dtype not in DTYPES:
         raise TypeError(f"expected features of dtype float32, bfloat16, float16 or float64, got {features.dtype}")
+    _check_layout("features", features)
     if cu_seqlens is not None:
         if features.ndim != 2:
             raise ValueError(f"expected packed features (T, C) with cu_seqlens, got shape {tuple(features.shape)}")
@@ -56,12 +57,18 @@ def check_tensor(
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"expected {name} of dtype {names}, got {value.dtype}")
+    _check_layout(name, value)
     if tuple(value.shape) != shape:  # torch.Size of symbols would fix them
         raise ValueError(
             f"expected {name} of shape {tuple(shape)} for features {tuple(features.shape)}, got {tuple(value.shape)}"
         )
     if value.device != features.device:
         raise ValueError(f"expected {name} on the features' device {features.device}, got {value.device}")
+
+
+def _check_layout(name: str, value: Tensor) -> None:
+    if value.layout is not torch.strided:
+        raise TypeError(f"expected {name} to be a dense tensor, got one of layout {value.layout}")
 
 
 def check_flags(**flags: Any) -> None:
@@ -88,12 +95,8 @@ def check_generator(generator: Any) -> None:
 def at_least_one(name: str, value: Any) -> Any:
     """An int, from NumPy's integers too; or a symbol, which stays one."""
     wanted = f"expected {name} to be an integer of at least 1"
-    try:
-        # an int that a compiler follows would be bound to one value by `index`
-        number = value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
+    number = _integer(value)
+    if number is None:
         raise TypeError(f"{wanted}, got {value!r} of type {type(value).__name__}")
     if isinstance(number, torch.SymInt):
         return number
@@ -102,6 +105,17 @@ def at_least_one(name: str, value: Any) -> Any:
     if number > MOST_PICKS:
         raise ValueError(f"{wanted} and at most 2^31 - 1, got {number}")
     return number
+
+
+def _integer(value: Any) -> Any:
+    """An int, from NumPy's integers and tensors of one, or a symbol; None for what is none."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return None
+    try:
+        # an int that a compiler follows would be bound to one value by `index`
+        return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
+    except TypeError:
+        return None
 
 
 METRICS = ("cosine", "sqeuclidean")
@@ -127,9 +141,9 @@ def picks_per_set(k: Any, sets: int, device: torch.device) -> tuple[Any, Tensor 
             raise ValueError(f"expected k of shape ({sets},), a number for each set, got {tuple(k.shape)}")
         each = k.tolist()
     else:
-        if not all(hasattr(number, "__index__") and not isinstance(number, bool) for number in k):
+        each = [_integer(number) for number in k]
+        if any(number is None for number in each):
             raise TypeError(f"expected k of integers, one for each set, got {k!r}")
-        each = [operator.index(number) for number in k]
         if len(each) != sets:
             raise ValueError(f"expected k of {sets} numbers, one for each set, got {len(each)}")
     for b, number in enumerate(each):
@@ -162,7 +176,6 @@ def known_distances(values: Any, features: Tensor, shape: tuple[int, ...], look:
 
 def anchor_rows(anchors: Any, features: Tensor, sets: int) -> tuple[Tensor, Tensor | None]:
     """Anchors (A, C), (B, A, C), or of a jagged nested tensor (T, C) with their offsets (B + 1,)."""
-    wanted = f"expected anchors of shape (A, {features.shape[-1]}), or ({sets}, A, {features.shape[-1]})"
     offsets = None
     if isinstance(anchors, Tensor) and anchors.is_nested:
         if anchors.layout != torch.jagged or anchors.ndim != 3 or anchors.lengths() is not None:  # type: ignore[attr-defined]
@@ -174,10 +187,13 @@ def anchor_rows(anchors: Any, features: Tensor, sets: int) -> tuple[Tensor, Tens
         raise TypeError(f"expected anchors to be a Tensor, got {type(anchors).__name__}")
     if anchors.dtype not in DTYPES:
         raise TypeError(f"expected anchors of dtype float32, bfloat16, float16 or float64, got {anchors.dtype}")
-    if anchors.ndim not in (2, 3) or anchors.shape[-1] != features.shape[-1]:
-        raise ValueError(f"{wanted}, got {tuple(anchors.shape)}")
-    if anchors.ndim == 3 and anchors.shape[0] != sets:
-        raise ValueError(f"{wanted}, got {tuple(anchors.shape)}")
+    _check_layout("anchors", anchors)
+    columns = features.shape[-1]
+    fitting = anchors.ndim in (2, 3) and anchors.shape[-1] == columns
+    if not fitting or (anchors.ndim == 3 and anchors.shape[0] != sets):
+        raise ValueError(
+            f"expected anchors of shape (A, {columns}), or ({sets}, A, {columns}), got {tuple(anchors.shape)}"
+        )
     if anchors.device != features.device:
         raise ValueError(f"expected anchors on the features' device {features.device}, got {anchors.device}")
     return anchors.detach(), offsets
@@ -309,9 +325,11 @@ def first_picks(
         raise TypeError(f"expected start to be an int or a Tensor of integers, got {type(start).__name__}")
     if not isinstance(start, Tensor):
         start = start if isinstance(start, torch.SymInt) else int(start)
-        known = not torch.compiler.is_compiling()  # a bound on symbols would bind them
-        if start < 0 or (known and cu_seqlens is None and start >= features.shape[1]):
-            raise ValueError(f"expected start in [0, {features.shape[-2]}), got {start}")
+        known, rows = not is_recorded(), features.shape[-2]  # a bound on symbols would bind them
+        if known and rows == 0:
+            start = 0
+        elif start < 0 or (known and start >= rows):
+            raise ValueError(f"expected start in [0, {rows}), got {start}")
         start = torch.full((sets,), start, device=features.device)
     elif single and start.ndim == 0:
         start = start[None]

@@ -93,6 +93,19 @@ def test_refused_with_words(case: str) -> None:
         coreset_select(X, k, Q, **options)
 
 
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_tensors_that_are_not_dense_are_refused_with_words(layout: str) -> None:
+    def other(dense: Tensor) -> Tensor:
+        found: Tensor = getattr(dense, layout)()
+        return found
+
+    with pytest.raises(TypeError, match="expected features to be a dense tensor, got one of layout torch"):
+        coreset_select(other(X[0]), 2)
+    with pytest.raises(TypeError, match="expected quality to be a dense tensor, got one of layout torch"):
+        coreset_select(X, 2, other(Q))
+
+
 def test_float64_rows_have_the_range_of_float64() -> None:
     options = {"gamma": 1e-300, "tau": 1e-300, "distance_scale": 1e-300}
     same(coreset_select(X.double(), 3, Q.double(), **options), coreset_select(X.double(), 3, Q.double(), **options))
@@ -123,6 +136,10 @@ def test_a_start_means_nothing_to_an_empty_set() -> None:
     assert coreset_select(X[0], 2, cu_seqlens=offsets, start=1).counts.tolist() == [2, 0, 2]
     with pytest.raises(ValueError, match=r"start of set 2 in \[0, 7\), got 7"):
         coreset_select(X[0], 2, cu_seqlens=offsets, start=torch.tensor([1, 0, 7]))
+    with pytest.raises(ValueError, match=r"start in \[0, 12\), got 1180591620717411303424"):
+        coreset_select(X[0], 2, cu_seqlens=offsets, start=2**70)
+    for start in (0, 5, torch.tensor([0, 5])):
+        assert coreset_select(X[:, :0], 2, start=start).counts.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +150,9 @@ def test_a_start_means_nothing_to_an_empty_set() -> None:
         ({"k": 2, "backend": "cuda"}, ValueError),
         ({"k": 2, "gamma": math.nan}, ValueError),
         ({"k": 2, "tau": 0.0}, ValueError),
+        ({"k": 2, "tau": torch.tensor(-1.0)}, ValueError),
+        ({"k": 2, "tau": torch.ones(2)}, ValueError),
+        ({"k": 2, "tau": torch.tensor(1)}, TypeError),
         ({"k": 2, "distance_scale": -1.0}, ValueError),
         ({"k": 2, "distinct": 1}, TypeError),
     ],

@@ -239,6 +239,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"anchors": torch.ones(3, 4, 3)}, ValueError, "expected anchors of shape"),
     ({"anchors": [1.0]}, TypeError, "expected anchors to be a Tensor"),
     ({"anchors": torch.ones(4, 3, dtype=torch.int64)}, TypeError, "expected anchors of dtype"),
+    ({"anchors": torch.eye(3).to_sparse()}, TypeError, "expected anchors to be a dense tensor, got one of layout"),
     ({"anchors": torch.ones(4, 3, device="meta")}, ValueError, "expected anchors on the features' device"),
     ({"min_distances": torch.ones(2, 4)}, ValueError, "expected min_distances of shape"),
     ({"min_distances": -torch.ones(2, 5)}, ValueError, "expected min_distances of at least 0"),
@@ -246,6 +247,10 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"k": [1, 2, 3]}, ValueError, "expected k of 2 numbers"),
     ({"k": [1, 2.0]}, TypeError, "expected k of integers, one for each set"),
     ({"k": [1, True]}, TypeError, "expected k of integers, one for each set"),
+    ({"k": [1, torch.tensor(True)]}, TypeError, "expected k of integers, one for each set"),
+    ({"k": [1, torch.tensor(2.0)]}, TypeError, "expected k of integers, one for each set"),
+    ({"k": [1, torch.ones(2, dtype=torch.int64)]}, TypeError, "expected k of integers, one for each set"),
+    ({"k": torch.tensor(True)}, TypeError, "expected k to be an integer of at least 1"),
     ({"k": torch.tensor([1, -1])}, ValueError, "expected k of each set from 0"),
     ({"k": torch.tensor([1.0, 2.0])}, TypeError, "expected k of dtype int32 or int64"),
     ({"k": torch.tensor([1])}, ValueError, r"expected k of shape \(2,\)"),
@@ -270,6 +275,18 @@ def test_one_call_in_a_compiled_graph() -> None:
     compiled = torch.compile(picks, fullgraph=True, backend="aot_eager")
     for mine, theirs in zip(compiled(rows, rows[0, :3]), picks(rows, rows[0, :3]), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_anchors_are_exported_for_any_number_of_sets() -> None:
+    class Query(torch.nn.Module):
+        def forward(self, rows: Tensor, anchors: Tensor) -> Tensor:
+            return coreset_select(rows, 3, anchors=anchors).indices
+
+    rows = torch.randn(4, 20, 5, generator=torch.Generator().manual_seed(0))
+    sets, known = torch.export.Dim("sets", min=2, max=9), torch.export.Dim("known", min=2, max=9)
+    shapes = ({0: sets}, {0: known})
+    program = torch.export.export(Query(), (rows[:2], rows[0, :3]), dynamic_shapes=shapes, strict=True)
+    assert torch.equal(program.module()(rows, rows[1, :5]), Query()(rows, rows[1, :5]))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])

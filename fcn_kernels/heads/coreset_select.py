@@ -46,8 +46,7 @@ class CoresetSelect(nn.Module):
         checks.check_flags(normalized=normalized, distinct=distinct)
         checks.check_metric(metric, normalized)
         checks.scale("distance_scale", distance_scale, torch.float32)
-        if not isinstance(tau, Tensor):
-            checks.scale("tau", tau, torch.float32)
+        checks.temperature(tau, torch.empty(0, device=tau.device if isinstance(tau, Tensor) else None))
         checks.exponent(gamma, torch.empty(0))
         self.k = checks.at_least_one("k", k)
         self.gamma = nn.Parameter(torch.tensor(float(gamma)))
