@@ -84,6 +84,25 @@ def test_the_plain_program_picks_the_same_rows(name: str, options: dict[str, Any
         torch.testing.assert_close(ours.distances, theirs.distances)
 
 
+@pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_plain_program_takes_float64(metric: str, k: int) -> None:
+    module = Select("quality", k, {"metric": metric, "gamma": 0.7})
+    inputs = spoiled(3, 9, 6).double(), given("quality", 3, 9).double()
+    ours, theirs = module(*inputs), plain(exported(module, inputs, (PADDED, PADDED))).module()(*inputs)
+    assert torch.equal(ours.indices, theirs.indices)
+    torch.testing.assert_close(ours.distances, theirs.distances)
+
+
+@pytest.mark.parametrize("start", [-1, 9, 2**40])
+def test_a_start_means_nothing_to_an_empty_set(start: int) -> None:
+    lengths = torch.tensor([0, 6])
+    module, inputs = Select("start", 3, {"lengths": lengths}), (torch.randn(2, 9, 6), torch.tensor([start, 5]))
+    ours, theirs = module(*inputs), plain(exported(module, inputs, None)).module()(*inputs)
+    assert torch.equal(ours.indices, theirs.indices)
+    assert ours.counts.tolist() == theirs.counts.tolist() == [0, 3]
+
+
 def test_the_plain_head_gives_the_same_descriptors() -> None:
     head = CoresetAggregator(16, 3, num_heads=2, gamma=0.5)
     module = plain(exported(head, rated(2, 9), (PADDED, PADDED))).module()

@@ -64,13 +64,15 @@ def _select(*args: Any) -> Selected:
     x = p.features.to(accumulator(p.features.dtype))  # [b, n, c]
     norms = torch.linalg.vector_norm(x, dim=-1)
     if p.euclidean:
-        norms = torch.where(norms < math.inf, 1, math.nan)
+        norms = torch.where(norms < math.inf, torch.ones_like(norms), math.nan)
     quality = norms if p.quality is None else p.quality.view(norms.shape)
     allowed = usable(norms, quality) & _takes_part(p, norms)
     first = None
     if p.start is not None:
         first = p.start.to(torch.int64)[:, None]  # [b, 1]
-        allowed = allowed & allowed.gather(1, first)
+        in_range = (first >= 0) & (first < norms.shape[1])  # of a set without rows it may be anything
+        first = torch.where(in_range, first, 0)
+        allowed = allowed & in_range & allowed.gather(1, first)
     x = torch.where(allowed[..., None], x, 0)
     counts = allowed.sum(-1).clamp(max=p.k)
     weight = p.distance_scale * quality ** p.gamma.to(norms.dtype)
