@@ -149,7 +149,7 @@ def picks_per_set(k: Any, sets: int, device: torch.device) -> tuple[Any, Tensor 
     for b, number in enumerate(each):
         if not 0 <= number <= MOST_PICKS:
             raise ValueError(f"expected k of each set from 0 to 2^31 - 1, got {number} for set {b}")
-    return max(1, max(each, default=1)), torch.tensor(each, dtype=torch.int64, device=device)
+    return max(each, default=1), torch.tensor(each, dtype=torch.int64, device=device)
 
 
 def row_quality(quality: Any, features: Tensor, shape: tuple[int, ...], metric: str) -> Tensor | None:
@@ -278,7 +278,7 @@ def given_noise(noise: Any, features: Tensor, shape: tuple[int, ...], look: bool
     elif not below.all():
         at = tuple((~below).nonzero()[0].tolist())
         raise ValueError(f"expected noise that is neither NaN nor infinite, got {float(noise[at])} at {at}")
-    return noise.detach().to(accumulator(features.dtype)).reshape(shape[0], -1)  # type: ignore[no-any-return]
+    return noise.detach().to(accumulator(features.dtype)).flatten(1)  # type: ignore[no-any-return]
 
 
 def row_mask(mask: Any, features: Tensor, shape: tuple[int, ...], look: bool) -> Tensor:

@@ -93,6 +93,18 @@ def test_a_number_for_each_set_is_a_call_for_each(metric: str, select: Select) -
     assert (got.nearest[2] == -1).all()
 
 
+def test_no_picks_of_any_set(select: Select) -> None:
+    rows = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    noise = torch.zeros(0, 2, 9)
+    for k, options in (([0, 0], {}), (torch.tensor([0, 0]), {"noise": noise}), ([0, 0], {"anchors": rows[0, :2]})):
+        found = state(select, rows, k, **options)
+        assert [tuple(t.shape) for t in found] == [(2, 0, 4), (2, 0), (2,), (2, 0), (2, 9), (2, 9)]
+        assert (found.nearest == -1).all()
+        found.features.sum().backward()
+    assert not rows.grad.any()  # type: ignore[union-attr]
+    assert select(rows[0], [0]).features.shape == (0, 4)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_gradients_of_sets_with_numbers_of_their_own(metric: str, select: Select) -> None:
     case = random_case(3, 9, 5, 4, noise=0.5)

@@ -56,7 +56,7 @@ def fps_sampling(pc: Points, n_samples: int, start_idx: int | Sequence[int] | No
     known[first] = -torch.inf  # chosen, and out of what can be picked
     more = n_samples - len(first)
     found = farthest_points(points, [more], anchors=points[first], min_distances=known, distinct=True)
-    return np.array(first + complete(found, more)[:more].tolist(), dtype=np.uint64)  # type: ignore[no-any-return]
+    return np.array(first + complete(found, more).tolist(), dtype=np.uint64)  # type: ignore[no-any-return]
 
 
 def bucket_fps_kdtree_sampling(pc: Points, n_samples: int, start_idx: int | Sequence[int] | None = None) -> Points:

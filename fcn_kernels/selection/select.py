@@ -180,6 +180,8 @@ class Call(NamedTuple):
     """Of the features, without C."""
     single: bool
     """One set, whose results have no leading B."""
+    no_picks: bool
+    """No set is to have any. Backends make one then, of which the sets' limits leave nothing."""
 
     def with_anchors(self) -> Problem:
         """The problem with distances to the anchors among those to what was picked before."""
@@ -193,6 +195,8 @@ class Call(NamedTuple):
     ) -> Coreset | CoresetState:
         """What the public function returns."""
         coreset = Coreset(rows, indices, counts, distances)
+        if self.no_picks:
+            coreset = Coreset(rows[:, :0], indices[:, :0], counts, distances[:, :0])
         if self.single:
             coreset = Coreset(*(t[0] for t in coreset))
         return CoresetState(*coreset, *(t.view(self.shape) for t in state)) if self.problem.return_state else coreset
@@ -236,6 +240,7 @@ def read_call(
     look = checks.may_look(features, strict)
     sets = 1 if single else features.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     most, limits = checks.picks_per_set(k, sets, features.device)
+    no_picks = limits is not None and most == 0
     checks.at_most_one(mask=mask, lengths=lengths, cu_seqlens=cu_seqlens)
     if noise is not None:
         if generator is not None:
@@ -259,7 +264,7 @@ def read_call(
         quality=quality,
         gamma=checks.exponent(gamma, features),
         tau=checks.temperature(tau, features),
-        noise=noise,
+        noise=None if no_picks else noise,
         seed=draw_seed(features, generator) if sample and noise is None else None,
         start=start,
         mask=mask,
@@ -267,7 +272,7 @@ def read_call(
         cu_seqlens=cu_seqlens,
         limits=limits,
         min_distances=min_distances,
-        k=most,
+        k=1 if no_picks else most,
         distance_scale=float(checks.scale("distance_scale", distance_scale, accumulator(features.dtype))),
         normalized=normalized,
         distinct=distinct,
@@ -276,7 +281,7 @@ def read_call(
     )
     if strict:
         _check_rows(problem)
-    return Call(problem, anchors, offsets, shape, single)
+    return Call(problem, anchors, offsets, shape, single, no_picks)
 
 
 def _check_rows(p: Problem) -> None:
