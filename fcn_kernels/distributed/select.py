@@ -122,7 +122,7 @@ def coreset_select(
     assert backend is not None
     problem = call.with_anchors()
     if problem.seed is not None:
-        problem = problem._replace(seed=torch.tensor(seed))
+        problem = problem._replace(seed=torch.tensor(seed, device="cpu"))
     if first is not None:
         problem = problem._replace(start=first)
     ranks = Ranks(group, _rows_of_sets(problem))
