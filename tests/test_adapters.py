@@ -130,6 +130,21 @@ class TestPyTorch3d:
         assert indices[0, :14].sort().values.tolist() == list(range(14))  # copies too, and each once
         assert (indices[0, 14:] == -1).all()
 
+    def test_no_points_asked_for(self) -> None:
+        for none in (0, [0, 0], torch.tensor([0, 0])):
+            points, indices = pytorch3d.sample_farthest_points(torch.randn(2, 9, 3), K=none)
+            assert points.shape == (2, 0, 3)
+            assert indices.shape == (2, 0)
+
+    def test_a_start_that_is_not_finite(self) -> None:
+        points = torch.arange(12.0).view(3, 4, 1)
+        points[0, 0], points[1, :2] = NAN, torch.inf
+        points[2] = NAN
+        indices = pytorch3d.sample_farthest_points(points, K=3)[1]
+        assert indices.tolist() == [[1, 3, 2], [2, 3, -1], [-1, -1, -1]]
+        indices = pytorch3d.sample_farthest_points(points, torch.tensor([2, 2, 4]), K=3)[1]
+        assert indices.tolist() == [[1, -1, -1], [-1, -1, -1], [-1, -1, -1]]
+
     def test_the_gradient_is_that_of_a_gather(self) -> None:
         points = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
         sampled, indices = pytorch3d.sample_farthest_points(points, K=[4, 2])
@@ -180,6 +195,10 @@ class TestTorchCluster:
         for rows, ratio, picks, in_half in [(10, 0.1, 1, 1), (100, 0.07, 7, 8), (100, 0.3, 31, 31), (20, 0.15, 3, 4)]:
             got = torch_cluster.fps(points[:rows].to(dtype), ratio=ratio)
             assert len(got) == (in_half if dtype == torch.float16 else picks)
+
+    def test_no_points(self) -> None:
+        for options in ({}, {"ptr": [0, 0, 0]}, {"batch": torch.zeros(0, dtype=torch.int64)}):
+            assert torch_cluster.fps(torch.zeros(0, 3, 2), **options).tolist() == []
 
     def test_the_default_is_half(self) -> None:
         assert len(torch_cluster.fps(CLOUD[:9])) == 5
@@ -480,6 +499,15 @@ class TestPatchcore:
         got = patchcore.GreedyCoresetSampler(0.1, torch.device("cpu"), 4).run(rows.requires_grad_())
         assert torch.equal(got, rows[want])
         assert got.requires_grad
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_rows_of_other_dtypes_are_projected_too(self, dtype: torch.dtype) -> None:
+        rows = torch.from_numpy(self.ROWS).to(dtype)
+        for sampler in (patchcore.GreedyCoresetSampler, patchcore.ApproximateGreedyCoresetSampler):
+            for width in (4, 6):
+                got = sampler(0.1, torch.device("cpu"), dimension_to_project_features_to=width).run(rows)
+                assert got.dtype == dtype
+                assert got.shape == (12, 6)
 
     @pytest.mark.parametrize("percentage", [0, 1, -0.5])
     def test_errors(self, percentage: float) -> None:

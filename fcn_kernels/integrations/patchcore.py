@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fcn_kernels.extras import require
 from fcn_kernels.integrations.sampling import complete, farthest_points
+from fcn_kernels.selection.anchors import distances_by_differences
+from fcn_kernels.sets import accumulator
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +69,7 @@ class GreedyCoresetSampler:
         width = self.dimension_to_project_features_to
         if width is None or features.shape[1] == width:
             return features
-        mapper = torch.nn.Linear(features.shape[1], width, bias=False).to(features.device)
+        mapper = torch.nn.Linear(features.shape[1], width, bias=False).to(features)
         return mapper(features)  # type: ignore[no-any-return]
 
     def _compute_greedy_coreset_indices(self, features: Tensor) -> Tensor:
@@ -112,6 +114,7 @@ class ApproximateGreedyCoresetSampler(GreedyCoresetSampler):
         np = require("numpy", "tool")
         count = min(self.number_of_starting_points, len(features))
         starts = np.random.choice(len(features), count, replace=False).tolist()
-        gaps = torch.cdist(features, features[starts], compute_mode="donot_use_mm_for_euclid_dist").mean(1)
+        rows = features.to(accumulator(features.dtype))
+        gaps = distances_by_differences(rows, rows[starts]).mean(1)
         picks = int(len(features) * self.percentage)
         return complete(farthest_points(features, picks, min_distances=gaps.square()), picks)

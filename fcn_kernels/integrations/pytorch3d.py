@@ -32,7 +32,8 @@ def sample_farthest_points(
         ValueError: K or lengths are not one for each cloud, or a length is above P.
 
     What differs: a cloud of which only copies of sampled points are left gives those, each once, where theirs gives a
-    point again; points that are not finite are passed by; a K of 0 gives nothing, where theirs gives the start.
+    point again; points that are not finite are passed by, and the first that is takes the place of such a start; a K of
+    0 gives nothing, where theirs gives the start.
 
     Source: PyTorch3D 0.7, pytorch3d.ops.sample_farthest_points.
 
@@ -50,12 +51,17 @@ def sample_farthest_points(
     if not isinstance(K, int) and len(K) != clouds:
         raise ValueError(f"K and points must have the same batch dimension. Got {len(K)} and {clouds}")
     lengths = None if lengths is None else lengths.to(torch.int64)
-    K = K.to(torch.int64) if isinstance(K, Tensor) else K
+    K = K.to(torch.int64) if isinstance(K, Tensor) else [0] * clouds if K == 0 else K
     start = torch.zeros(clouds, dtype=torch.int64, device=points.device)
     if random_start_point and lengths is None:
         start = torch.randint(high=rows, size=(clouds,), device=points.device)
     elif random_start_point and lengths is not None:
         start = (lengths * torch.rand(clouds, device=points.device)).to(torch.int64)
     points = points.to(torch.float32)
+    if rows:
+        finite = points.isfinite().all(-1)
+        if lengths is not None:
+            finite &= torch.arange(rows, device=points.device) < lengths[:, None]
+        start = torch.where(finite.gather(1, start[:, None])[:, 0], start, finite.long().argmax(1))
     indices = farthest_points(points, K, lengths=lengths, start=start, distinct=True).indices
     return gather_rows(points, indices), indices

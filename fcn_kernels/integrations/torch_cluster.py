@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -59,7 +60,8 @@ def fps(
     picks = (sizes.float() * share).ceil().long()
     start = (torch.rand(sizes.shape, device=src.device) * sizes).long() if random_start else torch.zeros_like(sizes)
     start = start.minimum(sizes - 1).clamp(min=0)  # a product may round up to the size
-    found = farthest_points(src.reshape(len(src), -1), picks, cu_seqlens=offsets, start=start)
+    points = src.reshape(len(src), math.prod(src.shape[1:]))
+    found = farthest_points(points, picks, cu_seqlens=offsets, start=start)
     indices = complete(found, picks)
     return (indices + offsets[:-1, None])[indices >= 0]
 
