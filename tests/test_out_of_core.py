@@ -108,6 +108,21 @@ def test_labelled_rows_in_squared_distances(tmp_path: Path) -> None:
         np.testing.assert_allclose(file["distances"], want.distances.numpy(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
+@pytest.mark.parametrize("size", [1e-25, 1, 1e25])
+def test_a_given_start_beside_labelled_rows_of_any_length(size: float, metric: str, tmp_path: Path) -> None:
+    x, anchors = clustered(200, 8, seed=4), torch.randn(5, 8) * size
+    np.save(tmp_path / "rows.npy", x.numpy())
+    np.save(tmp_path / "labelled.npy", anchors.numpy())
+    out = tmp_path / "out.npz"
+    files = (tmp_path / "rows.npy", "--labelled", tmp_path / "labelled.npy", "--out", out)
+    assert run(*files, "--k", 7, "--start", 30, "--metric", metric) == 0
+    want = coreset_select(x, 7, anchors=anchors, start=30, metric=metric, distinct=True, backend="torch")
+    with np.load(out) as file:
+        assert file["picks"].tolist() == want.indices.tolist()
+        assert file["distances"].tolist() == want.distances.tolist()
+
+
 def passes(x: Tensor, k: int, **options: Any) -> float:
     """Bytes read for k picks, in whole pages, in sizes of the file."""
     read: list[int] = []

@@ -20,7 +20,7 @@ from fcn_kernels.files.formats import EXTRA, InputError, Scratch, reading
 from fcn_kernels.files.output import check_columns_output, write_columns
 from fcn_kernels.files.resume import check_state, load_state, save_state, state_path, what_was_kept
 from fcn_kernels.selection.out_of_core import Known, Picker
-from fcn_kernels.sets import accumulator
+from fcn_kernels.sets import accumulator, finite_marks, row_norms, usable
 
 SAVE_SECONDS, SAVE_TIMES = 20.0, 20  # between states: at least these seconds, and so many times what saving took
 ABOUT = f"""
@@ -141,8 +141,8 @@ def _anchors(args: argparse.Namespace, keys: Keys, scratch: Scratch, rows: Tenso
     if anchors.shape[1] != rows.shape[1]:
         raise InputError(f"{path}: expected rows of {rows.shape[1]} columns, as in the input, got {anchors.shape[1]}")
     anchors = anchors.to(accumulator(rows.dtype))
-    norms = torch.linalg.vector_norm(anchors, dim=1)
-    bad = ~norms.isfinite() | ((norms == 0) & (args.metric == "cosine"))
+    norms = row_norms(anchors) if args.metric == "cosine" else finite_marks(anchors)
+    bad = ~usable(norms, norms)
     if bad.any():
         raise InputError(f"{path}: row {int(bad.int().argmax())}: is not finite, or zero")
     return anchors

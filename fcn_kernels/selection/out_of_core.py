@@ -265,7 +265,10 @@ class Picker:
         if best == -math.inf:
             return None
         row = int(((met == step) & (bound == best)).nonzero()[0])
-        return row, float(reported(best[None, None], self._shift))
+        return row, self._reported(best)
+
+    def _reported(self, distance: Tensor) -> float:
+        return float(reported(distance[None, None], self._shift))
 
     def _next(self, waiting: Tensor, bound: Tensor, most: int) -> Tensor:
         """Which rows to read next of those (n,) that could win, in file order: the highest bounds, and their pages."""
