@@ -237,6 +237,25 @@ def test_anchors_are_picks_made_before(metric: str, select: Select) -> None:
         assert float(alone.distances[0]) == pytest.approx(float(known.max()), rel=1e-4)
 
 
+def test_weights_beyond_the_range_leave_the_first_pick_to_the_distances(select: Select) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, quality = torch.randn(1, 6, 4, generator=generator), torch.rand(1, 6, generator=generator) + 195
+    known = torch.rand(1, 6, generator=generator)
+    for gamma in (20.0, -20.0):
+        for size in (1e-30, 1.0, 1e38):
+            assert int(select(rows, 2, quality, gamma, min_distances=known * size).indices[0, 0]) == int(known.argmax())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_distances_to_anchors_beyond_the_range(metric: str, select: Select) -> None:
+    rows = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
+    quality, largest = torch.full((1, 6), 200.0), torch.finfo(torch.float32).max
+    got = state(select, rows, 1, quality, 20.0, metric=metric, anchors=rows[0, :2])
+    assert int(got.indices[0, 0]) == 2
+    assert got.distances[0, 0] == largest
+    assert got.min_distances[0].tolist() == [0, 0, 0, largest, largest, largest]
+
+
 def test_no_anchors_are_none(select: Select) -> None:
     rows = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
     for mine, theirs in zip(select(rows, 3, anchors=rows[0, :0]), select(rows, 3), strict=True):

@@ -12,12 +12,14 @@ from fcn_kernels.sets import GROUP_BYTES, accumulator, row_norms, usable
 
 
 def anchor_distances(p: Problem, anchors: Tensor, offsets: Tensor | None) -> Tensor:
-    """min_a s q_n^gamma (1 - cos(x_n, a)) of each row (R,), or with |x_n - a|^2; inf where a set has no anchor.
+    """min_a s q_n^gamma (1 - cos(x_n, a)) of each row (R,), or with |x_n - a|^2, up to the dtype's largest number; inf
+    where a set has no anchor.
 
     ``anchors`` are (A, C), of all sets, (B, A, C), or (T, C) with ``offsets`` (B + 1,). Anchors that are not finite, or
     without a direction where cosines are asked for, are passed by.
     """
     p, dtype = p.flat, accumulator(p.features.dtype)
+    largest = torch.finfo(dtype).max
     rows = p.features.reshape(-1, p.dim)
     out = torch.full((p.rows,), math.inf, dtype=dtype, device=rows.device)
     gamma = p.gamma.to(rows.device, dtype)
@@ -33,7 +35,8 @@ def anchor_distances(p: Problem, anchors: Tensor, offsets: Tensor | None) -> Ten
                 x = rows[at].to(dtype)
                 quality = row_norms(x) if p.quality is None else p.quality[at]
                 gaps = squared_distances(x, chosen) if p.euclidean else cosine_gaps(x, chosen, norms, p.normalized)
-                out[at] = p.distance_scale * power(quality, gamma) * gaps
+                distances = p.distance_scale * power(quality, gamma) * gaps.clamp_(max=largest)
+                out[at] = torch.where(gaps == 0, 0, distances.clamp_(max=largest))
     # rows that are not finite, or of a quality below 0, cannot be picked; -inf would say that they were
     return out.nan_to_num_(math.inf, math.inf).clamp_(min=0)
 

@@ -311,8 +311,7 @@ def _select(p: Problem, group: _Group, out: Selected, ranks: Ranks | None) -> No
 
     gap, logits, shift = None, quality, None
     if before is not None:
-        shift = exponent
-        logits = before = before if shift is None else before * torch.exp2(-shift).to(before.dtype)
+        logits, before = before, _in_units(before, exponent)
     nearest = torch.full_like(quality, -1, dtype=torch.int64)
     picks: list[_Pick] = []
     infinite = norms.new_full((), math.inf)
@@ -339,7 +338,8 @@ def _select(p: Problem, group: _Group, out: Selected, ranks: Ranks | None) -> No
             group.put(torch.where(allowed & made, fresh, 0), out.kept[1][step])
         if out.state:
             fresh = torch.where(made, fresh, math.inf)
-            nearest = torch.where(fresh * weight < (logits if known else math.inf), step, nearest)
+            least = logits if step else infinite if before is None else before
+            nearest = torch.where(fresh * weight < least, step, nearest)
         gap = fresh if gap is None else torch.minimum(gap, fresh)
         logits, shift = gap * weight, exponent
         if before is not None:
@@ -486,10 +486,19 @@ def _shifted(values: Tensor, shift: Tensor | None) -> Tensor:
     """values * 2^shift (None: as they are) within the dtype's range, 0 for NaN; a float64 holds what is between."""
     if shift is None:
         return values
-    half = torch.exp2(shift.clamp(-2000, 2000) / 2)  # 2^shift itself may leave a float64's range
-    wide = values.double() * half * half
     largest = torch.finfo(values.dtype).max
-    return wide.nan_to_num(0.0, math.inf, -math.inf).clamp(max=largest).to(values.dtype)
+    return _scaled(values, shift).nan_to_num(0.0, math.inf, -math.inf).clamp(max=largest).to(values.dtype)
+
+
+def _in_units(distances: Tensor, shift: Tensor | None) -> Tensor:
+    """Distances in units of 2^shift (None: of 1)."""
+    return distances if shift is None else _scaled(distances, -shift).to(distances.dtype)
+
+
+def _scaled(values: Tensor, shift: Tensor) -> Tensor:
+    """values * 2^shift, float64."""
+    half = torch.exp2(shift.clamp(-2000, 2000) / 2)  # 2^shift itself may leave a float64's range
+    return values.double() * half * half
 
 
 def reported(distances: Tensor, shift: Tensor | None) -> Tensor:
@@ -572,7 +581,7 @@ def _differentiate(
     if p.min_distances is not None:
         before = group.take(p.min_distances)
         distances = gaps * weight
-        before = before if exponent is None else before * torch.exp2(-exponent).to(before.dtype)
+        before = _in_units(before, exponent)
         shares = torch.where(distances < before, shares, torch.where(distances == before, shares.clamp(max=0.5), 0))
     weight = _shifted(weight, None if exponent is None else exponent.clamp(max=LARGEST_GRADIENT_EXPONENT))
     gamma = float(p.gamma)

@@ -138,8 +138,8 @@ class Selection {
 
     // What a step compares.
     Acc noisy(int64_t step, int64_t i) const {
-        const Acc logit = step ? least[i] : known ? before(i) : quality[i];
-        const Acc score = logit + noise.at(i) * (step || known ? noise_scale : 1);
+        const Acc logit = step ? least[i] : known ? known[i] : quality[i];
+        const Acc score = logit + noise.at(i) * (step ? noise_scale : 1);
         return score >= -INFINITE ? score : -INFINITE;  // NaN is the least
     }
 
@@ -197,7 +197,6 @@ class Selection {
         const auto favourite = [&] {
             set.for_blocks([&](int64_t, int64_t begin, int64_t end) { admit(begin, end, measure); });
             if (call.ranks) pool();
-            if (known) fit_weights();
             return best_of_blocks([&](int64_t begin, int64_t end) {
                 Best best;
                 for (int64_t i = begin; i < end; ++i)
