@@ -113,7 +113,8 @@ def coreset_select(
         anchors: ``(A, C)`` or ``(B, A, C)``, rows that were picked before, of these sets or from elsewhere (labelled
             ones); a jagged nested tensor where sets have different numbers. The first pick is then the row farthest
             from them. Those that are not finite are passed by (as are zeros, for cosines); a set whose anchors are all
-            passed by starts at its first row. Without any (A = 0) all is as if none were given.
+            passed by starts at its first row. Without any (A = 0) all is as if none were given. Distances to them are
+            in units of 1: where q^gamma leaves the dtype's range, they are its largest number, or 0.
         min_distances: shaped as quality, distances to what was picked before, at least 0 (they include q^gamma); -inf
             takes a row out. What ``return_min_distances`` gave goes on where that call stopped. No gradient goes
             through these or through distances to anchors.
