@@ -14,7 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fcn_kernels import Coreset, CoresetSelect, coreset_select
+from fcn_kernels import Coreset, CoresetAggregator, CoresetSelect, coreset_select
+from fcn_kernels.attention.encoding import waves
 from fcn_kernels.selection.cpp import launch as cpp
 
 X = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0))
@@ -246,6 +247,15 @@ def test_the_default_device_is_not_where_rows_are(backend: str) -> None:
     with torch.device("meta"):
         found = calls()
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_head_on_another_device_than_the_default() -> None:
+    waves.cache_clear()
+    head, x = CoresetAggregator(16, 3, num_heads=2).eval(), torch.nn.functional.normalize(torch.randn(2, 9, 16), dim=-1)
+    with torch.device("meta"):
+        found = head(x, Q[:, :9]).descriptor
+        assert CoresetAggregator(16).gamma.is_meta
+    assert torch.equal(found, head(x, Q[:, :9]).descriptor)
 
 
 def options_of_values() -> dict[str, Any]:

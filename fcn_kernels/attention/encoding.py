@@ -20,7 +20,7 @@ class Waves(NamedTuple):
 
     @classmethod
     def of(cls, dim: int, dtype: torch.dtype, device: torch.device) -> "Waves":
-        channel = torch.arange(dim, dtype=torch.float64)
+        channel = torch.arange(dim, dtype=torch.float64, device="cpu")
         frequency = 2 * math.pi * 10000 ** (-2 * (channel // 2) / dim)
         return cls(*(table.to(device, dtype) for table in (frequency, channel % 2 * (math.pi / 2))))
 

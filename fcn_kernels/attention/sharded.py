@@ -31,7 +31,8 @@ class ShardedAttention(torch.autograd.Function):
     def forward(ctx: Any, group: Group, *args: Any) -> tuple[Tensor, Tensor]:
         p = Inputs(*args)
         if p.seed is not None:
-            p = p._replace(seed=torch.tensor((int(p.seed) + SEED_STEP * dist.get_rank(group)) % 2**63))
+            seed = (int(p.seed) + SEED_STEP * dist.get_rank(group)) % 2**63
+            p = p._replace(seed=torch.tensor(seed, device="cpu"))
         out, weight_sum, lse = torch.ops.fcn_kernels.set_attention.default(*p)
         everyone = gather(torch.cat([out, weight_sum[..., None], lse[..., None]], -1), group)
         lses = everyone[..., -1]

@@ -94,7 +94,7 @@ class CoresetAggregator(nn.Module):
             raise ValueError(f"expected dim even and divisible by num_heads = {num_heads}, got {dim}")
         if not 0 <= _number("dropout", dropout) < 1:
             raise ValueError(f"expected dropout in [0, 1), got {dropout!r}")
-        if not math.isfinite(torch.tensor(_number("gamma", gamma)).item()):
+        if not math.isfinite(torch.tensor(_number("gamma", gamma), device="cpu").item()):
             raise ValueError(f"expected gamma finite in float32, got {gamma!r}")
         self.dim = dim
         self.k = k
