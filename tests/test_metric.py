@@ -338,3 +338,39 @@ def test_many_columns_meet_the_nearest_anchor(offset: float) -> None:
             rows[:, row : row + 1], [0], metric="sqeuclidean", anchors=anchors, return_min_distances=True
         )
         assert torch.equal(alone.min_distances[0, 0], got[0, row])
+
+
+def test_a_row_that_is_taken_out_is_nearest_to_its_own_pick(select: Select) -> None:
+    x, x[:, 4] = (rows := torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(5))), rows[:, 1]
+    for given in ({}, {"min_distances": torch.full((2, 9), 0.5), "start": torch.tensor([3, 0])}):
+        found = select(x, 5, distinct=True, return_nearest=True, metric="sqeuclidean", **given)
+        picked = found.nearest.gather(1, found.indices)
+        wanted = coreset_select(
+            x, 5, distinct=True, return_nearest=True, metric="sqeuclidean", backend="torch", **given
+        )
+        assert torch.equal(found.nearest, wanted.nearest)
+        assert (picked == torch.arange(5)).sum() >= 8
+
+
+def test_the_first_distance_is_the_first_pick_s_own(select: Select) -> None:
+    """The row that lies farthest from what was picked before cannot be picked, which shows only when rows are read."""
+    x, known = (
+        torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([[1.0, 2, 7, 3, 4, 5]] * 2),
+    )
+    x[:, 2] = torch.inf
+    found = select(x, 2, torch.ones(2, 6), min_distances=known)
+    assert found.indices[:, 0].tolist() == [5, 5]
+    assert found.distances[:, 0].tolist() == [5.0, 5.0]
+
+
+def test_a_set_whose_start_cannot_be_picked_has_no_state(select: Select) -> None:
+    x, quality = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)), torch.ones(2, 6)
+    quality[1, 2] = torch.nan
+    for known in (None, torch.arange(12.0).reshape(2, 6)):
+        for k in (1, 3):
+            found = select(x, k, quality, start=2, min_distances=known, return_min_distances=True)
+            assert found.counts.tolist() == [k, 0]
+            assert found.min_distances[0].any()
+            assert not found.min_distances[1].any()
+            assert found.nearest[1].tolist() == [-1] * 6

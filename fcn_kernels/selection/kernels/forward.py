@@ -356,8 +356,11 @@ def write_state(rows, out, n, allowed, gap, fresh, before, weight, logits, earli
 
 
 @triton.jit
-def score_rows(rows, low, high, state, out, weights, step, made, pick, own, exponent, tau, BUILD: tl.constexpr):
-    """Update the running minimum with the distance to ``pick``, if one was ``made``; the next step's partial."""
+def score_rows(rows, low, high, state, out, weights, step, made, begun, pick, own, exponent, tau, BUILD: tl.constexpr):
+    """Update the running minimum with the distance to ``pick``, if one was ``made``; the next step's partial.
+
+    A set that has not ``begun``, as its start cannot be picked, has no state.
+    """
     best = nobody(BUILD.BLOCK_R)
     unit = noise_unit(exponent)
     more = step + 1 < out.steps  # not so in the pass after the last pick (STATE)
@@ -376,9 +379,9 @@ def score_rows(rows, low, high, state, out, weights, step, made, pick, own, expo
         fresh = fresh_gaps(n, norm, product, pick, own, BUILD)
         if BUILD.STATE:
             fresh = tl.where(made, fresh, float("inf"))
-        if BUILD.DISTINCT:
-            before = tl.where((n == pick) & made, TAKEN, before)
         gap = tl.minimum(before, fresh)
+        if BUILD.DISTINCT:
+            gap = tl.where((n == pick) & made, TAKEN, gap)
         tl.debug_barrier()  # all have loaded what is stored here
         tl.store(state.nearest + rows.first + n, gap, mask=inside)
         if BUILD.KEEP:
@@ -394,7 +397,7 @@ def score_rows(rows, low, high, state, out, weights, step, made, pick, own, expo
             earlier = load_earlier(rows, n, allowed)
             logits = tl.minimum(logits, times_power_of_two(earlier, -exponent))
         if BUILD.STATE:
-            write_state(rows, out, n, allowed, gap, fresh, before, weight, logits, earlier, step, exponent)
+            write_state(rows, out, n, allowed & begun, gap, fresh, before, weight, logits, earlier, step, exponent)
         score = add_noise(logits, rows, n, inside & more, step + 1, unit, BUILD.SEEDED)
         best = update_best(best, score, logits, n, allowed & (gap >= 0), exponent, tau, BUILD.KEEP)
     return reduce_best(best, exponent, tau, BUILD.KEEP)
@@ -523,13 +526,13 @@ def given_start(rows, state, start_ptr, BUILD: tl.constexpr):
 @triton.jit
 def next_usable(rows, partial, BUILD: tl.constexpr):
     """From a first pick by quality alone on to the best whose row is usable, and its norm."""
-    score, row = partial.score, partial.row
+    score, row, logit = partial.score, partial.row, partial.logit
     norm = norm_of(rows, row, row != NO_ROW, BUILD)
     while (row != NO_ROW) & (is_usable_norm(norm) == 0):
         other = first_pick(rows, 0, rows.count, rows, score, row, False, BUILD)
-        score, row = other.score, other.row
+        score, row, logit = other.score, other.row, other.logit
         norm = norm_of(rows, row, row != NO_ROW, BUILD)
-    return Partial(score, row, partial.logit, partial.denominator, partial.exponent), norm
+    return Partial(score, row, logit, partial.denominator, partial.exponent), norm
 
 
 @triton.jit
@@ -670,8 +673,9 @@ def forward_set(rows, part, out, state, shared, weights, start_ptr, limits_ptr, 
                 see_rows(rows, part, held, state, False, True, BUILD)
             # -- distances and scores, a row to a thread
             exponent = tl.load(state.exponents + slot)
+            low, high, begun = part.low, part.high, pickable > 0
             partial = score_rows(
-                rows, part.low, part.high, state, out, weights, step, there, partial.row, own, exponent, tau, BUILD
+                rows, low, high, state, out, weights, step, there, begun, partial.row, own, exponent, tau, BUILD
             )
             if BUILD.SPLIT != WHOLE:
                 store_partial(shared, part, step + 1, partial)
