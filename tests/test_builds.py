@@ -145,7 +145,7 @@ def orders(features, cu_seqlens=None):
     total = features.shape[:-1].numel()
     p = Problem(features, torch.empty(total), torch.tensor(0.5), cu_seqlens=cu_seqlens, k=3)
     with builds.as_if_on(132):
-        specs = builds.record("", launch, ("select_forward",), lambda: launch.forward(p, False))
+        specs = builds.record("", launch, ("select_forward",), lambda: launch.forward(p, False), "sm_90")
     for spec in specs:
         found = sums(builds.compiled(spec, "sm_90").asm["ttgir"])
         assert {s.function for s in found} <= {*OF_ROWS, *OF_PARTS}, found
@@ -169,7 +169,7 @@ TENSOR_CORES = """
 from benchmarks.checks.builds import build, chunks_specs
 
 first, wide = {}, {}
-for spec in chunks_specs():
+for spec in chunks_specs("sm_90"):
     (wide if "one head" in spec.label else first).setdefault((spec.label.split()[0], spec.kernel), spec)
 small = ("blocks_of_small_chunks", "blocks_of_small_chunks_backward")
 for kernel in (*small, "linear", "attend", "attend_queries", "attend_keys", "linear_weights"):
@@ -199,7 +199,7 @@ from fcn_kernels.attention.kernels import launch as attention_launch
 from fcn_kernels.selection.kernels import launch
 
 def specs():
-    return [*builds.selection_specs("sm_90"), *builds.attention_specs()]
+    return [*builds.selection_specs("sm_90"), *builds.attention_specs("sm_90")]
 
 called = specs()
 launch.seed_argument = attention_launch.seed_argument = lambda seed, _: (seed, 0 if seed is None else -1)
@@ -225,7 +225,7 @@ from fcn_kernels.selection.problem import Problem
 def built(rows, k, split=WHOLE.value):
     plan = Plan(32, 64, 1, 4, 3, split)
     problem = Problem(torch.empty(2, rows, 64), torch.empty(2 * rows), torch.tensor(0.5), k=k)
-    specs = builds.record("", launch, ("select_forward",), lambda: launch.forward(problem, True, (plan,)))
+    specs = builds.record("", launch, ("select_forward",), lambda: launch.forward(problem, True, (plan,)), "sm_90")
     return {str(spec) for spec in specs}
 
 assert built(33, 3) == built(48, 3) == built(48, 16)

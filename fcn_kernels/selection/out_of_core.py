@@ -239,8 +239,7 @@ class Picker:
 
     def _from_anchors(self, row: int) -> float:
         """The distance of a row to the anchors, infinite if there are none, before the first pick."""
-        distance = self.known.gap[row] * self.weight[row]
-        return float(reported(distance[None, None], self._shift)) if self.has_anchors else math.inf
+        return self._reported(self.known.gap[row] * self.weight[row]) if self.has_anchors else math.inf
 
     def _farthest(self) -> tuple[int, float] | None:
         """The row of the largest distance to the picks, the lowest on ties, and that distance."""
@@ -268,7 +267,7 @@ class Picker:
         return row, self._reported(best)
 
     def _reported(self, distance: Tensor) -> float:
-        return float(reported(distance[None, None], self._shift))
+        return min(float(reported(distance[None, None], self._shift)), torch.finfo(self.dtype).max)
 
     def _next(self, waiting: Tensor, bound: Tensor, most: int) -> Tensor:
         """Which rows to read next of those (n,) that could win, in file order: the highest bounds, and their pages."""

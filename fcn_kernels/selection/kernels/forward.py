@@ -530,8 +530,10 @@ def next_usable(rows, partial, BUILD: tl.constexpr):
     norm = norm_of(rows, row, row != NO_ROW, BUILD)
     while (row != NO_ROW) & (is_usable_norm(norm) == 0):
         other = first_pick(rows, 0, rows.count, rows, score, row, False, BUILD)
-        score, row, logit = other.score, other.row, other.logit
+        score, row = other.score, other.row
         norm = norm_of(rows, row, row != NO_ROW, BUILD)
+    if rows.earlier is not None:
+        logit = load_earlier(rows, row, row != NO_ROW)
     return Partial(score, row, logit, partial.denominator, partial.exponent), norm
 
 
