@@ -70,10 +70,10 @@ def load(source: Path, *definitions: str) -> ctypes.CDLL:
 def _load(source: Path, definitions: tuple[str, ...]) -> ctypes.CDLL:
     compiler, (cpu, march) = _compiler(), _cpu()
     version = _run([*compiler, "--version"])
-    threads = _threads(version)
+    openmp = _openmp(version)
     files = (*sorted(source.parent.glob("*.[ch]*")), *sorted(_SHARED.glob("*.h")))
     sources = [path.read_bytes() for path in files]
-    made_of = (sources, definitions, compiler, version, _FLAGS, march, [Path(t).name for t in threads], cpu)
+    made_of = (sources, definitions, compiler, version, _FLAGS, march, [Path(flag).name for flag in openmp], cpu)
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:20]
     folder = _folder()
     kept = None if folder is None else folder / f"{source.stem}-{key}.so"
@@ -86,7 +86,7 @@ def _load(source: Path, definitions: tuple[str, ...]) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(prefix="fcn_kernels-") as place:  # 0700
             made = Path(place) / f"{source.stem}.so"
             defined = (f"-D{d}" for d in definitions)
-            _run([str(part) for part in (*compiler, *_FLAGS, *march, *defined, source, *threads, "-o", made)])
+            _run([str(part) for part in (*compiler, *_FLAGS, *march, *defined, source, *openmp, "-o", made)])
             if not made.is_file():
                 raise CompilerError(f"{' '.join(compiler)} wrote no library")
             if kept is not None:
@@ -212,7 +212,7 @@ def _compiler() -> tuple[str, ...]:
     raise NoCompilerError("there is no C++ compiler: no $CXX, g++, c++ or clang++")
 
 
-def _threads(version: str) -> list[str]:
+def _openmp(version: str) -> list[str]:
     """OpenMP by a compiler of this version, with PyTorch's own library, where its wheel carries one: two of them would
     be two teams of threads.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.checks.builds import ATTENTION_KERNELS, CHUNK_KERNELS, NEIGHBORS_KERNELS
+from benchmarks.checks.builds import ATTENTION_KERNELS, CHUNK_KERNELS, NEIGHBORS_KERNELS, SUMS_KERNELS
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.xdist_group("builds")
@@ -46,11 +46,10 @@ NEIGHBORS = [
 
 
 def _kernels(label: str) -> tuple[str, ...]:
-    shares = ("share_forward", "add_pieces", "share_backward")
     if "chunks" in label:
-        return *CHUNK_KERNELS, *shares
+        return *CHUNK_KERNELS, *SUMS_KERNELS
     if "sums" in label:
-        return shares
+        return SUMS_KERNELS
     if "attention" in label:  # small sets are in one part
         return ATTENTION_KERNELS if "1000" in label else (ATTENTION_KERNELS[0], ATTENTION_KERNELS[-1])
     return "select_forward", "select_backward"

@@ -268,9 +268,8 @@ def test_values_that_a_compiled_call_does_not_check_stay_inside(changes: dict[st
 def forget(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """From here on as in a process that has compiled nothing, on a machine where nothing was compiled."""
     patch.setenv("XDG_CACHE_HOME", str(folder))
-    for module, name in ((compiler, "load"), (cpp, "unavailable")):
+    for module, name in ((compiler, "load"), (cpp, "unavailable"), (cpp, "_function")):
         patch.setattr(module, name, functools.cache(getattr(module, name).__wrapped__))
-    patch.setattr(cpp, "_function", calls.functions(cpp._SOURCE, {"forward": 0, "backward": 4}))
 
 
 @pytest.fixture
@@ -350,7 +349,7 @@ def test_without_gcc_s_openmp_the_same_bits(
     with_openmp = sampled(case)
     forget(monkeypatch, tmp_path)
     if found == "none":
-        monkeypatch.setattr(compiler, "_threads", lambda _, of=compiler._threads: of("clang version 14.0.6"))
+        monkeypatch.setattr(compiler, "_openmp", lambda _, of=compiler._openmp: of("clang version 14.0.6"))
         for _ in range(3):
             assert sampled(case).same_bits(with_openmp)
     else:
@@ -368,9 +367,9 @@ def test_only_gcc_has_openmp() -> None:
         "Apple clang version 15.0.0",
     )
     for version in others:
-        assert not any("omp" in flag or "openmp" in flag for flag in compiler._threads(version))
+        assert not any("omp" in flag or "openmp" in flag for flag in compiler._openmp(version))
     gcc = "g++ (Debian 12.2.0-14) 12.2.0\nCopyright (C) 2022 Free Software Foundation, Inc.\n"
-    assert compiler._threads(gcc)[0] == "-fopenmp"
+    assert compiler._openmp(gcc)[0] == "-fopenmp"
 
 
 @needs_compiler

@@ -15,10 +15,14 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.checks import launches
-from benchmarks.checks.builds import ATTENTION_KERNELS, CHUNK_KERNELS, NEIGHBORS_KERNELS
+from benchmarks.checks.builds import (
+    ATTENTION_KERNELS,
+    CHUNK_KERNELS,
+    NEIGHBORS_KERNELS,
+    SELECTION_KERNELS,
+    SUMS_KERNELS,
+)
 
-SELECTION_KERNELS = ("select_forward", "select_backward", "select_lazily")
-SUMS_KERNELS = ("share_forward", "add_pieces", "share_backward")
 LAUNCH = launches.Launch("kernel", 12, 128, 1024, 64, True, 3)
 CODE = ".visible .entry kernel(.param .u64 a, .param .u64 b, .param .u32 c, .param .u64 d, .param .u64 e)"
 
@@ -40,7 +44,7 @@ def test_launches_of_every_kernel_arrive_as_they_were_asked_for():
 def _check(launch: launches.Launch = LAUNCH, shape: tuple[int, ...] = (12, 1, 1), **changes: Any) -> None:
     metadata = SimpleNamespace(num_warps=4, shared=1024)
     asked = {"num_warps": 4, "launch_cooperative_grid": True} | changes
-    launches._check(launch, shape, (12,), asked, SimpleNamespace(metadata=metadata, asm={"ptx": CODE}))
+    launches.check(launch, shape, (12,), asked, SimpleNamespace(metadata=metadata, asm={"ptx": CODE}))
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ TARGETS = {
 # Multiprocessors of an A100, an H100, a B200 and an MI300X, by which the launchers divide large sets.
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
+SELECTION_KERNELS = ("select_forward", "select_backward", "select_lazily")
+SUMS_KERNELS = ("share_forward", "add_pieces", "share_backward")
 CHUNK_KERNELS = (
     "blocks_of_small_chunks",
     "blocks_of_small_chunks_backward",
@@ -94,6 +96,14 @@ class Build(NamedTuple):
     """What is summed over the last axis, and in which order."""
 
 
+def specialized(kernel: Any, backend: Any, bind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """As JITFunction.run, up to where that compiles: the arguments by name, and the signature, constants and attributes
+    that it would compile."""
+    bound, specialization, options = bind(*args, **kwargs, debug=False, instrumentation_mode="")
+    _, *compiled = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    return bound, *compiled
+
+
 class Recorder:
     """Stands in for a kernel: keeps what Triton's runtime would compile for each launch instead of launching."""
 
@@ -111,13 +121,10 @@ class Recorder:
         return self.record
 
     def record(self, *args: Any, **kwargs: Any) -> None:
-        """As JITFunction.run, up to where that compiles."""
+        """A launch."""
         if self.target.backend == "hip":
             kwargs.pop("maxnreg", None)  # where PyTorch is AMD's, the launchers do not ask for it
-        bound, specialization, options = self.bind(*args, **kwargs, debug=False, instrumentation_mode="")
-        _, signature, constants, attributes = self.kernel._pack_args(
-            self.backend, kwargs, bound, specialization, options
-        )
+        _, signature, constants, attributes = specialized(self.kernel, self.backend, self.bind, args, kwargs)
         names = list(signature)
         self.specs.append(
             Spec(
@@ -390,7 +397,7 @@ def clustering_specs(target: str) -> Iterator[Spec]:
 
             kind = str(dtype).removeprefix("torch.")
             label = f"{kind} sums (4, 1000, 512) M={every}{' keys' if keyed else ''}"
-            yield from record(label, launch_sums, ("share_forward", "add_pieces", "share_backward"), both, target)
+            yield from record(label, launch_sums, SUMS_KERNELS, both, target)
 
 
 def chunks_specs(target: str) -> Iterator[Spec]:
@@ -442,7 +449,7 @@ def chunks_specs(target: str) -> Iterator[Spec]:
         def blocks(label: str = label, made: list[Spec] = made, both: Callable[[], None] = both) -> None:
             made += record(label, launch_chunks, CHUNK_KERNELS, both, target)
 
-        shares = record(label, launch_sums, ("share_forward", "add_pieces", "share_backward"), blocks, target)
+        shares = record(label, launch_sums, SUMS_KERNELS, blocks, target)
         yield from {str(spec): spec for spec in (*made, *shares)}.values()  # a layer's launch comes several times
 
 

@@ -29,7 +29,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import fcn_kernels
-from benchmarks.checks.builds import PROCESSORS, TARGETS, as_if_on, nvidia_resources
+from benchmarks.checks.builds import PROCESSORS, TARGETS, as_if_on, nvidia_resources, specialized
 from benchmarks.checks.small_shapes import TOLERANCE, cases, picked
 from benchmarks.model.machines import H100
 from benchmarks.model.multiprocessor import occupancy
@@ -110,20 +110,19 @@ class Listener:
 
         def followed(kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> Any:
             _, _, _, backend, bind = kernel.device_caches[0]
-            bound, specialization, options = bind(*args, **kwargs, debug=False, instrumentation_mode="")
-            _, signature, _, _ = kernel._pack_args(backend, kwargs, bound, specialization, options)
+            bound, signature, _, _ = specialized(kernel, backend, bind, args, kwargs)
             wanted = [(name, kind) for name, kind in signature.items() if kind != "constexpr"]
             self.kinds = [kind for _, kind in wanted]
             self.arrived.clear()
             made = run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
             ((shape, threads, shared, cooperative, values),) = self.arrived
             for (name, kind), value in zip(wanted, values, strict=True):
-                check(value == _as_passed(bound[name], kind), f"{name} of {kernel.fn.__name__}", bound[name], value)
+                expect(value == _as_passed(bound[name], kind), f"{name} of {kernel.fn.__name__}", bound[name], value)
             registers, _ = nvidia_resources(made.asm["cubin"])
             launch = Launch(
                 kernel.fn.__name__, shape[0] * shape[1] * shape[2], threads, shared, registers, cooperative, len(values)
             )
-            _check(launch, shape, grid, kwargs, made)
+            check(launch, shape, grid, kwargs, made)
             self.launches.append(launch)
             return made
 
@@ -136,26 +135,27 @@ def _as_passed(value: Any, kind: str) -> Any:
     return ctypes.c_float(value).value if kind == "fp32" else int(value)
 
 
-def check(holds: bool, what: str, wanted: Any, found: Any) -> None:
+def expect(holds: bool, what: str, wanted: Any, found: Any) -> None:
     """Raise unless it ``holds``."""
     if not holds:
         raise AssertionError(f"{what}: expected {wanted}, got {found}")
 
 
-def _check(launch: Launch, shape: tuple[int, ...], grid: tuple[int, ...], asked: dict[str, Any], made: Any) -> None:
+def check(launch: Launch, shape: tuple[int, ...], grid: tuple[int, ...], asked: dict[str, Any], made: Any) -> None:
+    """Raise unless a launch is the one that was asked for, and of what was ``made`` for it."""
     name, wanted = launch.kernel, (*grid, 1, 1)[:3]
-    check(shape == wanted, f"grid of {name}", wanted, shape)
+    expect(shape == wanted, f"grid of {name}", wanted, shape)
     threads = 32 * made.metadata.num_warps
-    check(launch.threads == threads == 32 * asked.get("num_warps", 4), f"threads of {name}", threads, launch.threads)
-    check(launch.shared == made.metadata.shared, f"shared bytes of {name}", made.metadata.shared, launch.shared)
+    expect(launch.threads == threads == 32 * asked.get("num_warps", 4), f"threads of {name}", threads, launch.threads)
+    expect(launch.shared == made.metadata.shared, f"shared bytes of {name}", made.metadata.shared, launch.shared)
     taken = made.asm["ptx"].partition(".entry")[2].partition(")")[0].count(".param")
     # two more are Triton's own
-    check(taken == launch.arguments + 2, f"arguments that the code of {name} takes", launch.arguments + 2, taken)
+    expect(taken == launch.arguments + 2, f"arguments that the code of {name} takes", launch.arguments + 2, taken)
     cooperative = bool(asked.get("launch_cooperative_grid"))
-    check(launch.cooperative == cooperative, f"whether {name} is cooperative", cooperative, launch.cooperative)
+    expect(launch.cooperative == cooperative, f"whether {name} is cooperative", cooperative, launch.cooperative)
     if cooperative:
         most = H100.processors * occupancy(launch.registers, launch.shared, threads // 32, H100)
-        check(launch.programs <= most, f"programs of {name} at once", f"at most {most}", launch.programs)
+        expect(launch.programs <= most, f"programs of {name} at once", f"at most {most}", launch.programs)
 
 
 @contextmanager

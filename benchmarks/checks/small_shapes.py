@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from fcn_kernels import ClusterAggregate, CoresetAggregator, cluster_sums, context_statistics, coreset_select
+from fcn_kernels.selection.kernels import launch
 
 LENGTHS = (3, 700, 0, 1, 64)
 """Of packed sets: some stay on the chip, one is streamed, one is empty."""
@@ -59,15 +61,8 @@ def aggregated(device: str, dtype: torch.dtype, lengths: tuple[int, ...]) -> Val
 def picked(device: str, dtype: torch.dtype, metric: str) -> Values:
     """Many picks of a set that is split, without a gradient: of a smaller one than would leave rows out by itself."""
     rows = torch.randn(1, 3000, 64, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    try:
-        from fcn_kernels.selection.kernels import launch
-    except ImportError:
+    with patch.object(launch, "LAZY_BYTES", 0):
         return {"picks": coreset_select(rows, 80, metric=metric).indices}
-    least, launch.LAZY_BYTES = launch.LAZY_BYTES, 0
-    try:
-        return {"picks": coreset_select(rows, 80, metric=metric).indices}
-    finally:
-        launch.LAZY_BYTES = least
 
 
 def summed(device: str, dtype: torch.dtype, centers: int, keyed: bool) -> Values:

@@ -526,14 +526,13 @@ def given_start(rows, state, start_ptr, BUILD: tl.constexpr):
 @triton.jit
 def next_usable(rows, partial, BUILD: tl.constexpr):
     """From a first pick by quality alone on to the best whose row is usable, and its norm."""
-    score, row, logit = partial.score, partial.row, partial.logit
+    score, row = partial.score, partial.row
     norm = norm_of(rows, row, row != NO_ROW, BUILD)
     while (row != NO_ROW) & (is_usable_norm(norm) == 0):
         other = first_pick(rows, 0, rows.count, rows, score, row, False, BUILD)
         score, row = other.score, other.row
         norm = norm_of(rows, row, row != NO_ROW, BUILD)
-    if rows.earlier is not None:
-        logit = load_earlier(rows, row, row != NO_ROW)
+    logit = opening_logits(rows, partial.logit, row, row != NO_ROW)
     return Partial(score, row, logit, partial.denominator, partial.exponent), norm
 
 
