@@ -158,8 +158,8 @@ class _Select(torch.autograd.Function):
 
     @staticmethod
     def forward(backend: str, *fields: Any) -> tuple[Tensor, ...]:
-        out = Selected(*_forward(Problem(*fields), True, backend))
-        return (*out[:4], *out.state, *out.kept)
+        *found, state, kept = _forward(Problem(*fields), True, backend)
+        return (*found, *state, *kept)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -179,12 +179,12 @@ class _Select(torch.autograd.Function):
         tensors = ctx.saved_tensors
         p, saved = Problem(*tensors[:_TENSORS], *constants), Saved(*tensors[_TENSORS:])
         if torch.is_grad_enabled():  # create_graph: the function that refuses a second derivative has its say
-            found = Gradients(*_SelectBackward.apply(*p, grad, *saved, backend))
+            dx, dquality, dgamma = _SelectBackward.apply(*p, grad, *saved, backend)
         else:
-            found = Gradients(*_backward(p, grad, saved, backend))
+            dx, dquality, dgamma = _backward(p, grad, saved, backend)
         _, *wanted = ctx.needs_input_grad
-        dquality = found.quality.to(p.quality) if wanted[1] and p.quality is not None else None
-        grads = (found.features if wanted[0] else None, dquality, found.gamma.to(p.gamma) if wanted[2] else None)
+        dquality = dquality.to(p.quality) if wanted[1] and p.quality is not None else None
+        grads = (dx if wanted[0] else None, dquality, dgamma.to(p.gamma) if wanted[2] else None)
         return (None, *grads, *nothing[1 + len(grads) :])
 
     @staticmethod

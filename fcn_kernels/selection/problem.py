@@ -104,13 +104,14 @@ class Selected(NamedTuple):
     @classmethod
     def empty(cls, p: Problem, keep: bool, normalizers: bool) -> "Selected":
         """Not filled in yet; ``normalizers``: these are kept of the softmaxes, as triton does."""
-        new, sets, k, dtype = p.features.new_empty, p.sets, p.k, accumulator(p.features.dtype)
+        features = p.features
+        new, sets, rows, k, dtype = features.new_empty, p.sets, p.rows, p.k, accumulator(features.dtype)
         kept = []
         if keep:
-            softmax = (sets, k, 3) if normalizers else (k, p.rows)
-            kept = [new(*shape, dtype=dtype) for shape in (softmax, (k - 1, p.rows), (p.rows,))]
+            softmax = new(sets, k, 3, dtype=dtype) if normalizers else new(k, rows, dtype=dtype)
+            kept = [softmax, new(k - 1, rows, dtype=dtype), new(rows, dtype=dtype)]
         return cls(
-            new(sets, k, p.dim),
+            new(sets, k, features.shape[-1]),
             new(sets, k, dtype=dtype),
             new(sets, k, dtype=torch.int64),
             new(sets, dtype=torch.int64),

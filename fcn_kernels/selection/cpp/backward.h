@@ -48,7 +48,7 @@ class Backpropagation {
         if (call.euclidean && count) copy_row(set.row(indices[0]), origin.data(), call.dim, 0);
         for (int64_t step = 0; step < count; ++step) {
             std::copy_n(grad + (set.number * call.k + step) * call.dim, call.dim, &arriving[step * width]);
-            make_unit(indices[step], &picked[step * width]);
+            if (step < earlier) make_unit(indices[step], &picked[step * width]);
             picked_here[indices[step]] = true;
         }
     }

@@ -45,8 +45,9 @@ def forward(p: Problem, keep: bool, ranks: Ranks | None = None) -> Selected:
 
 def backward(p: Problem, grad: Tensor, saved: Saved) -> Gradients:
     """Straight-through gradients, given ``grad`` (B, K, C) of the picked rows."""
+    new = saved.norms.new_empty
     dx = torch.empty_like(p.features, memory_format=torch.contiguous_format)
-    dq, dgamma = saved.norms.new_empty(p.quality_shape), saved.norms.new_empty(())
+    dq, dgamma = new(*p.quality_shape), new(())  # a torch.Size, not unpacked, takes as long as both
     if p.sets == 0:
         dgamma.zero_()
     else:
@@ -135,7 +136,7 @@ def _run(
         p.distinct,
         p.euclidean,
         calls.threads(),
-        float(p.distance_scale),
+        p.distance_scale,
     )
     function = _function(name, p.features.dtype)
     status = function(call, _SELECTED.pack(*calls.addresses(selected)), *calls.addresses(tensors))
