@@ -221,7 +221,7 @@ def temperature(tau: Any, features: Tensor) -> Tensor:
         return _scalar(scale("tau", tau, dtype), dtype)
     _check_scalar("tau", tau, features)
     if may_look(tau):
-        scale("tau", float(tau), dtype)
+        scale("tau", tau.item(), dtype)
     return tau.detach().to(dtype)
 
 

@@ -114,6 +114,20 @@ def test_float64_rows_have_the_range_of_float64() -> None:
         coreset_select(X.double(), 3, Q.double(), tau=5e-324)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("backend", ["torch", "cpp", None])
+def test_learned_numbers_are_read_without_a_warning(backend: str | None) -> None:
+    torch.set_warn_always(True)  # else it comes once in a process
+    try:
+        gamma, tau = (torch.tensor(value, requires_grad=True) for value in (0.5, 2.0))
+        rows = X.clone().requires_grad_()
+        coreset_select(rows, 3, Q, gamma, tau=tau, backend=backend).features.sum().backward()
+        assert gamma.grad is not None
+        assert tau.grad is None
+    finally:
+        torch.set_warn_always(False)
+
+
 @pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16])
 def test_numpy_numbers_are_numbers(kind: Any) -> None:
     wanted = coreset_select(X, 3, Q, 0.5, tau=2.0, distance_scale=0.5, start=4)
