@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -134,6 +135,56 @@ def test_a_gradient_that_is_stored_past_the_caches(dtype: torch.dtype, dim: int,
     assert torch.equal(whole.features[:few], alone.features)
     expected = outcome(select_on("torch"), case, weights).features
     torch.testing.assert_close(whole.features, expected, rtol=2e-2 if dtype.itemsize == 2 else 1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 5, 16, 20, 33, 1000])
+@pytest.mark.parametrize("tau", [0.01, 0.5, 30.0])
+def test_softmaxes_are_exact_to_float32(rows: int, tau: float) -> None:
+    """Of the qualities, as the first pick's is; from 1 down to where float32 ends, and 0 for rows that cannot be
+    picked."""
+    draw = torch.Generator().manual_seed(rows)
+    quality = torch.rand(2, rows, generator=draw) * 2 + 0.1
+    mask = torch.rand(2 * rows, generator=draw) > 0.1
+    mask[[0, rows]] = True
+    p = Problem(torch.randn(2, rows, 2, generator=draw), quality, tau=torch.tensor(tau), mask=mask)
+    softmax = cpp.forward(p, keep=True).kept[0].view(2, rows)
+    exact = quality.double().masked_fill(~mask.view(2, rows), -torch.inf).div(p.tau.double()).softmax(-1)
+    exponents = quality.amax() / tau * 2**-23  # what their rounding does to them
+    torch.testing.assert_close(softmax.double(), exact, rtol=float(3e-7 + exponents), atol=2e-45)
+    assert (softmax.view(-1)[~mask] == 0).all()
+
+
+@needs_compiler
+def test_a_large_gradient_lies_on_large_pages(threads: Any) -> None:
+    """And is that of its sets alone, which are small."""
+    threads(2)
+    features = torch.randn(65, 256, 512, requires_grad=True)  # 34 MB
+    quality = torch.rand(65, 256) + 0.5
+    grad = torch.randn(65, 3, 512)
+
+    def gradient(rows: torch.Tensor, at: slice) -> torch.Tensor:
+        picked = coreset_select(rows, 3, quality[at], 0.5, backend="cpp").features
+        return torch.autograd.grad(picked, rows, grad[at])[0]
+
+    whole = gradient(features, slice(None))
+    for at in (slice(0, 2), slice(63, 65)):
+        assert torch.equal(whole[at], gradient(features.detach()[at].clone().requires_grad_(), at))
+    if (flags := mapping_flags(whole.data_ptr() + (whole.numel() * 4) // 2)) is not None:
+        assert "hg" in flags
+
+
+def mapping_flags(address: int) -> list[str] | None:
+    """What was advised of the memory at an address; None where the system does not say, or has no large pages."""
+    if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists() or not Path("/proc/self/smaps").exists():
+        return None
+    within = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            within = int(found[1], 16) <= address < int(found[2], 16)
+        elif within and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return None
 
 
 @needs_compiler

@@ -206,7 +206,8 @@ class Backpropagation {
     // The part of d(running minimum) that goes to this distance: 1, 0, or 1/2 at an exact tie, as torch.minimum has it.
     Acc share_of(int64_t pick, int64_t i) const {
         const Acc before = pick ? nearest[(pick - 1) * set.n + i] : INFINITE, fresh = gap(pick, i);
-        const Acc share = before > fresh ? 1 : before == fresh ? Acc(0.5) : 0;
+        // without branches, which no processor foretells
+        const Acc share = Acc(0.5) * ((before >= fresh) + (before > fresh));
         if (!call.min_distances) return share;
         const Acc known = weights.in_units(call.min_distances[set.at + i]), distance = fresh * unit_weight[i];
         return distance < known ? share : distance == known ? std::min(share, Acc(0.5)) : 0;

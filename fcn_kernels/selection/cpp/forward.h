@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "buckets.h"
+#include "exponentials.h"
 #include "noise.h"
 #include "weights.h"
 
@@ -312,7 +313,8 @@ class Selection {
         const Acc distance = fresh * weight[i];
         if (keep && pick < call.k - 1) out.gaps[pick * call.all_rows + set.at + i] = fresh;
         if (nearest && distance < least[i]) nearest[i] = pick;
-        if (!(least[i] <= distance)) least[i] = distance;  // also if it is NaN
+        // without a branch, which no processor foretells; also if the distance is NaN
+        least[i] = least[i] < distance ? least[i] : distance;
         met[i] = pick + 1;
     }
 
@@ -470,9 +472,13 @@ class Selection {
         Acc* const y = out.softmax + step * call.all_rows + set.at;
         const Acc tau = *call.tau;
         if (!std::isfinite(greatest)) return forget(out.softmax + step * call.all_rows);
-        const Acc total = Acc(set.sum([&](int64_t i) -> Acc {
-            const Acc below = barred[i] ? -INFINITE : noisy(step, i) - greatest;
-            return y[i] = std::exp((step ? weights.shifted(below) : below) / tau);
+        const Acc total = Acc(set.sum_of_blocks([&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                const Acc below = barred[i] ? -INFINITE : noisy(step, i) - greatest;
+                y[i] = (step ? weights.shifted(below) : below) / tau;
+            }
+            exponentials(y + begin, end - begin);
+            return std::accumulate(y + begin, y + end, 0.0);
         }));
         const Acc denominator = call.ranks ? 1 : total;
         set.for_blocks([&](int64_t, int64_t begin, int64_t end) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "calls.h"
@@ -108,16 +109,22 @@ struct Set {
         for (int64_t b = 0; b < count; ++b) one(b);
     }
 
+    // The sum of what part(first row, end) is over the blocks.
+    template <class Part>
+    double sum_of_blocks(Part part) const {
+        std::pmr::vector<double> parts(blocks(), memory);
+        for_blocks([&](int64_t b, int64_t begin, int64_t end) { parts[b] = part(begin, end); });
+        return std::accumulate(parts.begin(), parts.end(), 0.0);
+    }
+
     // The sum of what part(row) is over the rows, by blocks.
     template <class Part>
     double sum(Part part) const {
-        std::pmr::vector<double> parts(blocks(), memory);
-        for_blocks([&](int64_t b, int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) parts[b] += part(i);
+        return sum_of_blocks([&](int64_t begin, int64_t end) {
+            double total = 0;
+            for (int64_t i = begin; i < end; ++i) total += part(i);
+            return total;
         });
-        double total = 0;
-        for (const double p : parts) total += p;
-        return total;
     }
 };
 
