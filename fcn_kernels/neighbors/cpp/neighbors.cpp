@@ -7,6 +7,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "pages.h"
 #include "units.h"
 
 using namespace fcn_kernels;
@@ -24,7 +25,10 @@ EXPORTED int backward(const Asked* asked, const Arriving* arriving, Acc* drows, 
         const UnitRows rows(a);
         const Call call = rows.call();
         Backpropagation run(call, *arriving);
+        if (drows) ask_for_large_pages(drows, call.n * call.dim);
         run.to_rows(drows);
-        if (dbank) run.to_bank(dbank);
+        if (!dbank) return;
+        ask_for_large_pages(dbank, call.m * call.dim);
+        run.to_bank(dbank);
     });
 }

@@ -23,6 +23,7 @@ EXPORTED int forward(const Call* call, const Selected* out) {
 // grad (B, K, C) -> dx (R, C), dq (R,), dgamma.
 EXPORTED int backward(const Call* call, const Selected* saved, const Acc* grad, Row* dx, Acc* dq, Acc* dgamma) {
     return guarded(*call, [&](const Call& c) {
+        ask_for_large_pages(dx, c.all_rows * c.dim);
         std::vector<double> parts(c.sets);
         for_sets(c, [&](const Set& set) { parts[set.number] = Backpropagation(set, *saved, grad, dx, dq).run(); });
         double total = 0;
