@@ -350,6 +350,22 @@ def test_memory_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.Mo
         assert "not enough memory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-15, 1e18, 1e30])
+@pytest.mark.parametrize("scaled", ["features", "quality"])
+def test_descriptors_are_unit_whatever_the_rows_lengths(tmp_path: Path, scaled: str, size: float) -> None:
+    """Their squares, and those of the means, leave float32 by far."""
+    columns = make()
+    columns["quality"] = np.linalg.norm(columns["features"], axis=1)
+    if scaled == "features":
+        del columns["quality"]
+    want = result(tmp_path, columns)
+    columns[scaled] = columns[scaled] * np.float32(size)
+    got = result(tmp_path, columns)
+    np.testing.assert_array_equal(got["picks"], want["picks"])
+    np.testing.assert_allclose(got["descriptors"], want["descriptors"], atol=1e-6)
+    np.testing.assert_allclose(got["norms"] / size, want["norms"], rtol=1e-5)
+
+
 def test_descriptors_that_are_not_finite_are_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

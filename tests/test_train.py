@@ -15,9 +15,11 @@ from killed import kill_when
 from torch.nn import functional as F
 
 from fcn_kernels.__main__ import main
-from fcn_kernels.cli.train import start_from_rows
+from fcn_kernels.cli.train import start_from_rows, unit_rows
 from fcn_kernels.evaluation.verification import roc
 from fcn_kernels.files.checkpoint import load_checkpoint
+from fcn_kernels.files.embeddings import Keys, read
+from fcn_kernels.files.formats import Scratch
 from fcn_kernels.heads.adaface import AdaFace
 from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
 from fcn_kernels.heads.facecoresetnet import CoresetAggregator
@@ -218,6 +220,21 @@ def test_a_head_starts_as_the_mean_of_its_coreset() -> None:
     start_from_rows(head, AdaFace(16, 3), group(unit, quality, torch.arange(12) % 3, 3))
     descriptor, _, coreset = head(unit, quality)
     torch.testing.assert_close(descriptor, F.normalize(coreset.features.mean(0), dim=0))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-15, 1e18, 1e30])
+def test_where_training_starts_does_not_depend_on_the_rows_lengths(tmp_path: Path, size: float) -> None:
+    """Their squares leave float32 by far."""
+    torch.manual_seed(0)
+    features, ids = torch.randn(12, 16), np.arange(12) % 3
+    starts = []
+    for scale in (1.0, size):
+        np.savez(tmp_path / "in.npz", features=(features * scale).numpy(), digit=ids)
+        unit, quality = unit_rows(read([tmp_path / "in.npz"], Keys(ids="digit"), Scratch(tmp_path, 0)))
+        head, classifier = CoresetAggregator(16, num_heads=4), AdaFace(16, 3)
+        start_from_rows(head, classifier, group(unit, quality, torch.from_numpy(ids), 3))
+        starts.append((unit, quality / scale, classifier.weight.detach()))
+    torch.testing.assert_close(starts[1], starts[0])
 
 
 @pytest.mark.parametrize(

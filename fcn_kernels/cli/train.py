@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import zlib
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from fcn_kernels.files.resume import check_state, load_state, save_state, state_
 from fcn_kernels.heads.adaface import AdaFace
 from fcn_kernels.heads.cluster_aggregate import ClusterAggregate
 from fcn_kernels.heads.facecoresetnet import CoresetAggregator
+from fcn_kernels.sets import row_norms, usable
 from fcn_kernels.training.draw import Recipe, Rows, draw, group
 from fcn_kernels.training.loop import Head, Plan, Training, Trial, tar, train
 
@@ -211,16 +211,17 @@ def start_from_rows(head: Head, classifier: AdaFace, rows: Rows) -> None:
     with torch.no_grad():
         if isinstance(head, CoresetAggregator):
             head.cross_norm.weight.zero_()
-        classifier.weight.copy_(torch.nn.functional.normalize(sums) * width**0.5)  # as long as AdaFace's own are
+        lengths = row_norms(sums).clamp(min=torch.finfo(sums.dtype).tiny)
+        classifier.weight.copy_(sums / lengths[:, None] * width**0.5)  # as long as AdaFace's own are
 
 
 def unit_rows(embeddings: Embeddings) -> tuple[Tensor, Tensor]:
     """Unit rows (T, C) and quality (T,), float32. Raises InputError at the first row that cannot be used."""
     unit = embeddings.features.float()
-    norms = torch.linalg.vector_norm(unit, dim=1)
+    norms = row_norms(unit)
     quality = norms if embeddings.quality is None else embeddings.quality.float()
     for what, values in (("the norm of its features", norms), ("its quality", quality)):
-        bad = ~((values > 0) & (values < math.inf))
+        bad = ~usable(norms, values)
         if bad.any():
             at = int(bad.int().argmax())
             raise embeddings.bad_row(at, f"{what} is {float(values[at]):g}, expected finite and above 0")

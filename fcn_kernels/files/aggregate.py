@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -16,7 +15,7 @@ from fcn_kernels.files.embeddings import Embeddings
 from fcn_kernels.files.formats import EXTRA, InputError
 from fcn_kernels.heads.facecoresetnet import Aggregate
 from fcn_kernels.selection.select import Coreset, coreset_select
-from fcn_kernels.sets import RowSets, accumulator
+from fcn_kernels.sets import RowSets, accumulator, row_norms, usable
 
 if TYPE_CHECKING:
     from fcn_kernels.files.formats import Array
@@ -44,7 +43,8 @@ def mean_of_coreset(unit: Tensor, quality: Tensor, cu_seqlens: Tensor, *, k: int
     assert isinstance(coreset, Coreset)
     scale = RowSets.packed(cu_seqlens, unit.device).take(quality, coreset.indices)
     mean = (coreset.features * scale[..., None]).sum(1) / coreset.counts.clamp(min=1)[:, None]
-    return Aggregate(F.normalize(mean, dim=-1), torch.linalg.vector_norm(mean, dim=-1), coreset)
+    norm = row_norms(mean)  # not F.normalize, which leaves a length below 1e-12 and makes zeros where squares overflow
+    return Aggregate(mean / torch.where(norm > 0, norm, 1)[:, None], norm, coreset)
 
 
 @torch.inference_mode()
@@ -197,13 +197,13 @@ def _unit_rows(
     Bad rows end as NaN or zero rows or keep their bad quality: all that selection and head leave out by themselves.
     """
     unit = embeddings.features[rows].to(device, dtype)
-    norms = torch.linalg.vector_norm(unit, dim=-1)
+    norms = row_norms(unit)
     quality = norms if embeddings.quality is None else embeddings.quality[rows].to(norms)
-    usable = (norms > 0) & (norms < math.inf)
-    bad = ~(usable & (quality > 0) & (quality < math.inf)).cpu()
+    has_norm = usable(norms, norms)
+    bad = ~usable(norms, quality).cpu()
     if bad.any() and not skip_bad_rows:
         at = int(torch.where(bad, rows, len(embeddings.ids)).argmin())
-        what, value = ("its quality", quality) if usable[at] else ("the norm of its features", norms)
+        what, value = ("its quality", quality) if has_norm[at] else ("the norm of its features", norms)
         kind = str(dtype).removeprefix("torch.")
         raise embeddings.bad_row(
             int(rows[at]),
