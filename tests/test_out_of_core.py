@@ -123,6 +123,32 @@ def test_a_given_start_beside_labelled_rows_of_any_length(size: float, metric: s
         assert file["distances"].tolist() == want.distances.tolist()
 
 
+@pytest.mark.parametrize("start", [None, 30])
+def test_labelled_rows_farther_away_than_the_largest_number(start: int | None) -> None:
+    """Distances end there, before they are weighed, so that of rows as far the better one comes first."""
+    x, anchors = clustered(200, 8, seed=4), torch.full((1, 8), 1e25)
+    quality = torch.rand(200, generator=torch.Generator().manual_seed(0))
+    found = picked(Picker(x, quality, 1.0, anchors, start, metric="sqeuclidean"), 7)
+    options = {"start": start, "metric": "sqeuclidean", "distinct": True, "backend": "torch"}
+    want = coreset_select(x, 7, quality, 1.0, anchors=anchors, **options)
+    assert found.picks.tolist() == want.indices.tolist()
+    assert found.distances.tolist() == want.distances.tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"metric": "sqeuclidean"}, {"start": 20}])
+def test_the_default_device_is_not_where_rows_are(options: dict[str, Any]) -> None:
+    x, anchors = clustered(200, 8, seed=4), torch.ones(1, 8)
+
+    def found() -> Known:
+        return picked(Picker(x, anchors=anchors, **options), 7)
+
+    want = found()
+    with torch.device("meta"):
+        got = found()
+    assert got.picks.tolist() == want.picks.tolist()
+    assert got.distances.tolist() == want.distances.tolist()
+
+
 def passes(x: Tensor, k: int, **options: Any) -> float:
     """Bytes read for k picks, in whole pages, in sizes of the file."""
     read: list[int] = []

@@ -62,7 +62,7 @@ class MappedRows:
         first, last = self._pages(numbers)
         low = (first * mmap.PAGESIZE - self._begin + self._size - 1).floor_divide(self._size).clamp(min=0)
         high = ((last + 1) * mmap.PAGESIZE - self._begin).floor_divide(self._size).clamp(max=len(self.rows))
-        near = low[:, None] + torch.arange(int((high - low).amax()))  # [n, rows on as many pages]
+        near = low[:, None] + torch.arange(int((high - low).amax()), device="cpu")  # [n, rows on as many pages]
         rows: Tensor = torch.cat([near[near < high[:, None]], numbers]).unique()
         return rows
 

@@ -46,7 +46,7 @@ class _Pick(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, norm: Tensor) -> _Pick:
         """A row (C,) and its norm, 1 to leave it as it is."""
-        direction, zero = (x / norm)[None], torch.zeros(1, dtype=torch.int64)
+        direction, zero = (x / norm)[None], torch.zeros(1, dtype=torch.int64, device="cpu")
         return cls(direction, pair_products(x[None], direction, zero, zero) / norm)
 
 
@@ -57,8 +57,8 @@ class _Guesses:
         self.rows: list[int] = []
         self.picks: list[_Pick] = []
         self.best = [-math.inf] * GUESSES  # scores of these; inf for what is known
-        self.gap = torch.empty(GUESSES, count, dtype=dtype)  # to the first, the first two, ...
-        self.met = torch.zeros(count, dtype=torch.int8)  # how many of them a row has met
+        self.gap = torch.empty(GUESSES, count, dtype=dtype, device="cpu")  # to the first, the first two, ...
+        self.met = torch.zeros(count, dtype=torch.int8, device="cpu")  # how many of them a row has met
 
     def replace(self, level: int, row: int, pick: _Pick, score: float) -> None:
         """Another guess: those after it fall with it."""
@@ -101,7 +101,7 @@ class Picker:
         self._guesses: _Guesses | None = None
         self.has_anchors = anchors is not None and len(anchors) > 0
         if quality is None and self.euclidean:
-            quality = torch.ones(len(rows))
+            quality = torch.ones(len(rows), device="cpu")
         self._given = None if quality is None else quality.to(self.dtype)
         if known is None:
             known = self._first_pass(anchors)
@@ -110,18 +110,19 @@ class Picker:
         self.open = known.norms > 0  # may be picked
         self.open[known.picks] = False
         self.quality = known.norms if self._given is None else self._given
-        problem = Problem(rows, self.quality, torch.tensor(gamma, dtype=torch.float64))
+        problem = Problem(rows, self.quality, torch.tensor(gamma, dtype=torch.float64, device="cpu"))
         weight, shift = weights_of(problem, self.quality[None], (known.norms > 0)[None])
         self.weight, self._shift = weight[0], shift
-        self._picks = _Pick(torch.empty(0, rows.shape[1], dtype=self.dtype), torch.empty(0, dtype=self.dtype))
+        self._picks = _Pick(self._nothing(rows.shape[1]), self._nothing())
         for pick in known.picks.tolist():
             self._remember(pick)
 
     def _first_pass(self, anchors: Tensor | None) -> Known:
         """Norms; gaps to the anchors, if there are any, and to guesses."""
         count = len(self.rows)
-        norms, gap = torch.empty(count, dtype=self.dtype), torch.full((count,), self.unknown, dtype=self.dtype)
-        others = torch.empty(0, self.rows.shape[1], dtype=self.dtype) if anchors is None else anchors.to(self.dtype)
+        norms = torch.empty(count, dtype=self.dtype, device="cpu")
+        gap = torch.full_like(norms, self.unknown)
+        others = self._nothing(self.rows.shape[1]) if anchors is None else anchors.to(self.dtype)
         lengths = row_norms(others)
         self._guesses = _Guesses(count, self.dtype)
         if anchors is None:
@@ -129,13 +130,17 @@ class Picker:
         for numbers, x in self.mapped.blocks():
             norms[numbers] = self._norms(x)
             if len(others) and self.euclidean:
-                gap[numbers] = squared_distances(x, others)
+                gap[numbers] = squared_distances(x, others).clamp_(max=self.unknown)
             elif len(others):
                 gap[numbers] = cosine_gaps(x, others, lengths)
             self._guess(numbers, x, norms[numbers], gap[numbers])
         norms = torch.where(self._quality_of(norms, slice(None)) > 0, norms, -1)
-        met = torch.zeros(count, dtype=torch.int32)
-        return Known(norms, gap, met, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=self.dtype))
+        met = torch.zeros_like(norms, dtype=torch.int32)
+        return Known(norms, gap, met, self._nothing().long(), self._nothing())
+
+    def _nothing(self, *shape: int) -> Tensor:
+        """No numbers, or no rows of so many columns, in the dtype of the sums."""
+        return torch.empty(0, *shape, dtype=self.dtype, device="cpu")
 
     def _foresee(self) -> None:
         """The first pick is no guess where start or quality tell it and it can be picked."""
@@ -154,7 +159,7 @@ class Picker:
         """Let rows (n, C) meet the guesses, or become one."""
         if (guesses := self._guesses) is None:
             return
-        quality, of_block = self._quality_of(norms, numbers), torch.arange(len(x))
+        quality, of_block = self._quality_of(norms, numbers), torch.arange(len(x), device="cpu")
         weight = torch.where(quality > 0, quality.pow(self.gamma), -math.inf)
         score = gap * weight if self.has_anchors else quality
         for level in range(GUESSES):
@@ -217,8 +222,8 @@ class Picker:
         self.open[row] = False
         self._remember(row)
         self.known = self.known._replace(
-            picks=torch.cat([self.known.picks, torch.tensor([row])]),
-            distances=torch.cat([self.known.distances, torch.tensor([distance], dtype=self.dtype)]),
+            picks=torch.cat([self.known.picks, torch.tensor([row], device="cpu")]),
+            distances=torch.cat([self.known.distances, torch.tensor([distance], dtype=self.dtype, device="cpu")]),
         )
         return True
 
