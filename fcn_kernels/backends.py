@@ -115,4 +115,6 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Products in the dtype of their operands; without the cost of entering it where autocast is off anyway."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # which PyTorch cannot say of meta
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

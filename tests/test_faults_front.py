@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fcn_kernels import Coreset, CoresetAggregator, CoresetSelect, coreset_select
+from fcn_kernels import ClusterAggregate, Coreset, CoresetAggregator, CoresetSelect, coreset_select
 from fcn_kernels.attention.encoding import waves
 from fcn_kernels.selection.cpp import launch as cpp
 
@@ -270,6 +270,17 @@ def test_a_head_on_another_device_than_the_default() -> None:
         found = head(x, Q[:, :9]).descriptor
         assert CoresetAggregator(16).gamma.is_meta
     assert torch.equal(found, head(x, Q[:, :9]).descriptor)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_heads_on_the_meta_device_tell_shapes(training: bool) -> None:
+    with torch.device("meta"):
+        x, q = torch.randn(2, 9, 16), torch.rand(2, 9)
+        heads = CoresetAggregator(16, 3, num_heads=2), ClusterAggregate(16, style_dim=0, norm_dim=16)
+    for head in heads:
+        descriptor = head.train(training)(x, quality=q).descriptor
+        assert descriptor.is_meta
+        assert descriptor.shape == (2, 16)
 
 
 def options_of_values() -> dict[str, Any]:
