@@ -98,10 +98,10 @@ def test_records_of_any_size_are_taken(tmp_path: Path) -> None:
     compare(run_over(tmp_path, tmp_path / "in.npy"), want, 0)
 
 
-@pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "i4", "i8", "f2"])
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", ">u2", "f2"])
 def test_whole_and_half_numbers_are_features(tmp_path: Path, dtype: str) -> None:
     columns = make()
-    columns["features"] = columns["features"].round().astype(dtype if dtype != "u1" else "i1").astype(dtype)
+    columns["features"] = columns["features"].round().astype(dtype.replace("u", "i")).astype(dtype)
     want = result(tmp_path, columns | {"features": columns["features"].astype(np.float32)})
     compare(result(tmp_path, columns), want, 0)
 

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from fcn_kernels.files.formats import Array
 
 
-INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
 
 
 class Keys(NamedTuple):
