@@ -245,6 +245,17 @@ def test_descriptors_of_zeros_score_zero_and_are_told_of(capsys: pytest.CaptureF
     assert json.loads(Path("o.json").read_text())["d.npz"]["1:1"]["eer"] == 0
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_descriptors_may_be_of_any_length(size: float) -> None:
+    rows, ids, subject = made()
+    Path("p.txt").write_text("\n".join(all_pairs(ids, subject)[0]))
+    for name, scale in (("d", 1.0), ("scaled", size)):
+        np.savez(f"{name}.npz", descriptors=rows.astype("float64") * scale, template_ids=ids)
+        assert evaluate(f"{name}.npz", "--pairs", "p.txt", "--out", f"{name}.json") == 0
+    one, other = (json.loads(Path(f"{name}.json").read_text()).popitem()[1]["1:1"] for name in ("d", "scaled"))
+    assert one["tar_at_far"] == other["tar_at_far"]
+
+
 def test_what_aggregate_writes_is_read_and_files_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
     rows, ids, subject = made(count=40)
     images = np.repeat(rows, 4, 0) + np.random.default_rng(0).standard_normal((160, DIM)).astype("float32")
@@ -270,6 +281,8 @@ GOOD_SUBJECTS = "T,S\n1,a\n4,b\n"
         ({"p": "1 4 1\n1 4\n"}, "--pairs p", "Expected 3 columns, got 2: 1 4"),
         ({"p": "1 4 1\nx 4 1\n"}, "--pairs p", "invalid value 'x'"),
         ({"p": "1 4 1\n1 7 2\n"}, "--pairs p", "invalid value '2'"),
+        ({"p": "1 4 2\n1 4 1\n1 7 0\n"}, "--pairs p", "p: entry 1: expected 1 or 0, got '2'"),
+        ({"p": "\ufeff01 4 -1\n1 4 1\n1 7 0\n"}, "--pairs p", "p: entry 1: expected 1 or 0, got '-1'"),
         ({"p": "1,4,1\n1,7,\n"}, "--pairs p", "p: entry 2: expected 1 or 0, got nothing"),
         ({"p": ""}, "--pairs p", "p: expected lines of two template ids and 1 or 0, got ''"),
         ({"p": "a,b,same\n"}, "--pairs p", "p: "),
@@ -278,6 +291,8 @@ GOOD_SUBJECTS = "T,S\n1,a\n4,b\n"
         ({}, "", "expected --pairs, or --gallery and --probes"),
         ({"g": GOOD_SUBJECTS}, "--gallery g", "--gallery and --probes come together"),
         ({"g": "1,a\n4,b\n"}, "--gallery g --probes g", "g: expected a line of names first, got template 1"),
+        ({"g": "01,a\n4,b\n"}, "--gallery g --probes g", "g: expected a line of names first, got template 01"),
+        ({"g": "\ufeff1,a\n4,b\n"}, "--gallery g --probes g", "g: expected a line of names first, got template 1"),
         ({"g": "T,S\n1,a\n1,b\n"}, "--gallery g --probes g", "g: template 1 is of two subjects, a and b"),
         ({"g": "T,S\n1,a\n4,\n"}, "--gallery g --probes g", "g: entry 2: expected a subject of template 4"),
         ({"g": "T,S\n"}, "--gallery g --probes g", "g: "),

@@ -27,6 +27,7 @@ from fcn_kernels.files.embeddings import Keys, read
 from fcn_kernels.files.formats import InputError, Scratch, load_npy, reading, suffix_of
 from fcn_kernels.files.output import check_output, replacing
 from fcn_kernels.neighbors.scores import Affine, affine
+from fcn_kernels.sets import row_norms
 
 if TYPE_CHECKING:
     from fcn_kernels.files.formats import Array
@@ -193,7 +194,7 @@ def load(path: Path, args: argparse.Namespace) -> Templates:
         keys = Keys(args.features or "descriptors", args.ids)
         embeddings = read([path], keys, _scratch(path, args))
         ids, features = embeddings.ids, embeddings.features
-    norms = torch.linalg.vector_norm(features.double(), dim=1)
+    norms = row_norms(features.double())
     if not norms.isfinite().all():
         at = int((~norms.isfinite()).int().argmax())
         raise InputError(f"{path}: template {ids[at]}: expected a finite descriptor")

@@ -53,6 +53,8 @@ def pairs(path: Path, ids: Array, source: str) -> Iterator[Pairs]:
     if len(fields) != 3:
         raise InputError(f"{path}: expected lines of two template ids and 1 or 0, got {' '.join(fields)!r}")
     named = fields[2].lower() not in LABELS
+    if named and all(_is_template(field, ids) for field in fields[:2]):
+        raise InputError(f"{path}: entry 1: expected 1 or 0, got {fields[2]!r}")
     done = 0
     for batch in _blocks(path, [known.type, known.type, label], skip=int(named)):
         first, second = (_places(path, column, known, source, done) for column in batch.columns[:2])
@@ -80,7 +82,7 @@ def subjects(path: Path, ids: Array, source: str) -> Subjects:
     fields = _first_line(path)
     if len(fields) < 2:
         raise InputError(f"{path}: expected lines that begin with a template id and a subject id")
-    if fields[0] in set(map(str, ids)):
+    if _is_template(fields[0], ids):
         raise InputError(f"{path}: expected a line of names first, got template {fields[0]}")
     text = require("pyarrow", EXTRA).string()
     kinds = [known.type, text] + [text] * (len(fields) - 2)
@@ -146,13 +148,20 @@ def _separator(line: str) -> str:
 
 
 def _first_line(path: Path) -> list[str]:
-    with reading(path), path.open(encoding="utf-8") as file:
+    with reading(path), path.open(encoding="utf-8-sig") as file:
         line = file.readline().strip()
         return next(reader([line], delimiter=_separator(line)), [""])
 
 
+def _is_template(text: str, ids: Array) -> bool:
+    """Whether a field names a template; integers may have zeros in front."""
+    if ids.dtype.kind == "U":
+        return text in set(ids.tolist())
+    return _is_integer(text) and int(text) in set(ids.tolist())
+
+
 def _is_integer(text: str) -> bool:
-    return text.lstrip("-").isdecimal()
+    return text.removeprefix("-").isdecimal()
 
 
 def _blocks(path: Path, kinds: Sequence[Any], skip: int = 0, keep: int | None = None) -> Iterator[Any]:
