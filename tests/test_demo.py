@@ -86,7 +86,14 @@ def test_same_seed_prints_the_same_and_another_seed_does_not(demo: tuple[str, Pa
     again = printed(out)
     assert again.replace(str(out), "") == demo[0].replace(str(demo[1]), "")
     assert out.read_bytes() == demo[1].read_bytes()
-    assert rows(printed(out, "--seed", "1")) != rows(again)
+    assert rows(printed(out, "--seed", "1", "--overwrite")) != rows(again)
+
+
+def test_a_picture_that_is_there_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "picks.png").write_text("mine")
+    with pytest.raises(ValueError, match=r"picks\.png: is there already; --overwrite replaces it"):
+        select_demo.run(arguments("--out", str(tmp_path / "picks.png")))
+    assert (tmp_path / "picks.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,13 @@ def test_bad_options_are_refused_before_any_work(options: list[str], message: st
         train_demo.run(arguments(*options))
 
 
+def test_pictures_that_are_there_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "aligned.png").write_text("mine")
+    with pytest.raises(ValueError, match=r"aligned\.png: is there already; --overwrite replaces it"):
+        train_demo.run(arguments("--out", str(tmp_path)))
+    assert (tmp_path / "aligned.png").read_text() == "mine"
+
+
 @pytest.fixture
 def bright() -> digits.Digits:
     """Each image shows its digit as its brightness."""

@@ -14,6 +14,7 @@ from fcn_kernels.cli.arguments import at_least_one, check_device, seed
 from fcn_kernels.demos import digits, plots, repeatable
 from fcn_kernels.demos.sets import SIZE, Score, make_sets, outranked, pick_all, score
 from fcn_kernels.extras import require
+from fcn_kernels.files.output import check_output
 
 TRAIN_IMAGES = 1200
 SETS_DRAWN = 3
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
     add("--out", type=Path, default=Path("coresets.png"), help="picture to write (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace the picture if it is there")
     add("--seed", type=seed, default=0, help="the same seed gives the same figures (default: %(default)s)")
     add("--k", type=int, default=5, help="picks per set (default: %(default)s)")
     add("--gammas", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0], help="(default: 0 1 2 4)")
@@ -40,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     plots.check_output(args.out)
     if args.out.is_dir():
         raise ValueError(f"--out: expected a file, got the folder {args.out}")
+    check_output(args.out, (), args.overwrite)
     check_device(args.device)
     with repeatable(args.seed):
         demonstrate(args)

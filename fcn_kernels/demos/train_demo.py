@@ -27,6 +27,7 @@ from fcn_kernels.demos.poolings import CLUSTERS, OURS, Pooling, poolings, split_
 from fcn_kernels.demos.templates import Templates, make_templates
 from fcn_kernels.evaluation.verification import FARS, Roc, roc
 from fcn_kernels.extras import require
+from fcn_kernels.files.output import check_output
 from fcn_kernels.heads.adaface import AdaFace
 
 TRAIN_IMAGES = 1200
@@ -70,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
     add("--out", type=Path, default=Path("train-demo"), help="folder for the pictures (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace pictures that are there")
     add("--seed", type=seed, default=0, help="the same seed gives the same figures (default: %(default)s)")
     add("--k", type=int, default=3, help="size of a coreset (default: %(default)s)")
     add("--gamma", type=float, default=0.01, help="gamma before training (default: %(default)s)")
@@ -89,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out: expected a folder, got the file {args.out}")
     check_device(args.device)
     args.out.mkdir(exist_ok=True)
+    for picture in pictures(args):
+        check_output(picture, (), args.overwrite)
     with repeatable(args.seed):
         demonstrate(args)
     return 0
@@ -117,11 +121,15 @@ def demonstrate(args: argparse.Namespace) -> None:
     plots.draw_sheets(args.out / "picks.png", drawn)
     frames = {kind: frames_of(trained[CLUSTERS].net, trial.probes, args.device) for kind, trial in trials.items()}
     plots.draw_frames(args.out / "clusters.png", frames)
-    names = ["roc", "picks", "clusters"]
     if args.seeds > 0:
         align(args)
-        names.append("aligned")
-    print("pictures: " + ", ".join(str(args.out / f"{name}.png") for name in names))
+    print("pictures: " + ", ".join(map(str, pictures(args))))
+
+
+def pictures(args: argparse.Namespace) -> list[Path]:
+    """What a run draws."""
+    names = ["roc", "picks", "clusters"] + ["aligned"] * (args.seeds > 0)
+    return [args.out / f"{name}.png" for name in names]
 
 
 def align(args: argparse.Namespace) -> None:
