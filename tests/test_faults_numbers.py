@@ -341,3 +341,16 @@ def test_offsets_at_the_ends_of_int64_stay_inside(monkeypatch: pytest.MonkeyPatc
         for backend in ("torch", "cpp"):
             coreset = coreset_select(rows(10, 4), 2, cu_seqlens=offsets, backend=backend)
             assert coreset.indices.shape == (3, 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("quality", [0.0239, 17.3])
+def test_equal_rows_and_sets_are_equally_far_wherever_they_lie(backend: str, quality: float) -> None:
+    """Where weights leave the range, too: vectors of elements would round otherwise than those that are left over."""
+    dtype, generator = torch.float64, torch.Generator().manual_seed(0)
+    for count in range(2, 40):
+        x = torch.randn(8, generator=generator, dtype=dtype).expand(count, count, 8).clone()
+        q = torch.full((count, count), quality, dtype=dtype)
+        x[:, 0], q[:, 0] = 1, quality / 0.9
+        found = coreset_select(x, 1, q, 30.0, return_min_distances=True, backend=backend).min_distances
+        assert len(found[:, 1:].unique()) == 1

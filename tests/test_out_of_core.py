@@ -123,6 +123,24 @@ def test_a_given_start_beside_labelled_rows_of_any_length(size: float, metric: s
         assert file["distances"].tolist() == want.distances.tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("block", [7, 1000])
+def test_an_array_in_fortrans_order(block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an exponent that float32 does not have as it is."""
+    monkeypatch.setattr("fcn_kernels.selection.mapped.BLOCK_BYTES", block * 36 * 4)
+    x, quality = clustered(200, 36, seed=4, dtype=dtype), 1e-20 * torch.rand(200)
+    found = picked(Picker(x.T.contiguous().T, quality, 0.3), 50)
+    want = coreset_select(x, 50, quality, 0.3, distinct=True, backend="torch")
+    assert found.picks.tolist() == want.indices.tolist()
+    assert found.distances.tolist() == want.distances.tolist()
+
+
+def test_an_exponent_that_is_none_in_the_rows_dtype() -> None:
+    with pytest.raises(ValueError, match="expected gamma"):
+        Picker(clustered(200, 8, seed=4), gamma=1e300)
+    assert len(picked(Picker(clustered(200, 8, seed=4).double(), gamma=1e300), 3).picks) == 3
+
+
 @pytest.mark.parametrize("start", [None, 30])
 def test_labelled_rows_farther_away_than_the_largest_number(start: int | None) -> None:
     """Distances end there, before they are weighed, so that of rows as far the better one comes first."""

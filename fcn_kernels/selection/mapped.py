@@ -35,7 +35,7 @@ class MappedRows:
         self._advise(self._begin, end, "MADV_SEQUENTIAL")
         for begin in range(0, len(self.rows), self.block):
             at = slice(begin, begin + self.block)
-            yield at, self.rows[at].to(self.dtype)
+            yield at, self._numbers(at)
             self.progress(len(self.rows[at]) * self._size)
 
     def read_no_further(self) -> None:
@@ -46,14 +46,22 @@ class MappedRows:
         """Rows (n, C) of numbers (n,) in file order. All their pages are asked for at once, not one after another."""
         if not self._dense or not len(numbers):
             self.progress(len(numbers) * self._size)
-            return self.rows[numbers].to(self.dtype)
+            return self._numbers(numbers)
         first, last = self._pages(numbers)  # [n]
         apart = (first[1:] > last[:-1] + 1).nonzero()[:, 0]
         begins, ends = torch.cat([first[:1], first[apart + 1]]), torch.cat([last[apart], last[-1:]]) + 1
         for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
             self._advise(begin * mmap.PAGESIZE, end * mmap.PAGESIZE, "MADV_WILLNEED")
         self.progress(int((ends - begins).sum()) * mmap.PAGESIZE)
-        return self.rows[numbers].to(self.dtype)
+        return self._numbers(numbers)
+
+    def row(self, number: int) -> Tensor:
+        """One row (C,)."""
+        return self._numbers(slice(number, number + 1))[0]
+
+    def _numbers(self, at: slice | Tensor) -> Tensor:
+        """Rows (n, C) side by side, also of a file in Fortran's order: sums of others may round otherwise."""
+        return self.rows[at].to(self.dtype).contiguous()
 
     def on_pages_of(self, numbers: Tensor) -> Tensor:
         """All rows that lie whole on the pages that rows (n,) need: these and some more, in file order."""

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fcn_kernels.checks import exponent
 from fcn_kernels.selection.anchors import cosine_gaps, distances_by_differences, squared_distances
 from fcn_kernels.selection.mapped import MappedRows, Progress
 from fcn_kernels.selection.problem import Problem
@@ -80,6 +81,9 @@ class Picker:
         known: to go on from; None reads the rows once.
         metric: "cosine" or "sqeuclidean".
         progress: told of bytes as they are read.
+
+    Raises:
+        ValueError: gamma is not finite in the dtype in which rows are summed.
     """
 
     def __init__(
@@ -97,7 +101,7 @@ class Picker:
         self.mapped = MappedRows(rows, self.dtype, progress)
         self.euclidean = metric == "sqeuclidean"
         self.unknown = torch.finfo(self.dtype).max if self.euclidean else 4.0  # at least any gap
-        self.gamma = gamma
+        self.gamma = exponent(gamma, rows)  # as it is in the dtype of the sums
         self._guesses: _Guesses | None = None
         self.has_anchors = anchors is not None and len(anchors) > 0
         if quality is None and self.euclidean:
@@ -110,7 +114,7 @@ class Picker:
         self.open = known.norms > 0  # may be picked
         self.open[known.picks] = False
         self.quality = known.norms if self._given is None else self._given
-        problem = Problem(rows, self.quality, torch.tensor(gamma, dtype=torch.float64, device="cpu"))
+        problem = Problem(rows, self.quality, self.gamma)
         weight, shift = weights_of(problem, self.quality[None], (known.norms > 0)[None])
         self.weight, self._shift = weight[0], shift
         self._picks = _Pick(self._nothing(rows.shape[1]), self._nothing())
@@ -150,7 +154,7 @@ class Picker:
             row = int((score == score.amax()).nonzero()[0])
         if row is None or self._guesses is None:
             return
-        x = self.rows[row].to(self.dtype)
+        x = self.mapped.row(row)
         norm = self._norms(x)
         if bool(usable(norm, norm if self._given is None else self._given[row])):
             self._guesses.replace(0, row, _Pick.of(x, norm), math.inf)
@@ -294,5 +298,5 @@ class Picker:
         return x
 
     def _remember(self, row: int) -> None:
-        new = _Pick.of(self.rows[row].to(self.dtype), self.known.norms[row])
+        new = _Pick.of(self.mapped.row(row), self.known.norms[row])
         self._picks = _Pick(*(torch.cat(parts) for parts in zip(self._picks, new, strict=True)))

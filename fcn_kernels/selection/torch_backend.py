@@ -446,7 +446,7 @@ def weights_of(
         unit = unit.clamp(min=0)
     shift = torch.where(extreme, unit, 0)
     exponent = torch.where(allowed, gamma * quality.double().log2(), 0) + math.log2(scale)
-    weight = torch.where(extreme, torch.exp2(exponent - shift).to(plain.dtype), plain)
+    weight = torch.where(extreme, _exp2(exponent - shift).to(plain.dtype), plain)
     return torch.where(allowed & (weight >= torch.finfo(weight.dtype).tiny), weight, 0), shift
 
 
@@ -455,13 +455,23 @@ def power(base: Tensor, exponent: float | Tensor) -> Tensor:
     another path than whole vectors do; where results do not lie side by side, all take that path."""
     if not base.is_cpu:
         return base**exponent
-    return torch.pow(base, exponent, out=base.new_empty(*base.shape, 2)[..., 0])
+    return torch.pow(base, exponent, out=_apart(base))
+
+
+def _exp2(exponent: Tensor) -> Tensor:
+    """2 ** exponent, likewise."""
+    return torch.exp2(exponent, out=_apart(exponent)) if exponent.is_cpu else torch.exp2(exponent)
+
+
+def _apart(like: Tensor) -> Tensor:
+    """Memory for results that do not lie side by side."""
+    return like.new_empty(*like.shape, 2)[..., 0]
 
 
 def _scores(logits: Tensor, noise: Tensor | None, shift: Tensor | None, open_to: Tensor) -> Tensor:
     """What a step compares, in units of 2^shift, (G, n): -inf for NaN and for rows that may not be picked."""
     if noise is not None:
-        logits = logits + (noise if shift is None else noise * torch.exp2(-shift).to(noise.dtype))
+        logits = logits + (noise if shift is None else noise * _exp2(-shift).to(noise.dtype))
     return torch.where(open_to & (logits > -math.inf), logits, -math.inf)
 
 
@@ -497,7 +507,7 @@ def _in_units(distances: Tensor, shift: Tensor | None) -> Tensor:
 
 def _scaled(values: Tensor, shift: Tensor) -> Tensor:
     """values * 2^shift, float64."""
-    half = torch.exp2(shift.clamp(-2000, 2000) / 2)  # 2^shift itself may leave a float64's range
+    half = _exp2(shift.clamp(-2000, 2000) / 2)  # 2^shift itself may leave a float64's range
     return values.double() * half * half
 
 
