@@ -354,3 +354,19 @@ def test_equal_rows_and_sets_are_equally_far_wherever_they_lie(backend: str, qua
         x[:, 0], q[:, 0] = 1, quality / 0.9
         found = coreset_select(x, 1, q, 30.0, return_min_distances=True, backend=backend).min_distances
         assert len(found[:, 1:].unique()) == 1
+
+
+@anywhere
+@pytest.mark.parametrize("dim", [4, 12])
+@pytest.mark.parametrize(("gamma", "scale"), [(-1.0, 1.0), (0.0, 1e9)])
+def test_weights_of_squared_distances_do_not_take_them_beyond_the_largest_number(
+    backend: str, dim: int, gamma: float, scale: float
+) -> None:
+    x = torch.randn(6, dim, generator=torch.Generator().manual_seed(0)) * (1e20 if gamma else 1e17)
+    options = {"metric": "sqeuclidean", "distance_scale": scale, "return_min_distances": True, "return_nearest": True}
+    found = coreset_select(x, 3, torch.linspace(0.9, 0.2, 6), gamma, backend=backend, **options)
+    largest = torch.finfo(torch.float32).max
+    assert found.indices.tolist() == [0, 1, 2]
+    assert found.distances.tolist() == [math.inf, largest, largest]
+    assert found.min_distances.tolist() == [0, 0, 0, largest, largest, largest]
+    assert found.nearest.tolist() == [0, 1, 2, 0, 0, 0]

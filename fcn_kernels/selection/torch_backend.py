@@ -349,6 +349,8 @@ def _select(p: Problem, group: _Group, out: Selected, ranks: Ranks | None) -> No
     if out.kept:
         group.put(torch.where(allowed, norms, -1), out.kept[2])
     if out.state:
+        # a squared distance times its weight may have left the range: it ends at the largest number
+        nearest = torch.where((logits == math.inf) & (counts > 0)[:, None], 0, nearest)
         taken = torch.zeros_like(allowed)
         for step, pick in enumerate(picks if p.distinct else ()):
             taken |= _marked(pick.at, pick.here & (step < counts), taken)
@@ -386,6 +388,7 @@ def _marked(at: Tensor, here: Tensor, like: Tensor) -> Tensor:
 def _put_picks(p: Problem, group: _Group, out: Selected, picks: list[_Pick], counts: Tensor) -> None:
     made = torch.arange(len(picks), device=counts.device) < counts[:, None]  # (G, up to K)
     reached = torch.stack([pick.distance for pick in picks], 1).nan_to_num(0.0, math.inf, -math.inf)
+    reached[:, 1:].clamp_(max=torch.finfo(reached.dtype).max)  # the first may have no distance
     indices, features = torch.stack([pick.row for pick in picks], 1), torch.stack([pick.features for pick in picks], 1)
     if not made.all():  # where no pick was made, the row in its place may not be finite
         indices, reached = torch.where(made, indices, -1), torch.where(made, reached, 0)

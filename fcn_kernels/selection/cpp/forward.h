@@ -380,6 +380,8 @@ class Selection {
                     continue;
                 }
                 for (int64_t pick = met[i]; !points && pick < count; ++pick) meet(i, pick);
+                // a squared distance times its weight may have left the range: it ends at the largest number
+                if (count && nearest[i] < 0 && least[i] == INFINITE) nearest[i] = 0;
                 const Acc alone = known ? known[i] : INFINITE;
                 out.least[set.at + i] = nearest[i] >= 0 ? weights.reported(least[i]) : alone;
             }
