@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,13 @@ def test_selection_table_divides_by_the_fused_time_and_marks_the_scaled_loop() -
     assert "| 3 us [2.7, 3.6]\\* |  | 3.00x |" in text
     assert "looped over 2 of the sets" in text
     assert "- torch_fps is not installed: test_peers[a]" in text
+
+
+def test_times_have_the_digits_that_were_measured() -> None:
+    """A median is rounded, and its quartiles are rounded by themselves; 999.6 us is 1 ms."""
+    measured = replace(row("fused", 1.0049e-3, 50, group="attention"), q1_s=0.9949e-3, q3_s=1.2451e-3)
+    assert "| 1 ms [0.995, 1.25] |" in report.report(results(measured))
+    assert [targets.time_of(s) for s in (0.9996e-3, 0.9994e-3, 0.9996, 2e-8)] == ["1 ms", "999 us", "1 s", "20 ns"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.report import predictions
 from benchmarks.report.plots import draw
 from benchmarks.report.results import Results, Row, exponent, load
-from benchmarks.report.targets import FITTED_FROM, judge, time_of
+from benchmarks.report.targets import FITTED_FROM, judge, time_of, unit_of
 from benchmarks.workloads import BOTH, COMPILED, EAGER, FORWARD, FUSED, LOOP
 
 PREDICTED = ("one large set", "selection", "attention", "k-center-greedy")
@@ -400,9 +400,8 @@ def _shape(row: Row) -> tuple[str, ...]:
 def _time(row: Row | None) -> str:
     if row is None:
         return ""
-    median = time_of(row.median_s)
-    unit = row.median_s / float(median.split()[0])
-    return f"{median} [{row.q1_s / unit:.3g}, {row.q3_s / unit:.3g}]"
+    _, size = unit_of(row.median_s)
+    return f"{time_of(row.median_s)} [{row.q1_s / size:.3g}, {row.q3_s / size:.3g}]"
 
 
 def _ratio(row: Row | None, ours: Row | None) -> str:

@@ -152,9 +152,13 @@ def _at_least(name: str, value: float | None, limit: float, form: str) -> Target
     return Target(name, f">= {form.format(limit)}", "" if value is None else form.format(value), reached)
 
 
+def unit_of(seconds: float) -> tuple[str, float]:
+    """The unit in which three digits of a time are below 1,000, and its seconds."""
+    units = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
+    return next(((unit, size) for unit, size in units if seconds >= 0.9995 * size), ("ns", 1e-9))
+
+
 def time_of(seconds: float) -> str:
     """Three digits and a unit."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
+    unit, size = unit_of(seconds)
+    return f"{seconds / size:.3g} {unit}"
