@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,22 @@ def test_ids_of_other_types_name_the_same_templates(tmp_path: Path, ids: Any, ki
     got = load(tmp_path / f"p{suffix}")
     assert [int(one) for one in got["template_ids"]] == want["template_ids"].tolist()
     np.testing.assert_array_equal(got["descriptors"], want["descriptors"])
+
+
+def test_a_list_may_hold_ids_that_need_all_64_bits(tmp_path: Path) -> None:
+    columns = make()
+    ids = [2**63 + one if one % 2 else one for one in columns["template_ids"].tolist()]
+    torch.save({"features": torch.from_numpy(columns["features"]), "template_ids": ids}, tmp_path / "in.pt")
+    assert run_over(tmp_path, tmp_path / "in.pt")["template_ids"].tolist() == sorted(set(ids))
+    torch.save({"features": torch.ones(2, 8), "template_ids": [-1, 2**63]}, tmp_path / "in.pt")
+    assert "cannot be read: " in rejected(tmp_path, [str(tmp_path / "in.pt")])
+
+
+def test_fields_are_no_column(tmp_path: Path) -> None:
+    columns = make()
+    with warnings.catch_warnings(action="ignore"):  # NumPy's, of the format that such names need
+        inputs = save(tmp_path, "npz", columns | {"quality": np.ones(ROWS, [("质量", "f4")])})
+    assert "quality.npy: expected numbers or strings, of .npy format 1.0 or 2.0" in rejected(tmp_path, inputs)
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,9 @@ def one_a_row(columns: Columns, name: str, source: str, empty: bool = False) -> 
         found = found.float()
     with reading(source):
         np = require("numpy", EXTRA)
-        values: Array = np.asarray(found)
+        # NumPy makes floats of integers of which some are too large for int64
+        large = isinstance(found, list) and found and isinstance(found[0], int) and max(found) > np.iinfo("int64").max
+        values: Array = np.asarray(found, "uint64" if large else None)
         if values.dtype.kind == "S":
             values = np.char.decode(values, "utf-8")
     if values.ndim == 2 and values.shape[1] == 1:
