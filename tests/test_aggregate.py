@@ -365,7 +365,8 @@ def test_columns_may_have_other_names(tmp_path: Path) -> None:
         ("features", np.nan, "the norm of its features is nan"),
         ("features", np.inf, "the norm of its features is inf"),
         ("features", 0, "the norm of its features is 0"),
-        ("features", 1e30, "the norm of its features is inf"),  # its square is more than float32 can hold
+        ("features", 3e38, "the norm of its features is inf"),  # it is more than float32 can hold
+        ("features", 1e-40, "the norm of its features is 0"),  # it has not all of float32's digits
         ("quality", np.nan, "its quality is nan"),
         ("quality", 0, "its quality is 0"),
         ("quality", -2, "its quality is -2"),

@@ -224,7 +224,8 @@ def unit_rows(embeddings: Embeddings) -> tuple[Tensor, Tensor]:
         bad = ~usable(norms, values)
         if bad.any():
             at = int(bad.int().argmax())
-            raise embeddings.bad_row(at, f"{what} is {float(values[at]):g}, expected finite and above 0")
+            value = torch.linalg.vector_norm(unit[at]) if values is norms else values[at]
+            raise embeddings.bad_row(at, f"{what} is {float(value):g}, expected finite and above 0")
     return unit / norms[:, None], quality
 
 

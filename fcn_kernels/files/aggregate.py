@@ -194,7 +194,7 @@ def _unit_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Some rows: unit (n, C) and quality (n,) on the device, and, on the CPU, which (n,) are bad.
 
-    Bad rows end as NaN or zero rows or keep their bad quality: all that selection and head leave out by themselves.
+    Bad rows end as NaN or keep their bad quality: what selection and head leave out by themselves.
     """
     unit = embeddings.features[rows].to(device, dtype)
     norms = row_norms(unit)
@@ -203,14 +203,15 @@ def _unit_rows(
     bad = ~usable(norms, quality).cpu()
     if bad.any() and not skip_bad_rows:
         at = int(torch.where(bad, rows, len(embeddings.ids)).argmin())
-        what, value = ("its quality", quality) if has_norm[at] else ("the norm of its features", norms)
+        what, value = "its quality", quality[at]
+        if not has_norm[at]:
+            what, value = "the norm of its features", torch.linalg.vector_norm(unit[at])
         kind = str(dtype).removeprefix("torch.")
         raise embeddings.bad_row(
             int(rows[at]),
-            f"{what} is {float(value[at]):g} in {kind}, expected finite and above 0 "
-            "(--skip-bad-rows leaves such rows out)",
+            f"{what} is {float(value):g} in {kind}, expected finite and above 0 (--skip-bad-rows leaves such rows out)",
         )
-    return unit.div_(norms[:, None]), quality, bad
+    return unit.div_(norms.where(has_norm, torch.nan)[:, None]), quality, bad
 
 
 def check_finite(descriptors: Tensor, template_ids: Array, source: str) -> None:

@@ -217,7 +217,7 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, Any]:
     readers = {(1, 0): numpy_format.read_array_header_1_0, (2, 0): numpy_format.read_array_header_2_0}
     if version not in readers:
         # 3.0 is that of arrays with fields whose names are not Latin-1
-        raise InputError(f"expected numbers or strings, of .npy format 1.0 or 2.0, got format {version[0]}.{version[1]}")
+        raise InputError(f"expected numbers or strings, of .npy format 1.0 or 2.0, got {version}")
     return readers[version](file)  # type: ignore[no-any-return]
 
 
