@@ -242,10 +242,10 @@ def exponent(gamma: Any, features: Tensor) -> Tensor:
 
 
 def _scalar(value: Any, dtype: torch.dtype) -> Tensor:
-    # torch.tensor, which is faster, would be compiled anew for each value of an annealed tau, as would torch.full
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # the value itself would be compiled anew each time that an annealed tau changes
         return torch.ones((), dtype=dtype, device="cpu").mul(value)
-    return torch.tensor(value, dtype=dtype, device="cpu")
+    number: Any = value if isinstance(value, (float, torch.SymInt, torch.SymFloat)) else float(value)
+    return torch.scalar_tensor(number, dtype=dtype, device="cpu")  # a third of torch.tensor's time
 
 
 def _check_scalar(name: str, value: Tensor, features: Tensor) -> None:

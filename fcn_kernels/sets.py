@@ -51,9 +51,10 @@ def unpack_nested(
 
     The quality may be nested as the features are, or packed.
     """
-    nested = [t for t in (features, quality) if isinstance(t, Tensor) and t.is_nested]
-    if not nested:
+    # what is no tensor is refused later
+    if not getattr(features, "is_nested", False) and not getattr(quality, "is_nested", False):
         return features, quality, cu_seqlens
+    nested = [t for t in (features, quality) if isinstance(t, Tensor) and t.is_nested]
     for name, value in (("mask", mask), ("lengths", lengths), ("cu_seqlens", cu_seqlens)):
         if value is not None:
             raise ValueError(f"expected no {name} with nested features, which know their sets")

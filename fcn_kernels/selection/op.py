@@ -70,8 +70,8 @@ def _forward(p: Problem, keep: bool, backend: str) -> tuple[Any, ...]:
 
 
 def _backward(p: Problem, grad: Tensor, saved: Saved, backend: str) -> tuple[Tensor, ...]:
-    """As :func:`_forward`."""
-    if is_plain_call() and are_plain((*p[:_TENSORS], grad, *saved)):  # type: ignore[arg-type]
+    """As :func:`_forward`. What was saved is plain where the inputs are."""
+    if is_plain_call() and are_plain((*p[:_TENSORS], grad)):  # type: ignore[arg-type]
         return _backend(backend, p).backward(p, grad, saved)  # type: ignore[no-any-return]
     with _below_autograd():
         return _run_backward(*p, grad, *saved, backend)  # type: ignore[no-any-return]

@@ -234,15 +234,18 @@ def read_call(
         sample=sample, normalized=normalized, distinct=distinct, strict=strict,
         return_min_distances=return_min_distances, return_nearest=return_nearest,
     )  # fmt: skip
-    checks.check_metric(metric, normalized)
-    checks.check_generator(generator)
+    if metric != "cosine":
+        checks.check_metric(metric, normalized)
+    if generator is not None:
+        checks.check_generator(generator)
     single = features.ndim == 2 and cu_seqlens is None
     shape = tuple(features.shape[:-1])
     look = checks.may_look(features, strict)
     sets = 1 if single else features.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     most, limits = checks.picks_per_set(k, sets, features.device)
     no_picks = limits is not None and most == 0
-    checks.at_most_one(mask=mask, lengths=lengths, cu_seqlens=cu_seqlens)
+    if mask is not None or lengths is not None or cu_seqlens is not None:
+        checks.at_most_one(mask=mask, lengths=lengths, cu_seqlens=cu_seqlens)
     if noise is not None:
         if generator is not None:
             raise ValueError("expected noise or generator, got both")
