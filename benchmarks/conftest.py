@@ -51,6 +51,7 @@ ORDER = (
     "neighbors",
     "threads",
     "distributed",
+    "apart",
     "samplers",
     "peers",
 )

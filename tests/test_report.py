@@ -195,6 +195,11 @@ def test_a_cpu_is_held_to_its_own_targets() -> None:
     found = judged(results(row("fused", 1.0, 8000, device_type="cpu")))
     assert all("bandwidth" not in name for name in found)
     assert any("B = 64, N = 20" in name for name in found)
+    apart = {"group": "apart", "device_type": "cpu", "sets": 64, "rows": 20, "work": "forward + backward"}
+    found = results(*(row(name, t, 20, **apart) for name, t in (("fused", 1e-3), ("compiled listing", 2.4e-3))))
+    target = judged(found)["B = 64, N = 20, forward + backward, processes of their own: against the compiled listing"]
+    assert (target.measured, target.reached) == ("2.4x", False)
+    assert "over 9 processes of each" in report.report(found)
 
 
 def test_searches_in_a_bank_are_held_against_all_scores_at_once() -> None:

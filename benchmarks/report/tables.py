@@ -38,6 +38,7 @@ def report(results: Results) -> str:
         _cost,
         _clustering,
         _host,
+        _apart,
         _threads,
         _distributed,
         _missing,
@@ -337,6 +338,23 @@ def _host(results: Results) -> Iterator[str]:
     yield ""
     lines = [(*_shape(r), r.work, r.implementation, _time(r), r.clock) for r in rows]
     yield from table(("B", "N", "C", "K", "dtype", "work", "", "time", "clock"), lines)
+
+
+def _apart(results: Results) -> Iterator[str]:
+    rows = results.of("apart")
+    if not rows:
+        return
+    yield "## In processes of their own"
+    yield ""
+    yield (
+        f"Medians over {rows[0].samples} processes of each, in turns, as a training script runs one of them. In a "
+        "process that they share, as above, a step's time also depends on what the others leave in the allocator."
+    )
+    yield ""
+    yield from table(
+        ("B", "N", "C", "K", "dtype", "work", "", "time"),
+        [(*_shape(r), r.work, r.implementation, _time(r)) for r in rows],
+    )
 
 
 def _threads(results: Results) -> Iterator[str]:
