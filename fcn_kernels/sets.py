@@ -87,6 +87,14 @@ class RowSets(NamedTuple):
         offsets = cu_seqlens.to(device, torch.int64)
         return cls(offsets, offsets.diff())
 
+    def within(self, rows: int) -> "RowSets":
+        """The same where offsets and lengths say what they may; else of T rows at most, whatever they say.
+
+        Their values are looked at neither on a device nor by a compiled call.
+        """
+        offsets: Tensor = self.offsets.clamp(0, rows).cummax(0).values
+        return RowSets(offsets, self.lengths.clamp(min=0).minimum(offsets.diff()))
+
     def take(self, values: Tensor, indices: Tensor) -> Tensor:
         """Values (T,) of rows numbered within their set, (B, K); 0 where the number is -1."""
         places = torch.where(indices < 0, values.shape[0], self.offsets[:-1, None] + indices)

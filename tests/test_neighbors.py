@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from poison import poisoned
 from test_alignment_reference import problem
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.test_neighbors import peak_resident
-from fcn_kernels import compiler, context_statistics
+from fcn_kernels import DiscrepancyAlignment, compiler, context_statistics
 from fcn_kernels.cpp import calls
 from fcn_kernels.neighbors import torch_backend
 from fcn_kernels.neighbors.context import Context
@@ -687,9 +688,29 @@ def test_what_there_is_no_derivative_of() -> None:
     grad = torch.autograd.grad(context_statistics(x, BANK, 3).mean.sum(), x, create_graph=True)[0]
     with pytest.raises(NotImplementedError, match="no second derivative"):
         grad.sum().backward()
-    with pytest.raises(NotImplementedError, match=r"torch\.func\.vmap"):
-        torch.func.vmap(lambda row: context_statistics(row[None], BANK, 3).mean)(X)
     assert not context_statistics(x, BANK, 3).counts.requires_grad
+    with pytest.raises(NotImplementedError, match=r"no forward-mode derivative .* Use torch.func.vjp"):
+        torch.func.jvp(lambda x: context_statistics(x, BANK, 3).std, (X,), (X,))
+    align = DiscrepancyAlignment(BANK, k=3)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        align(forward_ad.make_dual(X, X), X)
+
+
+@pytest.mark.parametrize("options", [{"k": 3}, {"k": None, "min_cosine": -0.5}])
+def test_transforms_give_what_backward_and_one_call_after_another_give(options: dict[str, Any], backend: str) -> None:
+    def loss(x: Tensor, bank: Tensor) -> Tensor:
+        context = context_statistics(x, bank, backend=backend, **options)
+        return context.mean.cumsum(0).sum() + context.std.square().sum()
+
+    x, bank = X.clone().requires_grad_(), BANK.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(x, bank), (x, bank))
+    assert same_bits(torch.func.grad(loss, (0, 1))(X, BANK), expected)
+    sets = torch.stack([X, X.flip(0)])
+    each = torch.func.vmap(lambda x: context_statistics(x, BANK, backend=backend, **options).mean)(sets)
+    assert same_bits(each, [context_statistics(x, BANK, backend=backend, **options).mean for x in sets])
+    assert same_bits(
+        torch.func.vmap(torch.func.grad(loss), (0, None))(sets, BANK), [torch.func.grad(loss)(x, BANK) for x in sets]
+    )
 
 
 def test_autocast_changes_nothing(backend: str) -> None:

@@ -27,7 +27,7 @@ from fcn_kernels.clustering.problem import (
     Sums,
     SumsGradients,
 )
-from fcn_kernels.sets import row_norms
+from fcn_kernels.sets import RowSets, row_norms
 
 # Rows of a group: their tokens and the widest of what is made of them, 4 d values each, stay in the last-level cache.
 GROUP_ROWS = 2048
@@ -92,7 +92,8 @@ class _Taking(NamedTuple):
         return values.new_zeros((rows, *values.shape[1:])).index_copy_(0, self.places, values)
 
 
-def _taking(usable: Tensor, valid: Tensor | None, offsets: Tensor, lengths: Tensor) -> _Taking:
+def _taking(usable: Tensor, valid: Tensor | None, sets: RowSets) -> _Taking:
+    offsets, lengths = sets
     if valid is not None:
         usable = usable & valid
     if usable.all():
@@ -105,6 +106,10 @@ def _taking(usable: Tensor, valid: Tensor | None, offsets: Tensor, lengths: Tens
     places = (usable & inside & (row - offsets[owner] < lengths[owner])).nonzero()[:, 0]
     counts = torch.bincount(owner[places], minlength=len(lengths))
     return _Taking(places, F.pad(counts.cumsum(0), (1, 0)), counts)
+
+
+def _sets(p: Sums | Chunks) -> RowSets:
+    return RowSets(p.offsets, p.lengths).within(p[0].shape[0])
 
 
 def _spread(p: Any, found: Any, taking: _Taking, rows: int, wanted: bool) -> dict[str, Tensor]:
@@ -200,7 +205,7 @@ def _sums_taking(p: Sums) -> _Taking:
     for tensor in (p.keys, p.scale):
         if tensor is not None:
             usable = usable & finite_rows(tensor)
-    return _taking(usable, p.valid, p.offsets, p.lengths)
+    return _taking(usable, p.valid, _sets(p))
 
 
 def _shares_gradient(grad: Summed, x: Tensor, keys: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -239,7 +244,7 @@ def usable_rows(
 
 def _rows(p: Chunks) -> _Rows:
     usable, norms = usable_rows(p.features, p.quality, p.styles, p.tokens.dtype)
-    taking = _taking(usable, p.valid, p.offsets, p.lengths)
+    taking = _taking(usable, p.valid, _sets(p))
     norms = taking.of(norms)
     scale = (norms + EPS_NORM).reciprocal()
     if p.quality is not None:
@@ -385,7 +390,7 @@ def _batches(p: Chunks, taking: _Taking) -> Iterator[_Batch]:
     """Chunks with rows, in batches of about GROUP_ROWS; tokens are kept from where a chunk's rows were given."""
     waiting: list[tuple[_Group, _Group]] = []
     size, centers, lengths = 0, p.tokens.shape[0], taking.lengths
-    for group, kept in zip(_groups(taking.offsets, lengths), _groups(p.offsets, lengths, centers), strict=True):
+    for group, kept in zip(_groups(taking.offsets, lengths), _groups(_sets(p).offsets, lengths, centers), strict=True):
         if waiting and size + group.places.numel() > GROUP_ROWS:
             yield _Batch.of(waiting, centers)
             waiting, size = [], 0

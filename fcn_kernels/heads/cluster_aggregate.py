@@ -376,6 +376,8 @@ class ClusterAggregate(nn.Module):
         counting = self.norm_code.norm.training or (self.style is not None and made and self.style.norm.training)
         taking = norms = None
         if pieces or counting or strict:
+            if not checks.may_look(features):
+                layout = layout._replace(sets=layout.sets.within(features.shape[0]))
             with torch.no_grad():
                 usable, norms = usable_rows(features, quality, None if styles is None else styles.flatten(1), dtype)
                 belongs = inside(layout, features.shape[0])

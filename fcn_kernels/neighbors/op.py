@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fcn_kernels.backends import runs_on, without_autocast
+from fcn_kernels.backends import has_tangent, runs_on, without_autocast
 from fcn_kernels.neighbors import torch_backend
 from fcn_kernels.neighbors.cpp import launch as cpp
 from fcn_kernels.neighbors.problem import Arriving, Gradients, Problem, Statistics
 from fcn_kernels.schema import schema, tensors
+from fcn_kernels.transforms import is_transformed, transformable
 
 _library = torch.library.Library("fcn_kernels", "FRAGMENT")
 _library.define(f"context_statistics({schema(Problem)}, str backend) -> ({schema(Statistics)})")
@@ -31,7 +32,12 @@ _run_backward = torch.ops.fcn_kernels.context_statistics_backward.default
 
 def context_statistics(problem: Problem, backend: str) -> Statistics:
     """Run the operator."""
-    return Statistics(*_run(*problem, backend))
+    if not torch.compiler.is_compiling() and has_tangent(problem.rows, problem.bank):
+        raise NotImplementedError(
+            "context_statistics has no forward-mode derivative (torch.func.jvp, jacfwd). Use torch.func.vjp, jacrev or "
+            "grad."
+        )
+    return Statistics(*(_Transformed.apply if is_transformed() else _run)(*problem, backend))
 
 
 def _backend(name: str, p: Problem) -> ModuleType:
@@ -83,20 +89,13 @@ def _differentiate(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
     constants, backend = ctx.constants
     tensors = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:2]
-    rows, bank = _run_backward(
-        *tensors[:_TENSORS], *constants, *grad[:_ARRIVING], *tensors[_TENSORS:], *wanted, backend
-    )
+    run = _TransformedBackward.apply if is_transformed() else _run_backward
+    rows, bank = run(*tensors[:_TENSORS], *constants, *grad[:_ARRIVING], *tensors[_TENSORS:], *wanted, backend)
     return rows if wanted[0] else None, bank if wanted[1] else None, *[None] * (_FIELDS - 1)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     raise NotImplementedError("context_statistics has no second derivative. Call backward() without create_graph=True.")
-
-
-def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    raise NotImplementedError(
-        "context_statistics does not run under torch.func.vmap: it is batched already. Pass all rows (N, C) at once."
-    )
 
 
 for name, implementation, fake, differentiate, save in (
@@ -107,7 +106,14 @@ for name, implementation, fake, differentiate, save in (
     qualified = f"fcn_kernels::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)
     torch.library.register_autograd(qualified, differentiate, setup_context=save, lib=_library)
-    torch.library.register_vmap(qualified, _no_vmap, lib=_library)
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+_Transformed = transformable(_run, _save, _differentiate)
+_TransformedBackward = transformable(_run_backward, _save_nothing, _no_second_derivative)
 
 
 @register_flop_formula(torch.ops.fcn_kernels.context_statistics)

@@ -33,6 +33,20 @@ struct Clustered {
 constexpr Acc EPS_NORM = 1e-5f;
 constexpr int64_t EDGES = 60;
 
+// Rows [begin, end) of a chunk. Compiled calls do not look at these values; whatever they say, it stays inside the
+// tensors.
+struct Span {
+    int64_t begin, end;
+
+    Span(const Call& c, int64_t chunk) {
+        const auto within = [&](int64_t value) { return std::clamp<int64_t>(value, 0, c.rows); };
+        begin = within(c.offsets[chunk]);
+        const int64_t owned = std::max<int64_t>(within(c.offsets[chunk + 1]) - begin, 0);
+        end = begin + std::clamp<int64_t>(c.lengths[chunk], 0, owned);
+    }
+    int64_t size() const { return end - begin; }
+};
+
 struct Chunk {
     int64_t place;        // among all
     int64_t first, rows;  // tokens: its rows, then the centers
@@ -67,7 +81,8 @@ class Batch {
     Batch(const Call& call, int64_t begin, int64_t end, int64_t threads) {
         std::vector<int64_t> given, first(1, 0);
         for (int64_t p = begin; p < end; ++p) {
-            for (int64_t row = call.offsets[p]; row < call.offsets[p] + call.lengths[p]; ++row)
+            const Span span(call, p);
+            for (int64_t row = span.begin; row < span.end; ++row)
                 if (!call.valid || call.valid[row]) given.push_back(row);
             first.push_back(given.size());
         }

@@ -92,7 +92,7 @@ class Forward {
         std::vector<int64_t> begins;
         int64_t size = 0, most = 0;
         for (int64_t p = 0; p < call.chunks; ++p) {
-            const int64_t more = call.lengths[p] + call.clusters;
+            const int64_t more = Span(call, p).size() + call.clusters;
             if (begins.empty() || size + more > BATCH_TOKENS) begins.push_back(p), size = 0;
             most = std::max(most, size += more);
         }
@@ -222,7 +222,7 @@ class Forward {
     void keep(const Batch& b, int64_t l, int64_t token, const Acc* hidden) const {
         const Chunk& chunk = b.chunks[b.chunk_of[token]];
         const int64_t all = call.rows + call.chunks * call.clusters;
-        const int64_t place = call.offsets[chunk.place] + chunk.place * call.clusters + token - chunk.first;
+        const int64_t place = Span(call, chunk.place).begin + chunk.place * call.clusters + token - chunk.first;
         std::copy_n(hidden, call.dim, out.hidden + (l * all + place) * call.dim);
     }
 
