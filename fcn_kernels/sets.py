@@ -5,6 +5,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fcn_kernels.backends import is_recorded, is_under_vmap
+
 Quality = TypeVar("Quality", Tensor, Tensor | None)
 
 # What has to stay in the last-level cache through several passes, beside what else is there: a quarter of the 32 MiB
@@ -32,7 +34,7 @@ def row_norms(rows: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
     low, high = (1e-15, 1e15) if rows.dtype == torch.float32 else (1e-140, 1e140)
     plain = (norms > low) & (norms < high)
-    if rows.numel() and (torch.compiler.is_compiling() or not plain.all()):
+    if rows.numel() and (is_recorded() or is_under_vmap() or not plain.all()):
         largest = rows.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
         scaled = largest[..., 0] * torch.linalg.vector_norm(rows / largest, dim=-1)
         norms = torch.where(plain, norms, scaled)

@@ -101,6 +101,8 @@ def cluster_sums(
         if not isinstance(keys, Tensor) or keys.ndim < 1:
             raise TypeError(f"expected keys to be a Tensor of rows, got {type(keys).__name__}")
         dim = keys.shape[-1]
+        if dim == 0:
+            raise ValueError(f"expected keys with at least one column, got shape {tuple(keys.shape)}")
         checks.check_tensor("keys", keys, values, (*layout.shape, dim), checks.DTYPES)
         keys = keys.reshape(-1, dim).to(dtype)
     if scale is not None:

@@ -40,6 +40,8 @@ def search(gallery: Tensor, names: Array, probes: Tensor, probe_names: Array) ->
     Args:
         gallery: (G, C) unit rows. names: (G,) their subjects.
         probes: (P, C) unit rows. probe_names: (P,) their subjects.
+
+    Raises ValueError where the scores are not finite.
     """
     np = require("numpy", "tool")
     order = np.argsort(names, kind="stable")
@@ -51,6 +53,8 @@ def search(gallery: Tensor, names: Array, probes: Tensor, probe_names: Array) ->
     for first in range(0, len(probes), BLOCK):
         part = slice(first, first + BLOCK)
         scores = np.maximum.reduceat((probes[part] @ columns).numpy(), starts, axis=1)  # [p, s]
+        if not np.isfinite(scores).all():  # NaN would have rank 0
+            raise ValueError(f"expected finite scores, got {int((~np.isfinite(scores)).sum())} that are not")
         impostor.append(scores[~there[part]].max(1))
         mated = scores[there[part]]
         genuine.append(mated[np.arange(len(mated)), own[part][there[part]]])

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fcn_kernels.sets import accumulator
+
 EPS = 1e-3  # keeps angles off 0 and pi, where the gradient of acos is infinite, and a spread of norms off 0
 
 
@@ -51,7 +53,7 @@ class AdaFace(nn.Module):
     """
 
     norm_statistics: Tensor
-    """(2,) float32, running mean and standard deviation of the norms; NaN before the first batch."""
+    """(2,) float32, running mean and standard deviation of the norms; NaN before the first batch of finite norms."""
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class AdaFace(nn.Module):
             )
         self.m, self.h, self.s, self.t_alpha = m, h, s, t_alpha
         self.weight = nn.Parameter(torch.randn(classes, dim))
-        self.register_buffer("norm_statistics", torch.full((2,), math.nan))
+        self.register_buffer("norm_statistics", torch.full((2,), math.nan, dtype=accumulator(self.weight.dtype)))
 
     def forward(self, descriptor: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
         """Logits (B, classes) of unit descriptors (B, C) with the norms (B,) they had and their labels (B,) int64.
@@ -100,11 +102,11 @@ class AdaFace(nn.Module):
             return norm
         # of one norm alone, the deviation is 0 and not the NaN of an unbiased estimate
         batch = torch.stack([norm.mean(), norm.std(correction=min(1, norm.shape[0] - 1))])
-        running = torch.where(self.norm_statistics.isnan(), batch, self.norm_statistics)
+        running = torch.where(self.norm_statistics.isfinite(), self.norm_statistics, batch)
         if self.training:
-            # a batch whose norms are not finite must not spoil all later ones
             running = torch.where(batch.isfinite(), torch.lerp(running, batch, self.t_alpha), running)
-            self.norm_statistics.copy_(running)
+            # a batch whose norms are not finite must not spoil all later ones, nor be the one that starts them
+            self.norm_statistics.copy_(torch.where(running.isfinite(), running, self.norm_statistics))
         mean, deviation = running.unbind()
         return ((norm - mean) / (deviation + EPS) * self.h).clamp(-1, 1)
 

@@ -71,6 +71,7 @@ class ContextNet(nn.Module):
         mean, log_std = (self.center + self.spread * self.layers(unit.to(self.center))).unbind(-1)
         return Context(mean.where(there, 0), log_std.exp().where(there, 0), there * self.neighbors, None)
 
+    @torch.inference_mode(False)  # in which nothing is learned
     def fit(
         self,
         x: Tensor,
@@ -115,7 +116,8 @@ class ContextNet(nn.Module):
         self.train()
         with torch.enable_grad():
             for _ in range(steps):
-                rows = torch.randint(len(unit), (min(batch, len(unit)),), generator=generator).to(unit.device)
+                rows = torch.randint(len(unit), (min(batch, len(unit)),), generator=generator, device="cpu")
+                rows = rows.to(unit.device)
                 loss = F.smooth_l1_loss(self.layers(unit[rows]), target[rows])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -261,6 +263,7 @@ class DiscrepancyAlignment(nn.Module):
             cosines = one.to(dtype) @ other.to(dtype).T
         return align_scores(cosines, self.context(q, q_ids), self.context(g, g_ids), **self.method)
 
+    @torch.inference_mode(False)
     def distil(self, x: Tensor, ids: Tensor | None = None, *, hidden: int = 128, **fit: Any) -> DiscrepancyAlignment:
         """The same with a :class:`ContextNet` in the bank's place, fitted to the contexts of rows (N, C).
 
@@ -275,7 +278,8 @@ class DiscrepancyAlignment(nn.Module):
             raise ValueError(f"expected rows (N, C), got {tuple(x.shape)}")
         with torch.no_grad():
             context = self.context(x, ids)
-        net = ContextNet(x.shape[1], hidden).to(x.device)
+        with torch.device("cpu"):  # whatever the default device
+            net = ContextNet(x.shape[1], hidden).to(x.device)
         net.fit(x, context, **fit)
         return DiscrepancyAlignment(k=self.k, min_cosine=self.min_cosine, estimator=net, **self.method)
 

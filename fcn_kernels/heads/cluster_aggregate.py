@@ -17,7 +17,7 @@ from fcn_kernels.clustering.cpp import launch as cpp
 from fcn_kernels.clustering.cut import Cut, cut, inside, owners, uncut
 from fcn_kernels.clustering.problem import EPS_LAYER_NORM, Chunks, Clustered
 from fcn_kernels.clustering.sums import Layout, row_layout
-from fcn_kernels.clustering.torch_backend import BATCHED_ROWS, linear, usable_rows
+from fcn_kernels.clustering.torch_backend import BATCHED_ROWS, finite_rows, linear, usable_rows
 from fcn_kernels.heads import cluster_cpp
 from fcn_kernels.heads.cluster_state import STYLE_BITS, SUM_BITS, ClusterState, on_grid
 from fcn_kernels.heads.style import NormCode, StyleInput
@@ -183,7 +183,9 @@ class ClusterAggregate(nn.Module):
         self.style_dim, self.channelwise, self.drop_path = style_dim, channelwise, float(drop_path)
         self.style = StyleInput(style_channels, style_dim) if style_dim and style_channels else None
         self.norm_code = NormCode(norm_dim)
-        self.centers = nn.Parameter(nn.init.orthogonal_(torch.empty(clusters, width)))
+        dtype = torch.get_default_dtype()  # of half precision, it has no orthogonal rows
+        centers = nn.init.orthogonal_(torch.empty(clusters, width, dtype=accumulator(dtype)))
+        self.centers = nn.Parameter(centers.to(dtype))
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.assign = Assignment(width)
         self.mixers = nn.ModuleList(Mixer(clusters, 2 * width) for _ in range(depth))
@@ -370,7 +372,7 @@ class ClusterAggregate(nn.Module):
         quality = None if quality is None else quality.reshape(-1).to(dtype)
         made = styles is not None and styles.ndim == len(layout.shape) + 2
         if styles is not None:
-            styles = styles.reshape(features.shape[0], *styles.shape[len(layout.shape) :])
+            styles = styles.reshape(features.shape[0], *styles.shape[len(layout.shape) :]).to(dtype)
         # an exported graph cuts whatever the lengths turn out to be
         pieces = chunk is not None and (torch.compiler.is_compiling() or _longest(layout) > chunk)
         counting = self.norm_code.norm.training or (self.style is not None and made and self.style.norm.training)
@@ -388,8 +390,11 @@ class ClusterAggregate(nn.Module):
             assert self.style is not None
             assert styles is not None
             styles = self.style(styles, taking)
-        elif styles is not None:
-            styles = styles.to(dtype)
+            if taking is not None:  # statistics may be finite where the style is not
+                sound = finite_rows(styles.detach())
+                if strict:
+                    _check_taking(taking & ~sound, layout)
+                taking = taking & sound
         edges = self.norm_code.edges(norms, taking, dtype)
         cuts = cut(layout, taking, chunk) if pieces and chunk is not None and taking is not None else uncut(layout)
         return _Rows(features, quality, styles, edges, layout, cuts)

@@ -63,8 +63,9 @@ class ClusterStream:
         given: list[Any] = [features, styles, quality]
         if self._tail[0] is not None:
             _check_alike(self._tail, given)
-        flat = None if styles is None else styles.flatten(1)
-        taking, _ = usable_rows(features, quality, flat, accumulator(self.head.centers.dtype))
+        dtype = accumulator(self.head.centers.dtype)  # in which all are taken: float64 may leave its range
+        flat, norms = (None if t is None else t.to(dtype) for t in (styles, quality))
+        taking, _ = usable_rows(features, norms, None if flat is None else flat.flatten(1), dtype)
         given = _picked(given, taking)
         if self.pending:
             given = [None if t is None else torch.cat([t, new]) for t, new in zip(self._tail, given, strict=True)]

@@ -16,12 +16,18 @@ from fcn_kernels.backends import without_autocast
 from fcn_kernels.clustering.norm_code import code_table, norm_edges
 from fcn_kernels.clustering.torch_backend import finite_rows, linear
 from fcn_kernels.sets import accumulator
+from fcn_kernels.transforms import is_transformed
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 class _SingleBuffers(nn.Module):
-    """Its buffers stay float32 when it is cast to half precision, which would lose small changes of running means."""
+    """Its buffers are float32 where it is of half precision, which would lose small changes of running means."""
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if tensor is not None and tensor.dtype in HALF:  # the default dtype
+            tensor = tensor.float()
+        super().register_buffer(name, tensor, persistent)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = {name: value for name, value in self.named_buffers(recurse=False) if value is not None}
@@ -150,7 +156,7 @@ class StyleInput(nn.Module):
             gain = gain / (variance + eps).sqrt()
             return linear(mixed, weight * gain[:, None], (bias - mean) * gain + shift), mean, variance
 
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed():
             out = checkpoint(run, z, mean, variance, *parameters, use_reentrant=False, preserve_rng_state=False)
         else:
             out = run(z, mean, variance, *parameters)
@@ -213,11 +219,13 @@ class StyleFeatures:
             raise ValueError(
                 f"expected names of at least one submodule of {type(model).__name__}, got {missing or layers}"
             )
-        self._layers = {name: modules[name] for name in layers}
+        self._model, self._layers = model, {name: modules[name] for name in layers}
         self._taken: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> StyleFeatures:
+        # a layer that a later run passes by must not lend it what an earlier one gave
+        self._handles.append(self._model.register_forward_pre_hook(lambda *_: self._taken.clear()))
         for name, module in self._layers.items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
         return self

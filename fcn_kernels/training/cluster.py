@@ -85,10 +85,11 @@ def cluster_losses(
         raise ValueError(f"expected step to divide the n = {n} images of a group, got {step}")
     if tuple(class_centers.shape) != (identities, dim):
         raise ValueError(f"expected class_centers of shape {(identities, dim)}, got {tuple(class_centers.shape)}")
-    lengths = torch.arange(step, n + 1, step)
-    sets = [torch.arange(first, first + int(k)) for first in (0, n) for k in lengths] + [torch.arange(2 * n)]
+    lengths = range(step, n + 1, step)
+    spans = [(first, first + k) for first in (0, n) for k in lengths] + [(0, 2 * n)]
+    sets = [torch.arange(*span, device="cpu") for span in spans]
     rows = torch.cat(sets).to(features.device)
-    sizes = torch.tensor([len(rows_of) for rows_of in sets]).repeat(identities)
+    sizes = torch.tensor([len(rows_of) for rows_of in sets], device="cpu").repeat(identities)
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(features.device)
 
     def packed(t: Tensor) -> Tensor:
