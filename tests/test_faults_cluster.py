@@ -18,6 +18,7 @@ from fcn_kernels.evaluation.identification import search
 from fcn_kernels.heads.adaface import AdaFace
 from fcn_kernels.heads.style import StyleFeatures
 from fcn_kernels.training.cluster import cluster_losses
+from fcn_kernels.training.draw import Recipe, draw, group
 
 WRONG = {  # offsets or lengths that lead out of 11 rows, and what is left of them
     "long": ({"lengths": [4, 1, 0, 600]}, {}),
@@ -207,3 +208,22 @@ def test_scores_that_are_not_finite_have_no_rank():
 def test_keys_without_columns_are_refused():
     with pytest.raises(ValueError, match=r"keys with at least one column, got shape \(2, 5, 0\)"):
         cluster_sums(torch.randn(2, 5, 3), torch.randn(4, 0), keys=torch.randn(2, 5, 0))
+
+
+@pytest.mark.parametrize("name", ["blocks.0.qkv", "confidence.fc2"])
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_a_parameter_that_does_not_lie_row_by_row_is_seen_to_change(name, layout):
+    head, (x, styles) = make_head().requires_grad_(False), rows(2, 5)
+    layer = head.get_submodule(name)
+    weight = layer.weight.T.contiguous().T if layout == "transposed" else torch.stack([layer.weight] * 2, -1)[..., 0]
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    head(x, styles)
+    layer.weight.data.mul_(3)  # which PyTorch counts no change of
+    assert torch.equal(head(x, styles).descriptor, copy.deepcopy(head)(x, styles).descriptor)
+
+
+def test_an_identity_without_rows_is_not_drawn_from_the_next():
+    people = group(torch.eye(4), torch.ones(4), torch.tensor([0, 0, 2, 2]), 3)
+    assert draw(people, torch.tensor([0, 2]), Recipe()).labels.tolist() == [0, 2]
+    with pytest.raises(ValueError, match="got none of identity 1"):
+        draw(people, torch.tensor([0, 1]), Recipe())

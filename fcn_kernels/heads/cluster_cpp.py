@@ -96,7 +96,10 @@ def _kept(head: ClusterAggregate, name: str, given: list[Tensor], make: Callable
     held = [t.detach() for t in given]
     with torch.inference_mode(False), torch.no_grad():  # for calls in any mode
         made = make()
-    sampled = launch.sampled([t for t in held if t.is_contiguous()])
+    lying = [t if t.is_contiguous() or t.ndim < 2 else t.mT for t in held]  # as in memory
+    if not all(t.is_contiguous() for t in lying):  # of what lies between others no sample can be taken
+        return made
+    sampled = launch.sampled(lying)
     head._kept = {**head._kept, name: Kept(made, key, held, sampled, launch.sample(sampled))}
     return made
 

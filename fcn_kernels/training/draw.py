@@ -80,12 +80,16 @@ def draw(rows: Rows, labels: Tensor, recipe: Recipe) -> Sets:
         u' = ((1 - s) u + s n) / |(1 - s) u + s n|,   q' = (1 - s) q
 
     so that what a row has lost shows in its quality, as it does in the norms of a backbone trained with AdaFace.
+
+    Raises ValueError for an identity without rows.
     """
     lengths = torch.randint(1, recipe.longest + 1, labels.shape)
     offsets = offsets_of(lengths)
     count, width = int(offsets[-1]), rows.unit.shape[1]
     identity = labels.repeat_interleave(lengths)
     first, available = rows.offsets[identity], rows.offsets.diff()[identity]
+    if not available.all():  # the next identity's would be taken
+        raise ValueError(f"expected identities with rows, got none of identity {int(identity[available.argmin()])}")
     # float64: the product must not round up to the number of rows
     picked = first + (torch.rand(count, dtype=torch.float64) * available).long()
     severity = torch.empty(count).uniform_(MILDEST, 1) * (torch.rand(count) < recipe.corrupt)
