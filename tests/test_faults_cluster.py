@@ -227,3 +227,32 @@ def test_an_identity_without_rows_is_not_drawn_from_the_next():
     assert draw(people, torch.tensor([0, 2]), Recipe()).labels.tolist() == [0, 2]
     with pytest.raises(ValueError, match="got none of identity 1"):
         draw(people, torch.tensor([0, 1]), Recipe())
+
+
+def test_one_probe_alone_ties_with_another_subject_of_the_same_template():
+    torch.manual_seed(0)
+    ranks = []
+    for count, columns in ((501, 64), (33, 64), (1003, 512)):
+        half = count // 2
+        gallery = F.normalize(torch.randn(count, columns), dim=1)
+        gallery[half : 2 * half] = gallery[:half]
+        for own in range(0, half, 50):
+            ranks += search(gallery, np.arange(count), gallery[own : own + 1], np.array([own])).ranks.tolist()
+    assert set(ranks) == {2}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
+@pytest.mark.parametrize("size", [1e13, 1e18, 1e30, 1e36])
+def test_gradients_of_long_rows_keep_their_part_along_the_rows(size, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    p = chunks((3, 2), depth=1)._replace(quality=None)
+
+    def gradient(p, size, backend):
+        x = (p.features.abs() * size).requires_grad_()
+        out = op.cluster_chunks(p._replace(features=x), backend)
+        return torch.autograd.grad(out.sums.cumsum(-1).sum(), x)[0]
+
+    single = type(p)(*(t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in p))
+    exact = gradient(p._replace(edges=single.edges.double()), size, "torch")
+    assert (gradient(single, size, backend) - exact).abs().max() <= 2e-6 * exact.abs().max()

@@ -590,11 +590,12 @@ def _shares_backward(
     if p.quality is not None:
         found.quality[batch.rows] = dscale * EPS_NORM / denominator.square()
     if found.features.numel():
-        along = dscale / (denominator.square() * torch.where(norms > 0, norms, 1))
+        along = dscale * scale / torch.where(norms > 0, norms, 1)  # times the scale again, it may leave the range
         scaled = _scale_rows(a, scale)
         for part in batch.parts:
             dx = part.of_rows(scaled) @ grad.sums[part.group.sets]
             if p.quality is None:
-                dx = dx - part.group.rows(rows.features).to(a.dtype) * part.of_rows(along)[..., None]
+                unit = part.group.rows(rows.features).to(a.dtype) * part.of_rows(scale)[..., None]
+                dx = dx.addcmul_(unit, part.of_rows(along)[..., None], value=-1)
             part.group.put(found.features, dx)
     return _layer_norm_gradient(dz @ p.weight + dx_hat, last, mean, rstd)

@@ -18,7 +18,6 @@ from fcn_kernels.clustering.kernels.pieces import find_piece
 from fcn_kernels.device.rows import load_rows
 
 INFINITY_BITS = tl.constexpr(0x7F800000)
-EPS = tl.constexpr(1e-5)  # `EPS_NORM` of fcn_kernels.clustering.problem
 UNSPECIALIZED = ["T", "sets", "fewest"]
 
 
@@ -319,7 +318,7 @@ def spread(shares_ptr, through_ptr, centers, lane, inside, first, second, C, col
 def write_rows(
     rows, centers, at, end, usable, scale, along, shares_ptr, through_ptr, dvalues_ptr, dkeys_ptr, BUILD: tl.constexpr
 ):
-    """Gradients of a tile's values and keys; `along` [n] is that of the values along themselves, or None."""
+    """Gradients of a tile's values and keys; `along` [n] is that of the scaled values along themselves, or None."""
     lane = at + tl.arange(0, BUILD.BLOCK_N)
     if dvalues_ptr is not None:
         for column in range(0, rows.C, BUILD.BLOCK_C):
@@ -329,9 +328,8 @@ def write_rows(
                 shares_ptr, through_ptr, centers, lane, usable, centers.sums, second, rows.C, cols, scale, BUILD
             )
             if along is not None:
-                out -= (
-                    load_rows(rows.value, lane, usable, rows.value_stride, cols, rows.C).to(tl.float32) * along[:, None]
-                )
+                value = load_rows(rows.value, lane, usable, rows.value_stride, cols, rows.C).to(tl.float32)
+                out -= value * scale[:, None] * along[:, None]
             where = lane.to(tl.int64)[:, None] * rows.C + cols[None, :]
             mask = (lane < end)[:, None] & (cols < rows.C)[None, :]
             tl.store(dvalues_ptr + where, out.to(dvalues_ptr.dtype.element_ty), mask=mask)
@@ -416,7 +414,7 @@ def share_backward(
         along = None
         if norms_ptr is not None:
             norm = tl.load(norms_ptr + p.first + lane, mask=usable, other=0.0)
-            along = dscale / ((norm + EPS) * (norm + EPS) * tl.where(norm > 0, norm, 1.0))
+            along = dscale * scale / tl.where(norm > 0, norm, 1.0)  # times the scale again, it may leave the range
         if dscale_ptr is not None:
             tl.store(dscale_ptr + p.first + lane, dscale, mask=lane < p.end)
         write_rows(

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 
 from fcn_kernels.clustering.kernels.pieces import bounds, find_piece
-from fcn_kernels.clustering.kernels.sums import EPS, INFINITY_BITS, magnitude_bits
+from fcn_kernels.clustering.kernels.sums import INFINITY_BITS, magnitude_bits
 from fcn_kernels.device.rows import load_rows
 
 EDGES = tl.constexpr(60)
+EPS = tl.constexpr(1e-5)  # `EPS_NORM` of fcn_kernels.clustering.problem
 # The squares of norms outside leave float32's range, or lose what they should hold.
 LEAST_NORM, MOST_NORM = tl.constexpr(1e-15), tl.constexpr(1e15)
 LEAST_FLOAT = tl.constexpr(1.1754943508222875e-38)  # the smallest normal number
