@@ -114,10 +114,9 @@ class ContextNet(nn.Module):
         target = (target - self.center) / self.spread
         optimizer = torch.optim.AdamW(self.layers.parameters(), lr=lr, weight_decay=weight_decay)
         self.train()
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.device("cpu"):  # where the optimizer counts, whatever the default device
             for _ in range(steps):
-                rows = torch.randint(len(unit), (min(batch, len(unit)),), generator=generator, device="cpu")
-                rows = rows.to(unit.device)
+                rows = torch.randint(len(unit), (min(batch, len(unit)),), generator=generator).to(unit.device)
                 loss = F.smooth_l1_loss(self.layers(unit[rows]), target[rows])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
