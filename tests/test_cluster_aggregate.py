@@ -307,7 +307,7 @@ def test_gradcheck(clusters):
 
     def fused(x, z, *_):
         head.style.norm.reset_running_stats()
-        return head(x, z, chunk=3)[:2]
+        return head(x, z, chunk=1)[:2]  # no center has a mass above 1, through which there is no gradient
 
     assert torch.autograd.gradcheck(fused, (x, z, *parameters), fast_mode=True)
 
