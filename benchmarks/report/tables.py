@@ -351,10 +351,7 @@ def _apart(results: Results) -> Iterator[str]:
         "process that they share, as above, a step's time also depends on what the others leave in the allocator."
     )
     yield ""
-    yield from table(
-        ("B", "N", "C", "K", "dtype", "work", "", "time"),
-        [(*_shape(r), r.work, r.implementation, _time(r)) for r in rows],
-    )
+    yield from _times(rows)
 
 
 def _threads(results: Results) -> Iterator[str]:
@@ -363,10 +360,7 @@ def _threads(results: Results) -> Iterator[str]:
         return
     yield "## Threads on a busy machine"
     yield ""
-    yield from table(
-        ("B", "N", "C", "K", "dtype", "work", "", "time"),
-        [(*_shape(r), r.work, r.implementation, _time(r)) for r in rows],
-    )
+    yield from _times(rows)
 
 
 def _distributed(results: Results) -> Iterator[str]:
@@ -408,6 +402,12 @@ def _beside(results: Results, row: Row, name: str) -> Row | None:
     """The row of another implementation in the same race."""
     same = ("sets", "all_rows", "rows", "bank", "dim", "k", "dtype", "work", "chunk")
     return results.one(row.group, implementation=name, **{key: getattr(row, key) for key in same})
+
+
+def _times(rows: Iterable[Row]) -> list[str]:
+    """What each implementation takes."""
+    heads = ("B", "N", "C", "K", "dtype", "work", "", "time")
+    return table(heads, ((*_shape(r), r.work, r.implementation, _time(r)) for r in rows))
 
 
 def _shape(row: Row) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What this package set out to reach, held against results. Times are medians."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.report.results import Results, Row, exponent
 from benchmarks.workloads import BOTH, COMPILED, EAGER, FORWARD, FUSED, IJBC_ROWS, IJBC_SETS
@@ -58,8 +58,7 @@ def _gpu(results: Results) -> Iterator[Target]:
 def _cpu(results: Results) -> Iterator[Target]:
     """float32, C = 512, K = 3."""
     yield from _ratios(results, ((64, 20), (1, 8000)), {EAGER: 4.0}, "float32")
-    apart = [results.one("apart", sets=64, rows=20, implementation=name) for name in (FUSED, COMPILED)]
-    ratio = None if apart[0] is None or apart[1] is None else apart[1].median_s / apart[0].median_s
+    ratio = _times(results, "apart", COMPILED, sets=64, rows=20)
     name = f"B = 64, N = 20, {BOTH}, processes of their own: against the {COMPILED}"
     yield _at_least(name, ratio, 2.5, "{:.1f}x")
     kept = [results.one("memory", rows=4000, implementation=name) for name in (FUSED, EAGER)]
@@ -84,9 +83,7 @@ def _peers(results: Results) -> Iterator[Target]:
         ("memory bank", "anomalib's loop, projected", 1.0),
         ("active learning", "skactiveml", 5.0),
     ):
-        pair = [results.one(group, implementation=name) for name in (FUSED, other)]
-        ratio = None if pair[0] is None or pair[1] is None else pair[1].median_s / pair[0].median_s
-        yield _at_least(f"{group}: against {other}", ratio, least, "{:.1f}x")
+        yield _at_least(f"{group}: against {other}", _times(results, group, other), least, "{:.1f}x")
 
 
 def _neighbors(results: Results) -> Iterator[Target]:
@@ -124,9 +121,14 @@ def _ratios(
         for sets, n in shapes:
             for work in works:
                 shape = {"sets": sets, "rows": n, "k": 3, "dim": 512, "dtype": dtype, "work": work}
-                pair = [results.one("selection", implementation=name, **shape) for name in (FUSED, other)]
-                ratio = None if pair[0] is None or pair[1] is None else pair[1].median_s / pair[0].median_s
+                ratio = _times(results, "selection", other, **shape)
                 yield _at_least(f"B = {sets}, N = {n:,}, {work}: against the {other}", ratio, least, "{:.1f}x")
+
+
+def _times(results: Results, group: str, other: str, **facts: Any) -> float | None:
+    """How many times longer another takes, None where one of the two was not measured."""
+    own, theirs = (results.one(group, implementation=name, **facts) for name in (FUSED, other))
+    return None if own is None or theirs is None else theirs.median_s / own.median_s
 
 
 def _exponents(results: Results, tolerance: float, most: int) -> Iterator[Target]:

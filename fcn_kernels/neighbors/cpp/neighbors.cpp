@@ -25,10 +25,9 @@ EXPORTED int backward(const Asked* asked, const Arriving* arriving, Acc* drows, 
         const UnitRows rows(a);
         const Call call = rows.call();
         Backpropagation run(call, *arriving);
-        if (drows) ask_for_large_pages(drows, call.n * call.dim);
-        run.to_rows(drows);
-        if (!dbank) return;
+        ask_for_large_pages(drows, call.n * call.dim);
         ask_for_large_pages(dbank, call.m * call.dim);
-        run.to_bank(dbank);
+        run.to_rows(drows);
+        if (dbank) run.to_bank(dbank);
     });
 }

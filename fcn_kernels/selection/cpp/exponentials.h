@@ -10,6 +10,8 @@
 
 namespace fcn_kernels {
 
+constexpr float LN2_HIGH = 0x1.62e4p-1f, LN2_LOW = 0x1.7f7d1cp-20f;  // log 2; times an exponent, the first is exact
+
 // e^x for x <= 0, within an ulp, of float; of double it is the library's. With x = n log 2 + r, |r| <= log(2) / 2, it
 // is 2^n (1 + r + r^2 / 2! + ... + r^7 / 7!).
 template <class Values>
@@ -19,7 +21,7 @@ Values exp_of(Values x) {
         return x;
     } else {
         typedef int32_t Bits __attribute__((vector_size(BYTES)));
-        constexpr float LOG2_E = 0x1.715476p0f, LN2_HIGH = 0x1.62e4p-1f, LN2_LOW = 0x1.7f7d1cp-20f;
+        constexpr float LOG2_E = 0x1.715476p0f;
         constexpr float ROUND = 0x1.8p23f;    // what is added to this is an integer
         const Values least = Values{} - 150;  // e^-150 is 0
         x = x > least ? x : least;

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "exponentials.h"
 #include "sets.h"
 
 namespace fcn_kernels {
@@ -44,8 +45,7 @@ inline Words4 philox(uint64_t seed, uint32_t row, uint32_t block, uint32_t set) 
 // log(x) + more for normal numbers x and a small number more, within an ulp. With x = 2^e (1 + f), s = f / (2 + f) and
 // z = s^2, log(1 + f) = 2 s (1 + z / 3 + z^2 / 5 + ...), whose coefficients are fitted.
 inline Floats log_of(Floats x, Floats more) {
-    constexpr int32_t LEAST = 0x3f3504f3;                                // sqrt(1/2), where 1 + f begins
-    constexpr float LN2_HIGH = 0x1.62e4p-1f, LN2_LOW = 0x1.7f7d1cp-20f;  // its few digits times e are exact
+    constexpr int32_t LEAST = 0x3f3504f3;  // sqrt(1/2), where 1 + f begins
     const Bits from_least = reinterpret_cast<Bits>(x) - LEAST;
     const Floats e = __builtin_convertvector(from_least >> 23, Floats);
     const Floats f = reinterpret_cast<Floats>((from_least & 0x7fffff) + LEAST) - 1, s = f / (2 + f), z = s * s;
